@@ -1,0 +1,66 @@
+# `make help` lists the targets. PYTHON=python3.12 chooses the interpreter of .venv.
+PYTHON ?= python3
+EXTRAS := dev,viz,data,diffusers
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+NATIVE := $(wildcard csrc/*) $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu)
+
+export OMP_WAIT_POLICY := PASSIVE
+# For what is installed and, under the second name from pip 25.3 on, for the environment it is built in.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test lint format types cuda-check emulate clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-11s %s\n", $$1, $$2 }'
+
+install: $(INSTALLED)  ## .venv with everything, the native module built
+demo: $(INSTALLED)  ## samples and inverts images; pictures in demo-output/
+	@echo "demo: pictures go to demo-output/"
+	@$(BIN)/deq-ddim demo --output demo-output
+
+test: $(INSTALLED)  ## all tests; ARGS="-k anderson" chooses
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(INSTALLED)  ## style of Python and C++
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+format: $(INSTALLED)  ## writes what lint asks for
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+types: $(INSTALLED)  ## mypy
+	@$(BIN)/mypy
+
+cuda-check: $(INSTALLED)  ## spills, loads, registers and occupancy of the compiled CUDA kernels
+	@$(BIN)/python benchmarks/cuda_static.py --check
+
+emulate: $(INSTALLED)  ## the CUDA kernels run on the CPU
+	@$(BIN)/python -m pytest -q tests/test_cuda_emulation.py
+
+clean:  ## removes .venv and everything built
+	rm -rf $(VENV) build dist demo-output *.egg-info pydeqsolve/_native*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python
+	@echo "install: packages into $(VENV), then the native module (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
+	@$(BIN)/python -c "import pydeqsolve; print('install:', pydeqsolve.build_info())"
+	@touch $@
+
+# Says what is missing by name, instead of failing in the middle of the build.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	  || { echo "$(PYTHON) is missing or older than 3.10: sudo apt-get install -y python3 python3-venv python3-dev, or make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip, os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+	  && command -v $${CXX:-c++} >/dev/null \
+	  || { echo "missing: sudo apt-get install -y python3-venv python3-dev g++"; exit 1; }
+	@echo "install: virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)

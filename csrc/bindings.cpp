@@ -1,0 +1,130 @@
+// The one pybind11 file. Tensors arrive as addresses; pydeqsolve/ops.py has checked dtype, device and contiguity.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "step.h"
+
+namespace py = pybind11;
+using namespace pydeqsolve;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// One solver's history, as Python hands it over once; every call of the step then names only what changes.
+struct Ring {
+  bool is_double;
+  int slots;
+  Kind kind;
+  Address R, F, gram, steps_gram, rhs, count;
+  std::int64_t blocks, features;
+
+  template <class Scalar>
+  History<Scalar> history(int head) const {
+    return {slots,           head,           kind, at<Scalar>(R), at<Scalar>(F), at<double>(gram), at<double>(steps_gram),
+            at<double>(rhs), at<std::int32_t>(count)};
+  }
+  Rows rows(std::int64_t n, Address index, Address wanted) const {
+    return {n, blocks, features, at<const std::int64_t>(index), at<const std::uint8_t>(wanted)};
+  }
+};
+
+template <class Body>
+void with_scalar(bool is_double, const Body& body) {
+  if (is_double) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+void measure(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
+             Address norms, int norm, int threads) {
+  py::gil_scoped_release release;
+  with_scalar(ring.is_double, [&](auto scalar) {
+    using S = decltype(scalar);
+    measure_cpu<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
+                   at<double>(norms), static_cast<Norm>(norm), threads);
+  });
+}
+
+void advance(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma, Address dropped,
+             int coupling, double ridge, double damping, Address z, Address z_next, int threads) {
+  py::gil_scoped_release release;
+  with_scalar(ring.is_double, [&](auto scalar) {
+    using S = decltype(scalar);
+    const Rows rows = ring.rows(n, index, 0);
+    const History<S> history = ring.history<S>(head);
+    weights_cpu<S>(rows, history, static_cast<Coupling>(coupling), ridge, at<const std::uint8_t>(mode),
+                   at<double>(gamma), at<std::int32_t>(dropped), threads);
+    mix_cpu<S>(rows, history, at<const double>(gamma), at<const std::uint8_t>(mode), damping, at<const S>(z),
+               at<S>(z_next), threads);
+  });
+}
+
+#if defined(PYDEQSOLVE_WITH_CUDA)
+void check(const char* error) {
+  if (error) throw std::runtime_error(std::string("pydeqsolve: CUDA launch failed: ") + error);
+}
+
+void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
+                     Address norms, int norm, Address partial, Address stream) {
+  with_scalar(ring.is_double, [&](auto scalar) {
+    using S = decltype(scalar);
+    check(measure_cuda<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
+                          at<double>(norms), static_cast<Norm>(norm), at<double>(partial), at<void>(stream)));
+  });
+}
+
+void advance_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma,
+                     Address dropped, int coupling, double ridge, double damping, Address z, Address z_next,
+                     Address workspace, Address stream) {
+  with_scalar(ring.is_double, [&](auto scalar) {
+    using S = decltype(scalar);
+    const Rows rows = ring.rows(n, index, 0);
+    const History<S> history = ring.history<S>(head);
+    check(weights_cuda<S>(rows, history, static_cast<Coupling>(coupling), ridge, at<const std::uint8_t>(mode),
+                          at<double>(gamma), at<std::int32_t>(dropped), at<double>(workspace), at<void>(stream)));
+    check(mix_cuda<S>(rows, history, at<const double>(gamma), at<const std::uint8_t>(mode), damping, at<const S>(z),
+                      at<S>(z_next), at<void>(stream)));
+  });
+}
+
+std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
+  return partial_doubles(ring.rows(n, 0, 0), ring.slots);
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
+  py::class_<Ring>(m, "Ring")
+      .def(py::init([](bool is_double, int slots, int kind, std::int64_t blocks, std::int64_t features, Address R,
+                       Address F, Address gram, Address steps_gram, Address rhs, Address count) {
+        if (slots < 1 || slots > kMaxSlots) throw std::invalid_argument("slots out of range");
+        return Ring{is_double, slots, static_cast<Kind>(kind), R, F, gram, steps_gram, rhs, count, blocks, features};
+      }));
+  m.attr("MAX_SLOTS") = kMaxSlots;
+  m.def("measure", &measure);
+  m.def("advance", &advance);
+  m.def("cpu_isa", &cpu_isa);
+  m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
+#if defined(PYDEQSOLVE_WITH_CUDA)
+  m.def("measure_cuda", &measure_on_cuda);
+  m.def("advance_cuda", &advance_on_cuda);
+  m.def("workspace_doubles", &workspace_doubles);
+  m.def("device_count", &cuda_device_count);
+  m.attr("cuda_architectures") = PYDEQSOLVE_CUDA_ARCHITECTURES;
+#else
+  m.def("device_count", [] { return 0; });
+  m.attr("cuda_architectures") = "";
+#endif
+}

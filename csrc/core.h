@@ -1,0 +1,179 @@
+// Host and device mathematics of the small systems: M gamma = w.r with M at most memory x memory.
+//
+// All four methods are one update, z' = f - sum_a gamma_a (f_a - f_{a+1}), and differ in the matrix only
+// (Y = residual differences, S = iterate differences, columns by age, a < b means a is newer):
+//   Anderson II   (Y'Y) gamma = Y'r        Walker & Ni 2011, Eq. 2.2
+//   Anderson I    (S'Y) gamma = S'r        Fang & Saad 2009
+//   Broyden good  (S'Y + striu(S'S)) gamma = S'r   the compact form of Byrd, Nocedal & Schnabel 1994, Thm 6.1,
+//                                          from B_0 = -I; dropping the oldest pair is deleting its row
+//   Broyden bad   tril(Y'Y) gamma = Y'r    likewise for the inverse update
+// The Gram holds differences that were formed before they were multiplied: w_a . y_b from raw Gram entries would lose
+// all digits once the residual changes slowly.
+#pragma once
+#include "step.h"
+
+#if defined(__CUDACC__) || defined(PYDEQSOLVE_EMULATE_CUDA)
+#define PYDEQSOLVE_HD __host__ __device__
+#else
+#define PYDEQSOLVE_HD
+#endif
+
+namespace pydeqsolve {
+
+PYDEQSOLVE_HD static inline int slot_of(int head, int age, int slots) {
+  const int slot = head - age;
+  return slot < 0 ? slot + slots : slot;
+}
+
+// Entry (i, j), by age, of one block's matrix.
+PYDEQSOLVE_HD static inline double system_entry(Kind kind, int i, int j, int head, int slots, const double* gram,
+                                                const double* steps_gram) {
+  if (kind == Kind::kBroydenBad && i < j) return 0;
+  const int at = slot_of(head, i, slots) * slots + slot_of(head, j, slots);
+  return kind == Kind::kBroydenGood && i < j ? gram[at] + steps_gram[at] : gram[at];
+}
+
+// Adds one block's contribution to the system of size n: A (n, n) row-major, b (n,). A block with fewer differences
+// than the system counts as zero in the others, which keeps a sum of positive matrices positive.
+PYDEQSOLVE_HD static inline void add_block(int n, int differences, int head, int slots, Kind kind, const double* gram,
+                                    const double* steps_gram, const double* rhs, double* A, double* b) {
+  const int k = differences < n ? differences : n;
+  for (int i = 0; i < k; ++i) {
+    b[i] += rhs[i];
+    for (int j = 0; j < k; ++j) A[i * n + j] += system_entry(kind, i, j, head, slots, gram, steps_gram);
+  }
+}
+
+PYDEQSOLVE_HD static inline double magnitude(double x) { return x < 0 ? -x : x; }
+PYDEQSOLVE_HD static inline double square_root(double x) {
+#if defined(__CUDA_ARCH__)
+  return ::sqrt(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
+// Solves the symmetric positive semidefinite A x = b by Cholesky, in place, newest difference first; returns the rank
+// kept. A is scaled to a unit diagonal first, so `ridge` and `cutoff` are relative: multiplying the problem by any
+// power of two changes no bit of the result. A difference that depends on newer ones (pivot <= cutoff) gets weight 0.
+PYDEQSOLVE_HD static inline int solve_positive(int n, double* A, double* b, double* scale, double ridge, double cutoff) {
+  for (int i = 0; i < n; ++i) scale[i] = A[i * n + i] > 0 ? 1 / square_root(A[i * n + i]) : 0;
+  for (int i = 0; i < n; ++i) {
+    b[i] *= scale[i];
+    for (int j = 0; j <= i; ++j) A[i * n + j] *= scale[i] * scale[j];
+  }
+  int rank = 0;
+  for (int j = 0; j < n; ++j) {  // row j of L; a dropped row has L[j][j] = 0 and is passed over
+    for (int k = 0; k < j; ++k) {
+      if (A[k * n + k] == 0) continue;
+      double sum = A[j * n + k];
+      for (int i = 0; i < k; ++i) {
+        if (A[i * n + i] != 0) sum -= A[j * n + i] * A[k * n + i];
+      }
+      A[j * n + k] = sum / A[k * n + k];
+    }
+    double pivot = A[j * n + j] + ridge;
+    for (int k = 0; k < j; ++k) {
+      if (A[k * n + k] != 0) pivot -= A[j * n + k] * A[j * n + k];
+    }
+    const bool kept = scale[j] > 0 && pivot > cutoff;  // false for NaN too
+    A[j * n + j] = kept ? square_root(pivot) : 0;
+    rank += kept;
+  }
+  for (int j = 0; j < n; ++j) {
+    double sum = b[j];
+    for (int k = 0; k < j; ++k) sum -= A[k * n + k] != 0 ? A[j * n + k] * b[k] : 0;
+    b[j] = A[j * n + j] != 0 ? sum / A[j * n + j] : 0;
+  }
+  for (int j = n - 1; j >= 0; --j) {
+    double sum = b[j];
+    for (int k = j + 1; k < n; ++k) sum -= A[k * n + k] != 0 ? A[k * n + j] * b[k] : 0;
+    b[j] = A[j * n + j] != 0 ? sum / A[j * n + j] : 0;
+  }
+  for (int j = 0; j < n; ++j) b[j] *= scale[j];
+  return rank;
+}
+
+// Solves the general A x = b by elimination with complete pivoting after scaling rows, then columns, to a largest
+// entry of one; returns the rank at which pivots fall to `cutoff`. order (n,) is workspace.
+PYDEQSOLVE_HD static inline int solve_general(int n, double* A, double* b, double* scale, int* order, double cutoff) {
+  for (int i = 0; i < n; ++i) {
+    double largest = 0;
+    for (int j = 0; j < n; ++j) largest = magnitude(A[i * n + j]) > largest ? magnitude(A[i * n + j]) : largest;
+    const double factor = largest > 0 ? 1 / largest : 0;
+    for (int j = 0; j < n; ++j) A[i * n + j] *= factor;
+    b[i] *= factor;
+  }
+  for (int j = 0; j < n; ++j) {
+    double largest = 0;
+    for (int i = 0; i < n; ++i) largest = magnitude(A[i * n + j]) > largest ? magnitude(A[i * n + j]) : largest;
+    scale[j] = largest > 0 ? 1 / largest : 0;
+    for (int i = 0; i < n; ++i) A[i * n + j] *= scale[j];
+    order[j] = j;
+  }
+  int rank = 0;
+  for (; rank < n; ++rank) {
+    int row = rank, column = rank;
+    double largest = -1;
+    for (int i = rank; i < n; ++i) {
+      for (int j = rank; j < n; ++j) {
+        if (magnitude(A[i * n + j]) > largest) {
+          largest = magnitude(A[i * n + j]);
+          row = i;
+          column = j;
+        }
+      }
+    }
+    if (!(largest > cutoff)) break;
+    for (int j = 0; j < n; ++j) {
+      const double t = A[rank * n + j];
+      A[rank * n + j] = A[row * n + j];
+      A[row * n + j] = t;
+    }
+    const double t = b[rank];
+    b[rank] = b[row];
+    b[row] = t;
+    for (int i = 0; i < n; ++i) {
+      const double u = A[i * n + rank];
+      A[i * n + rank] = A[i * n + column];
+      A[i * n + column] = u;
+    }
+    const int o = order[rank];
+    order[rank] = order[column];
+    order[column] = o;
+    for (int i = rank + 1; i < n; ++i) {
+      const double factor = A[i * n + rank] / A[rank * n + rank];
+      for (int j = rank + 1; j < n; ++j) A[i * n + j] -= factor * A[rank * n + j];
+      b[i] -= factor * b[rank];
+    }
+  }
+  for (int i = rank - 1; i >= 0; --i) {
+    for (int j = i + 1; j < rank; ++j) b[i] -= A[i * n + j] * b[j];
+    b[i] /= A[i * n + i];
+  }
+  for (int i = rank; i < n; ++i) b[i] = 0;
+  // x[order[i]] = b[i]: follow the permutation in place.
+  for (int i = 0; i < n; ++i) {
+    while (order[i] != i) {
+      const int to = order[i];
+      const double t = b[to];
+      b[to] = b[i];
+      b[i] = t;
+      order[i] = order[to];
+      order[to] = to;
+    }
+  }
+  for (int j = 0; j < n; ++j) b[j] *= scale[j];
+  return rank;
+}
+
+// Relative size at which a pivot counts as zero: a little above the rounding of a double precision Gram.
+constexpr double kPivotCutoff = 1e-14;
+
+PYDEQSOLVE_HD static inline int solve_system(Kind kind, int n, double* A, double* b, double* scale, int* order,
+                                      double ridge) {
+  if (kind == Kind::kAndersonII) return solve_positive(n, A, b, scale, ridge, kPivotCutoff);
+  return solve_general(n, A, b, scale, order, kPivotCutoff);
+}
+
+}  // namespace pydeqsolve

@@ -1,0 +1,41 @@
+"""Batched fixed points z = f(z) in PyTorch: per-sample convergence, implicit gradients, a native Anderson step."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("pydeqsolve")
+except PackageNotFoundError:  # a source tree on the path that was never installed
+    __version__ = "0.0.0"
+
+from .anderson import Anderson
+from .broyden import Broyden
+from .deq import DEQ
+from .diagnostics import jacobian_penalty, spectral_radius
+from .gmres import GMRES
+from .gradient import Implicit, Phantom, Unrolled
+from .ops import build_info
+from .picard import Picard
+from .solution import Adjoint, ConvergenceError, Solution, Status
+from .solve import solve
+from .stop import Front, Stop
+
+__all__ = [
+    "DEQ",
+    "GMRES",
+    "Adjoint",
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "Front",
+    "Implicit",
+    "Phantom",
+    "Picard",
+    "Solution",
+    "Status",
+    "Stop",
+    "Unrolled",
+    "build_info",
+    "jacobian_penalty",
+    "solve",
+    "spectral_radius",
+]

@@ -1,0 +1,47 @@
+"""Anderson acceleration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .picard import check_damping
+from .ring import COUPLINGS, Method
+from .stop import check_count
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """z ← f − ΔF γ − (1−β)(r − ΔR γ), with γ from the last `memory` differences: AA(m) of Walker & Ni 2011, Eq. 2.2.
+
+    kind "II": γ = argmin ‖r − ΔR γ‖₂. kind "I": ΔZᵀ(r − ΔR γ) = 0 (Fang & Saad 2009, Sec. 3).
+    memory: differences kept, m; the history takes 2 (m + 1) words per entry of the state.
+    damping: β in (0, 2], the weight of the residual in the step.
+    ridge: added to the unit diagonal of the scaled normal equations, so it is relative; None adds nothing: differences
+    that depend on newer ones are left out instead (`Solution.rank_losses` counts such steps).
+    coupling: which residuals γ is fitted to. "joint": one γ per sample. "independent" and "causal" read dimension 1 of
+    the state as blocks in order; block k has a γ of its own, fitted to itself, or to blocks 0…k.
+    safeguard: an accelerated step after which the residual exceeds this many times the one before is refused, and the
+    sample (or block) restarts from the plain step before it (`Solution.rejections`). Infinity never refuses.
+    """
+
+    memory: int = 5
+    damping: float = 1.0
+    kind: str = "II"
+    ridge: float | None = None
+    coupling: str = "joint"
+    safeguard: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_count("memory", self.memory, least=0)
+        check_damping(self.damping)
+        if self.kind not in ("I", "II"):
+            raise ValueError(f'kind must be "I" or "II", got {self.kind!r}')
+        if self.ridge is not None and not 0 <= self.ridge < 1:
+            raise ValueError(f"ridge must be None or in [0, 1), got {self.ridge}")
+        if self.coupling not in COUPLINGS:
+            raise ValueError(f"coupling must be one of {COUPLINGS}, got {self.coupling!r}")
+        if not self.safeguard > 1:
+            raise ValueError(f"safeguard must exceed 1, got {self.safeguard}")
+
+    def method(self) -> Method:
+        return Method(f"anderson {self.kind}", self.memory, self.damping, self.ridge or 0.0, self.coupling)

@@ -1,0 +1,35 @@
+"""Broyden's methods with limited memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ring import Method
+from .stop import check_count
+
+
+@dataclass(frozen=True)
+class Broyden:
+    """z ← z − H r, H the inverse Jacobian estimate of r = f − z built from −I by the last `memory` rank-one updates.
+
+    kind "good" updates the Jacobian, "bad" its inverse (Broyden 1965). Both are kept in compact form (Byrd, Nocedal &
+    Schnabel 1994, Thm 6.1): with S, Y the differences of iterates and residuals, oldest first,
+      good: H = −I + (S + Y) (−L − SᵀY)⁻¹ Sᵀ, L the strictly lower part of SᵀS;
+      bad:  H = −I + (S + Y) U⁻¹ Yᵀ, U the upper part of YᵀY.
+    When the memory is full the oldest pair is left out, which gives exactly Broyden's matrix from the newest pairs; the
+    newest secant equation H y = s always holds. safeguard as in `Anderson`.
+    """
+
+    memory: int = 10
+    kind: str = "good"
+    safeguard: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_count("memory", self.memory, least=1)
+        if self.kind not in ("good", "bad"):
+            raise ValueError(f'kind must be "good" or "bad", got {self.kind!r}')
+        if not self.safeguard > 1:
+            raise ValueError(f"safeguard must exceed 1, got {self.safeguard}")
+
+    def method(self) -> Method:
+        return Method(f"broyden {self.kind}", self.memory)

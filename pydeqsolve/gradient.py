@@ -1,0 +1,276 @@
+"""How derivatives pass through a solution: implicit, phantom or unrolled.
+
+J = ∂f/∂z at z*, g the cotangent of z*. The implicit function theorem gives dz* = (I − J)⁻¹ ∂f/∂θ dθ, hence the
+cotangent u = (I − Jᵀ)⁻¹ g for f, which autograd then carries on to θ: parameters, inputs, whatever fn closes over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .gmres import GMRES
+from .iterate import Problem, Solver, call, iterate
+from .solution import Adjoint, ConvergenceError, Solution, describe_failures
+from .stop import Stop, check_count
+from .structure import Layout
+
+
+class LinearSolver(Protocol):
+    """Solves u = g + A u per sample; see `GMRES.solve`."""
+
+    def solve(self, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]: ...
+
+
+class Gradient(Protocol):
+    """A way to differentiate a solution."""
+
+    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+        """`solution.z` (B, T, D) with a graph behind it; the value stays the same, bit for bit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """Exact gradients by the implicit function theorem: u = g + Jᵀ u is solved in the backward pass.
+
+    solver: a Krylov method (`GMRES`) or any forward solver. stop: the adjoint's tolerance, relative to ‖g‖ per sample,
+    so that a scaled loss gives the scaled gradient. on_failure: what happens when a sample's adjoint does not converge:
+    "warn" (a RuntimeWarning, the best u is used), "raise" (ConvergenceError) or "phantom" (that sample uses u = g).
+    The outcome is left in `Solution.adjoint`. Memory: the graph of one evaluation of fn, whatever the forward solve
+    took. Second derivatives and forward mode raise NotImplementedError.
+    """
+
+    solver: Any = field(default_factory=GMRES)
+    stop: Stop = field(default_factory=lambda: Stop(rtol=1e-6))
+    on_failure: str = "warn"
+
+    def __post_init__(self) -> None:
+        if self.on_failure not in ("warn", "raise", "phantom"):
+            raise ValueError(f'on_failure must be "warn", "raise" or "phantom", got {self.on_failure!r}')
+        if not (hasattr(self.solver, "solve") or hasattr(self.solver, "method")):
+            raise TypeError(f"solver must be GMRES() or a forward solver, got {type(self.solver).__name__}")
+
+    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+        at = _Linearised.of(problem, solution)
+        if at is None:
+            return solution.z
+        value = solution.z if at.rows is None else solution.z[at.rows]
+        attached = _ImplicitFunction.apply(at.f, value, _Backward(self, at, solution))
+        return at.spread(attached, solution.z)
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """Approximate gradients: those of z ← τ f(z) + (1 − τ) z, `steps` times from z* (Geng et al. 2021).
+
+    damping is τ. steps=1, damping=1 is the one-step gradient, u = g; as steps grow it tends to the implicit gradient
+    when J contracts. Costs `steps` evaluations of fn with their graphs.
+    """
+
+    steps: int = 1
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps, least=1)
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be in (0, 1], got {self.damping}")
+
+    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+        if not torch.is_grad_enabled():
+            return solution.z
+        rows, inputs = _good_rows(problem, solution)
+        start = (solution.z if rows is None else solution.z[rows]).detach()
+        z = start
+        for _ in range(self.steps):
+            f = evaluate(problem, z, inputs)
+            z = self.damping * f + (1 - self.damping) * z
+        if not z.requires_grad:
+            return solution.z
+        # z is near z*, not equal to it: the value returned is the one whose residual was measured.
+        return _spread(_Replace.apply(z, start), solution.z, rows)
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Differentiates through every step of the solver; memory and time grow with the steps.
+
+    Runs in PyTorch, not in the native step. z0 takes part in the graph.
+    """
+
+    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+        raise NotImplementedError("Unrolled is carried out by solve itself")
+
+
+def evaluate(problem: Problem, z: Tensor, inputs: list[Tensor]) -> Tensor:
+    """f at flat z (n, T, D), with gradients as the current mode says."""
+    layout: Layout = problem.layout
+    return layout.pack(call(problem, layout.unpack(z), inputs), "the value of fn")
+
+
+def _good_rows(problem: Problem, solution: Solution) -> tuple[Tensor | None, list[Tensor]]:
+    """Samples with a finite residual, and their inputs; (None, inputs) when that is all or fn must see everyone.
+
+    A bad sample must stay out of the graph: a cotangent of zero times its NaN would still be NaN in the parameters.
+    """
+    good = solution.residual.isfinite()
+    if not problem.compact or bool(good.all()):
+        return None, list(problem.inputs)
+    rows = good.nonzero()[:, 0]
+    return rows, [x[rows] for x in problem.inputs]
+
+
+def _spread(part: Tensor, full: Tensor, rows: Tensor | None) -> Tensor:
+    return part if rows is None else full.detach().index_copy(0, rows, part)
+
+
+@dataclass(eq=False)
+class _Linearised:
+    """f with its graph at the samples `rows` of z*, and the product Jᵀu there."""
+
+    z: Tensor  # (n, T, D), a leaf
+    f: Tensor  # (n, T, D)
+    rows: Tensor | None
+    good: Tensor  # (n,) bool
+
+    @staticmethod
+    def of(problem: Problem, solution: Solution) -> _Linearised | None:
+        """None when no gradient is asked for: grad mode off, or fn depends on nothing that requires one."""
+        if not torch.is_grad_enabled():
+            return None
+        rows, inputs = _good_rows(problem, solution)
+        z = (solution.z if rows is None else solution.z[rows]).detach().clone().requires_grad_()
+        f = evaluate(problem, z, inputs)
+        if not _has_other_leaf(f, z):
+            return None
+        good = solution.residual.isfinite()
+        return _Linearised(z, f, rows, good if rows is None else good[rows])
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Jᵀu, (n, T, D) → (n, T, D)."""
+        u = torch.where(self.good[:, None, None], u, 0.0).to(self.f.dtype)
+        (product,) = torch.autograd.grad(self.f, self.z, u, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(self.z) if product is None else product
+
+    def spread(self, part: Tensor, full: Tensor) -> Tensor:
+        return _spread(part, full, self.rows)
+
+
+def _has_other_leaf(f: Tensor, z: Tensor) -> bool:
+    """Some leaf other than z requires a gradient of f."""
+    seen, stack = set(), [f.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not z:
+            return True
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+@dataclass(eq=False)
+class _Backward:
+    """The adjoint solve of one forward pass."""
+
+    gradient: Implicit
+    at: _Linearised
+    solution: Solution
+
+    def __call__(self, g: Tensor) -> Tensor:
+        """u (n, T, D) of u = g + Jᵀu."""
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "second derivatives through Implicit are not supported: use gradient=Unrolled() for double backward"
+            )
+        g = torch.where(self.at.good[:, None, None], g, 0.0)
+        u, outcome = self._solve(g)
+        self._report(outcome)
+        failed = outcome.status != 0
+        if self.gradient.on_failure == "phantom":
+            u = torch.where(failed[:, None, None], g, u)
+        elif bool(failed.any()):
+            message = f"the adjoint of solve did not converge: {describe_failures(outcome.status)}"
+            if self.gradient.on_failure == "raise":
+                raise ConvergenceError(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return torch.where(self.at.good[:, None, None] & u.isfinite(), u, 0.0)
+
+    def _solve(self, g: Tensor) -> tuple[Tensor, Adjoint]:
+        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+        solver, stop = self.gradient.solver, self.gradient.stop
+        n = g.shape[0]
+
+        def transposed(u: Tensor) -> Tensor:
+            return self.at.transposed(u.reshape(g.shape)).to(wide).reshape(n, -1)
+
+        rhs = g.to(wide).reshape(n, -1)
+        if hasattr(solver, "solve"):
+            u, outcome = solver.solve(transposed, rhs, stop)
+        else:
+            u, outcome = _by_fixed_point(solver, transposed, rhs, stop)
+        return u.reshape(g.shape).to(g.dtype), outcome
+
+    def _report(self, outcome: Adjoint) -> None:
+        rows, B = self.at.rows, self.solution.status.shape[0]
+        if rows is None:
+            self.solution.adjoint = outcome
+            return
+        full = Adjoint(
+            self.solution.status.clone(), self.solution.residual.clone(), torch.zeros_like(rows).new_zeros(B)
+        )
+        for name in ("status", "residual", "evaluations"):
+            getattr(full, name)[rows] = getattr(outcome, name)
+        self.solution.adjoint = full
+
+
+def _by_fixed_point(solver: Solver, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
+    """u = g + A u by a forward solver, each sample scaled by its ‖g‖."""
+    norm = torch.linalg.vector_norm(g.double(), dim=1)
+    scale = torch.where((norm > 0) & norm.isfinite(), norm, 1.0).to(g.dtype)
+    rhs = (g / scale[:, None])[:, None]
+    layout = Layout.of(rhs, by_blocks=True)
+    problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False)
+    l2 = Stop(stop.rtol, stop.atol, stop.max_steps, "l2", stop.check_every)
+    solved = iterate(problem, rhs, solver=solver, stop=l2)
+    return solved.z[:, 0] * scale[:, None], Adjoint(solved.status, solved.residual, solved.evaluations)
+
+
+class _ImplicitFunction(torch.autograd.Function):
+    """Returns z* and, backward, hands u to f, whose own graph leads on."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, z: Tensor, backward: _Backward) -> Tensor:
+        ctx.solve = backward
+        return z.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.solve(grads[0]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("forward mode through Implicit is not supported: use gradient=Unrolled()")
+
+
+class _Replace(torch.autograd.Function):
+    """Value of `value`, gradient of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0]

@@ -1,0 +1,130 @@
+"""The two passes of a solver step, native where they can be; the only file that touches the native module.
+
+`measure` forms r = f − z, writes the newest row and the new Gram entries and returns the norms. `advance` solves the
+small systems and mixes the next iterate. Both work on n samples at hand, which `rows` maps to the B of the ring.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import ACCEPT, KEEP, MIX, PLAIN, REJECT
+from .ring import COUPLINGS, KINDS, Ring
+
+__all__ = ["ACCEPT", "KEEP", "MIX", "PLAIN", "REJECT", "advance", "build_info", "measure", "start"]
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("._native", __package__), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_native: Any
+_native, _why_not = _load()
+_handles = "_native_ring"
+
+
+def start(ring: Ring) -> None:
+    """Prepares `ring` for the native step when this device, size and build allow it."""
+    _, M, T, D = ring.R.shape
+    backend = None
+    if _native is not None and M <= _native.MAX_SLOTS:
+        if ring.R.device.type == "cpu":
+            backend = "cpu"
+        elif ring.R.device.type == "cuda" and _native.cuda_architectures:
+            backend = "cuda"
+    handle = None
+    if backend:
+        steps = 0 if ring.steps_gram is None else ring.steps_gram.data_ptr()
+        handle = _native.Ring(
+            ring.dtype == torch.float64, M, KINDS.index(ring.kind), T, D, ring.R.data_ptr(), ring.F.data_ptr(),
+            ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.count.data_ptr(),
+        )  # fmt: skip
+    ring.__dict__[_handles] = (backend, handle)
+
+
+def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
+    """Pass 1. f, z (n, T, D) in the ring's dtype, contiguous; rows (n,) int64; wanted (n, T) bool or None.
+
+    Returns norms (n, T, 2) float64, of r and of f: sums of squares, or maxima when norm is "max"; NaN or infinity in a
+    block makes its norm NaN or infinite. Blocks that are not wanted return 0 and lose their history.
+    """
+    ring.head = (ring.head + 1) % ring.slots
+    backend, handle = ring.__dict__[_handles]
+    if backend is None:
+        return reference.measure(ring, f, z, rows, wanted, norm)
+    _check(ring, f, z)
+    norms = torch.zeros(*f.shape[:2], 2, dtype=torch.float64, device=f.device)
+    mask = 0 if wanted is None else wanted.contiguous().data_ptr()
+    shared = (handle, ring.head, f.shape[0], rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr())
+    if backend == "cpu":
+        _native.measure(*shared, int(norm == "max"), torch.get_num_threads())
+    else:
+        partial = torch.empty(
+            max(1, _native.workspace_doubles(handle, f.shape[0])), dtype=torch.float64, device=f.device
+        )
+        with torch.cuda.device(f.device):
+            stream = torch.cuda.current_stream(f.device).cuda_stream
+            _native.measure_cuda(*shared, int(norm == "max"), partial.data_ptr(), stream)
+    return norms
+
+
+def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass 2. Returns the next iterate (n, T, D) and how many differences each block dropped (n, T).
+
+    z (n, T, D) the current iterate; mode (n, T) uint8 says what becomes of each block: KEEP z, MIX, REJECT the newest
+    row (back to the value f of the row before), PLAIN f, or ACCEPT f without damping.
+    """
+    backend, handle = ring.__dict__[_handles]
+    if backend is None:
+        count = ring.count[rows]
+        gamma, dropped = reference.weights(ring, mode, rows)
+        return reference.mix(ring, gamma, mode, z, rows, count), dropped
+    n, T, _ = z.shape
+    gamma = torch.empty(n, T, ring.slots, dtype=torch.float64, device=z.device)
+    dropped = torch.empty(n, T, dtype=torch.int32, device=z.device)
+    z_next = torch.empty_like(z)
+    shared = (
+        handle, ring.head, n, rows.data_ptr(), mode.data_ptr(), gamma.data_ptr(), dropped.data_ptr(),
+        COUPLINGS.index(ring.coupling), ring.ridge, ring.damping, z.data_ptr(), z_next.data_ptr(),
+    )  # fmt: skip
+    if backend == "cpu":
+        _native.advance(*shared, torch.get_num_threads())
+    else:
+        workspace = torch.empty(max(1, _native.workspace_doubles(handle, n)), dtype=torch.float64, device=z.device)
+        with torch.cuda.device(z.device):
+            stream = torch.cuda.current_stream(z.device).cuda_stream
+            _native.advance_cuda(*shared, workspace.data_ptr(), stream)
+    return z_next, dropped
+
+
+def _check(ring: Ring, f: Tensor, z: Tensor) -> None:
+    for name, x in (("f", f), ("z", z)):
+        if x.dtype != ring.dtype or x.device != ring.R.device or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {ring.dtype} on {ring.R.device}, got {x.dtype} on {x.device}")
+    if f.shape != z.shape or f.shape[1:] != ring.R.shape[2:]:
+        raise ValueError(f"f and z must have shape (n, {ring.R.shape[2]}, {ring.R.shape[3]}), got {tuple(f.shape)}")
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation can do: native module, instruction set, CUDA architectures, devices, threads, versions."""
+    from . import __version__
+
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "native": _native is not None,
+        "native_error": _why_not,
+        "cpu_isa": _native.cpu_isa() if _native is not None else "",
+        "cuda_architectures": _native.cuda_architectures if _native is not None else "",
+        "devices": _native.device_count() if _native is not None else 0,
+        "threads": torch.get_num_threads(),
+    }

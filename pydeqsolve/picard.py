@@ -1,0 +1,33 @@
+"""Picard iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ring import Method
+
+
+@dataclass(frozen=True)
+class Picard:
+    """z ← z + β (f(z) − z): the plain fixed-point iteration, damped by β.
+
+    Converges when fn contracts (for β < 1 also for some maps that do not, such as rotations). One evaluation a step,
+    no history.
+    """
+
+    damping: float = 1.0
+    safeguard = float("inf")
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    def method(self) -> Method:
+        return Method(damping=self.damping)
+
+
+def check_damping(damping: float) -> None:
+    """Raises unless 0 < damping ≤ 2."""
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise TypeError(f"damping must be a float, got {type(damping).__name__}")
+    if not 0 < damping <= 2:
+        raise ValueError(f"damping must be in (0, 2], got {damping}")

@@ -1,0 +1,47 @@
+"""The history of a solve: a ring of raw rows per sample, and the two passes of a step over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+KINDS = ("anderson II", "anderson I", "broyden good", "broyden bad")  # csrc/step.h, Kind
+COUPLINGS = ("joint", "independent", "causal")  # csrc/step.h, Coupling
+
+
+@dataclass(frozen=True)
+class Method:
+    """What distinguishes the solvers that share the ring: memory (differences kept), kind, coupling, β and ridge."""
+
+    kind: str = "anderson II"
+    memory: int = 0
+    damping: float = 1.0
+    ridge: float = 0.0
+    coupling: str = "joint"
+
+
+class Ring:
+    """Memory of B samples × T blocks × D features: memory + 1 rows of r and of f, and the Gram matrices.
+
+    Takes 2 (memory + 1)·B·T·D words, whatever the number of steps. States below float32 are kept in float32.
+    """
+
+    def __init__(self, method: Method, B: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.kind, self.coupling = method.kind, method.coupling
+        self.damping, self.ridge = float(method.damping), float(method.ridge)
+        self.slots = method.memory + 1
+        self.head = 0
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        M = self.slots
+        self.R = torch.empty(B, M, T, D, dtype=self.dtype, device=device)
+        self.F = torch.empty_like(self.R)
+        self.gram = torch.zeros(B, T, M, M, dtype=torch.float64, device=device)
+        self.steps_gram = torch.zeros_like(self.gram) if self.kind == "broyden good" else None
+        self.rhs = torch.zeros(B, T, M, dtype=torch.float64, device=device)
+        self.count = torch.zeros(B, T, dtype=torch.int32, device=device)  # valid rows, the newest included
+
+    @property
+    def by_steps(self) -> bool:
+        """The left vectors of the small system are iterate differences s (else residual differences y)."""
+        return self.kind in ("anderson I", "broyden good")

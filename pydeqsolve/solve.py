@@ -1,0 +1,116 @@
+"""`solve`: the public entry of the solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .anderson import Anderson
+from .gradient import Gradient, Implicit, Unrolled
+from .iterate import Callback, Problem, Solver, iterate
+from .solution import Solution
+from .stop import Front, Stop
+from .structure import Layout
+from .unroll import unroll
+
+ANDERSON, STOP, IMPLICIT = Anderson(), Stop(), Implicit()
+
+
+def solve(
+    fn: Callable[..., Any],
+    z0: Any,
+    inputs: Sequence[Tensor] = (),
+    *,
+    solver: Solver = ANDERSON,
+    stop: Stop = STOP,
+    gradient: Gradient | None = IMPLICIT,
+    compact: bool | None = None,
+    trace: bool = False,
+    callback: Callback | None = None,
+    front: Front | None = None,
+) -> Solution:
+    """Solves z = fn(z, *inputs) for each of B samples by itself and returns a `Solution`.
+
+    Args:
+        fn: the map; takes the state of n samples and returns their new state, same structure and shapes. It must treat
+            samples independently and must not change its argument in place.
+        z0: first guess: a tensor (B, …), or a nested tuple, list or dict of tensors that share B, dtype (float64,
+            float32, bfloat16, float16) and device.
+        inputs: tensors (B, …), the input injection, handed to fn after the state.
+        solver: `Anderson`, `Broyden` or `Picard`.
+        stop: tolerance, budget, norm.
+        gradient: `Implicit`, `Phantom`, `Unrolled`, or None for no graph at all.
+        compact: fn is called on the unfinished samples only, with `inputs` gathered alike. None: on when there are
+            inputs; off otherwise, because fn might close over per-sample data.
+        trace: keep the residual of every step in `Solution.trace`, (steps, B).
+        callback: called as callback(step, z, residual) after each measured step, z in the structure of z0; a true
+            return stops the solve.
+        front: the map is causal over dimension 1 of the state, (B, T, …), and its blocks finish one by one (`Front`).
+
+    Returns:
+        Solution: per sample the best measured iterate, its residual, status and evaluations.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or fn returns another structure than z0's.
+
+    A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
+    Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps.
+    """
+    problem, flat = _prepare(fn, z0, inputs, solver, stop, compact, front)
+    if gradient is not None and not hasattr(gradient, "attach"):
+        raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {gradient!r}")
+    solution = iterate(problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback)
+    if isinstance(gradient, Unrolled) and torch.is_grad_enabled():
+        solution.z = unroll(problem, flat, solver, stop, solution.evaluations)
+    elif gradient is not None and flat.shape[0]:
+        solution.z = gradient.attach(problem, solution)
+    solution.z = problem.layout.unpack(solution.z)
+    return solution
+
+
+def _prepare(
+    fn: Callable[..., Any], z0: Any, inputs: Sequence[Tensor], solver: Solver, stop: Stop, compact: bool | None,
+    front: Front | None,
+) -> tuple[Problem, Tensor]:  # fmt: skip
+    """The problem and the flat first guess, after checking every argument."""
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+    if not hasattr(solver, "method"):
+        raise TypeError(f"solver must be Anderson(), Broyden() or Picard(), got {solver!r}")
+    if not isinstance(stop, Stop):
+        raise TypeError(f"stop must be a Stop, got {type(stop).__name__}")
+    if front is not None and not isinstance(front, Front):
+        raise TypeError(f"front must be a Front or None, got {type(front).__name__}")
+    layout = Layout.of(z0, by_blocks=front is not None or solver.method().coupling != "joint")
+    flat = layout.pack(z0, "z0")
+    B, T, D = flat.shape
+    if B and not T * D:
+        raise ValueError("z0 must have at least one entry per sample")
+    for name in ("rtol", "atol"):
+        tolerance = getattr(stop, name)
+        allowed = [(B,), (), *([(B, T), (1, T)] if front is not None else [])]
+        if isinstance(tolerance, Tensor) and tuple(tolerance.shape) not in allowed:
+            raise ValueError(f"stop.{name} must have shape ({B},), got {tuple(tolerance.shape)}")
+    if isinstance(inputs, Tensor):
+        raise TypeError("inputs must be a tuple or list of tensors, got a tensor: write inputs=(x,)")
+    for i, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inputs[{i}] must be a tensor, got {type(x).__name__}")
+        if x.dim() == 0 or x.shape[0] != B:
+            raise ValueError(f"inputs[{i}] must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
+    compact = bool(inputs) if compact is None else compact
+    return Problem(fn, tuple(inputs), replace(layout, template=_skeleton(z0)), compact), flat
+
+
+def _skeleton(tree: Any) -> Any:
+    """The structure of z0 without its data, so that a Solution does not keep z0 alive."""
+    if isinstance(tree, Tensor):
+        return torch.empty(0)
+    if isinstance(tree, dict):
+        return type(tree)((key, _skeleton(part)) for key, part in tree.items())
+    parts = [_skeleton(part) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)

@@ -1,0 +1,77 @@
+"""When a sample is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NORMS = ("rms", "l2", "max")
+
+
+@dataclass(frozen=True, eq=False)
+class Stop:
+    """Converged, per sample: ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖.
+
+    rtol, atol: floats, or tensors (B,), one tolerance per sample; with `Front` also (B, T) or (1, T), one per block.
+    max_steps: calls of fn, the first included. norm: "rms" (root mean square over the sample's entries), "l2" or "max".
+    check_every: steps between two readings of the finished samples by the host; None is 1 on the CPU, where reading is
+    free, and 8 on a GPU, where it waits for the device. A sample that finishes in between is frozen at once either way.
+    """
+
+    rtol: float | Tensor = 1e-5
+    atol: float | Tensor = 0.0
+    max_steps: int = 100
+    norm: str = "rms"
+    check_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                if not value.is_floating_point() or bool((~(value >= 0)).any()):
+                    raise ValueError(f"{name} must be floating point and non-negative everywhere")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+            elif not value >= 0:
+                raise ValueError(f"{name} must be non-negative, got {value}")
+        check_count("max_steps", self.max_steps, least=0)
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
+        if self.check_every is not None:
+            check_count("check_every", self.check_every, least=1)
+
+    def interval(self, device: torch.device) -> int:
+        """Steps between two readings of the stop flags on `device`."""
+        return self.check_every if self.check_every is not None else 1 if device.type == "cpu" else 8
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raises unless `value` is an int (bool excluded) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class Front:
+    """Blocks of a causal map finish one by one, from the front; a finished block costs nothing more.
+
+    For maps whose state is (B, T, …) and whose block k depends on earlier blocks only. fn is then called with the
+    keyword `wanted`, a bool tensor (n, T), and needs to fill only those blocks of its result. A leading block is
+    frozen, at the value fn gave it, when everything before it was frozen before that call (it is then exact), or when
+    its residual is within `margin` times its tolerance and everything before it is frozen.
+
+    window: at most so many blocks of a sample are wanted at a time, the first unfinished ones; None is all.
+    """
+
+    window: int | None = None
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check_count("window", self.window, least=1)
+        if not 0 <= self.margin <= 1:
+            raise ValueError(f"margin must be in [0, 1], got {self.margin}")

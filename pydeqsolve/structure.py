@@ -1,0 +1,103 @@
+"""Between the user's nested state and the solver's flat one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def leaves_of(tree: Any, name: str) -> list[Tensor]:
+    """The tensors of a nested tuple, list or dict, in order; TypeError names what else was found."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return [leaf for key in tree for leaf in leaves_of(tree[key], f"{name}[{key!r}]")]
+    if isinstance(tree, (tuple, list)):
+        return [leaf for i, part in enumerate(tree) for leaf in leaves_of(part, f"{name}[{i}]")]
+    raise TypeError(f"{name} must be a tensor or a nested tuple, list or dict of tensors, got {type(tree).__name__}")
+
+
+def rebuild(tree: Any, leaves: Callable[[], Tensor]) -> Any:
+    """A copy of the structure of `tree` whose tensors are drawn in order from `leaves`."""
+    if isinstance(tree, Tensor):
+        return leaves()
+    if isinstance(tree, dict):
+        return type(tree)((key, rebuild(part, leaves)) for key, part in tree.items())
+    parts = [rebuild(part, leaves) for part in tree]
+    if hasattr(tree, "_fields"):
+        return type(tree)(*parts)
+    return type(tree)(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a state of B samples lies in one tensor (B, T, D): T blocks (1 unless the solver couples blocks)."""
+
+    template: Any
+    shapes: tuple[torch.Size, ...]  # of the leaves, without the batch dimension
+    dtype: torch.dtype
+    device: torch.device
+    blocks: int  # T
+
+    @staticmethod
+    def of(z0: Any, by_blocks: bool) -> Layout:
+        """The layout of z0; by_blocks takes dimension 1 of every leaf as the blocks. Raises for unusable states."""
+        leaves = leaves_of(z0, "z0")
+        if not leaves:
+            raise ValueError("z0 must hold at least one tensor")
+        first = leaves[0]
+        for leaf in leaves:
+            if leaf.dtype not in FLOATING:
+                raise TypeError(f"z0 must be float64, float32, bfloat16 or float16, got {leaf.dtype}")
+            if leaf.dim() < 1 + by_blocks:
+                need = "(B, T, …)" if by_blocks else "(B, …)"
+                raise ValueError(f"every tensor of z0 must have shape {need}, got {tuple(leaf.shape)}")
+            if leaf.shape[: 1 + by_blocks] != first.shape[: 1 + by_blocks]:
+                raise ValueError(
+                    f"the tensors of z0 must share their leading dimensions, got {tuple(first.shape)} "
+                    f"and {tuple(leaf.shape)}"
+                )
+            if leaf.dtype != first.dtype or leaf.device != first.device:
+                raise ValueError(
+                    f"the tensors of z0 must share dtype and device, got {first.dtype} on {first.device} "
+                    f"and {leaf.dtype} on {leaf.device}"
+                )
+        shapes = tuple(leaf.shape[1:] for leaf in leaves)
+        return Layout(z0, shapes, first.dtype, first.device, first.shape[1] if by_blocks else 1)
+
+    def pack(self, tree: Any, name: str) -> Tensor:
+        """Structure → (n, T, D), contiguous, in this layout's dtype. Raises when the shapes are not the layout's."""
+        leaves = [tree] if isinstance(tree, Tensor) else leaves_of(tree, name)
+        if len(leaves) != len(self.shapes):
+            raise ValueError(f"{name} must hold {len(self.shapes)} tensors like z0, got {len(leaves)}")
+        n = leaves[0].shape[0] if leaves[0].dim() else 0
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if leaf.dim() == 0 or leaf.shape[0] != n or leaf.shape[1:] != shape:
+                raise ValueError(f"{name} must have shape {(n, *shape)} like z0, got {tuple(leaf.shape)}")
+            if leaf.device != self.device:
+                raise ValueError(f"{name} must be on {self.device} like z0, got {leaf.device}")
+        flat = [
+            leaf.reshape(n, self.blocks, -1 if n and leaf.numel() else self._features(shape))
+            for leaf, shape in zip(leaves, self.shapes, strict=True)
+        ]
+        packed = flat[0] if len(flat) == 1 else torch.cat(flat, dim=2)
+        return packed.to(self.dtype).contiguous()
+
+    def unpack(self, flat: Tensor) -> Any:
+        """(n, T, D) → structure; views of `flat`."""
+        n = flat.shape[0]
+        if len(self.shapes) == 1:
+            parts = [flat]
+        else:
+            parts = list(flat.split([self._features(shape) for shape in self.shapes], dim=2))
+        tensors = iter([part.reshape(n, *shape) for part, shape in zip(parts, self.shapes, strict=True)])
+        return rebuild(self.template, lambda: next(tensors))
+
+    def _features(self, shape: torch.Size) -> int:
+        return shape.numel() // self.blocks if self.blocks else 0

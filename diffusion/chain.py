@@ -1,0 +1,222 @@
+"""The DDIM chain as arrays of coefficients, and its linear part solved in closed form.
+
+Notation: step k = 0 … T−1 goes from x_k (noisier; x_0 of this file is the latent x_T) to x_{k+1}:
+x_{k+1} = a_k x_k + c_k ε(x_k, t_k) + σ_k n_k. With a splitting ε = κ_k x + b_k + N(x) it is
+x_{k+1} = A_k x_k + c_k (b_k + N_k) + σ_k n_k, A_k = a_k + c_k κ_k, and given all N_k the whole trajectory is one
+cumulative sum: x_k = P_k (x_0 + Σ_{j<k} (c_j (b_j + N_j) + σ_j n_j) / P_{j+1}), P_k = Π_{j<k} A_j.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+VARIANCE_FLOOR = 1e-2  # of the mean variance
+SPACINGS = ("linspace", "leading", "trailing", "quadratic")
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """T DDIM steps (Song, Meng & Ermon 2021, Eq. 12), noisiest first; tensors are (T,), float64 but for the first.
+
+    timesteps: the model's t, int64. alphas: ᾱ before each step. alphas_next: ᾱ after it. eta: share of fresh noise,
+    0 is DDIM and 1 DDPM's ancestral sampling.
+    """
+
+    timesteps: Tensor
+    alphas: Tensor
+    alphas_next: Tensor
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)):
+            raise TypeError(f"eta: a number is required, got {self.eta!r}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta: 0 to 1 is required, got {self.eta}")
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+        return len(self)
+
+    @staticmethod
+    def from_schedule(schedule: Schedule, steps: int, spacing: str = "linspace", eta: float = 0.0) -> Chain:
+        """The chain of `steps` of the schedule's N time steps.
+
+        spacing: "linspace" (evenly from 0 to N−1), "leading" (k⌊N/T⌋ + steps_offset), "trailing" (N, N − N/T, …,
+        less one) or "quadratic" (denser near the image, made strictly increasing). A chain ends at the schedule's
+        final ᾱ. With `schedule.diffusers_steps` each step ends ⌊N/T⌋ below its own t, as diffusers' DDIMScheduler
+        has it.
+        """
+        N = len(schedule)
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"steps: an integer is required, got {steps!r}")
+        if not 1 <= steps <= N:
+            raise ValueError(f"steps: 1 to {N}, the schedule's length, is required, got {steps}")
+        t = _timesteps(N, steps, spacing, schedule.steps_offset)
+        alphas = schedule.alphas_cumprod
+        final = alphas.new_tensor([schedule.final_alpha_cumprod])
+        if getattr(schedule, "diffusers_steps", False):
+            previous = t - N // steps
+            after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+        else:
+            after = torch.cat([alphas[t[1:]], final])
+        return Chain(t, alphas[t], after, eta)
+
+    @property
+    def sigma(self) -> Tensor:
+        """σ_k = η √((1−ᾱ')/(1−ᾱ)) √(1 − ᾱ/ᾱ'), ᾱ' = alphas_next (Song et al. 2021, Eq. 16)."""
+        variance = (1 - self.alphas_next) / (1 - self.alphas) * (1 - self.alphas / self.alphas_next)
+        return self.eta * variance.clamp_min(0).sqrt()
+
+    @property
+    def a(self) -> Tensor:
+        """a_k = √(ᾱ'/ᾱ)."""
+        return (self.alphas_next / self.alphas).sqrt()
+
+    @property
+    def c(self) -> Tensor:
+        """c_k = √(1 − ᾱ' − σ²) − a √(1 − ᾱ)."""
+        return (1 - self.alphas_next - self.sigma.square()).clamp_min(0).sqrt() - self.a * (1 - self.alphas).sqrt()
+
+    def coarsen(self, steps: int) -> tuple[Chain, Tensor]:
+        """The chain of `steps` of the time steps, both ends included, and their positions (steps,) in this one."""
+        at = torch.from_numpy(np.linspace(0, len(self) - 1, steps)).round().long()
+        after = torch.cat([self.alphas[at[1:]], self.alphas_next[-1:]])
+        return Chain(self.timesteps[at], self.alphas[at], after, self.eta), at
+
+
+def _timesteps(N: int, T: int, spacing: str, offset: int) -> Tensor:
+    """(T,) int64, strictly decreasing."""
+    if spacing == "linspace":
+        t = np.linspace(0, N - 1, T).round() if T > 1 else np.array([N - 1.0])
+    elif spacing == "leading":
+        t = np.arange(T) * (N // T) + offset
+    elif spacing == "trailing":
+        t = np.round(np.arange(N, 0, -N / T))[:T][::-1] - 1
+    elif spacing == "quadratic":
+        t = np.round((N - 1) * (np.linspace(0, 1, T) if T > 1 else np.ones(1)) ** 2)
+        steps = np.arange(T)
+        t = np.maximum.accumulate(t - steps) + steps  # equal neighbours move up until all differ
+        t = np.minimum(t, N - T + steps)
+    else:
+        raise ValueError(f"spacing: one of {', '.join(SPACINGS)} is required, got {spacing!r}")
+    t = t.astype(np.int64)[::-1].copy()
+    if t[0] >= N or t[-1] < 0:
+        raise ValueError(f"steps_offset: {offset} pushes time step {t[0]} out of 0 … {N - 1}")
+    return torch.from_numpy(t)
+
+
+@dataclass(frozen=True, eq=False)
+class Splitting:
+    """The linear part of ε that is solved exactly: ε(x, t_k) ≈ κ_k x + b_k.
+
+    kappa: (T, 1) or (T, D) float64. offset b: the same, or None for 0. The fixed point is the same for every splitting;
+    the number of rounds is not.
+    """
+
+    kappa: Tensor
+    offset: Tensor | None = None
+
+    @staticmethod
+    def named(name: str, chain: Chain, mean: Tensor | None = None, variance: Tensor | None = None) -> Splitting:
+        """The splitting called "epsilon" (κ = 0, the paper's form), "v" (κ = √(1−ᾱ), a rotation) or "gaussian".
+
+        "gaussian" is exact for Gaussian data: κ = σ/(ᾱ Λ + σ²), b = −κ √ᾱ μ, σ² = 1 − ᾱ, with the data's mean μ and
+        variance Λ per pixel, (D,) each; without them μ = 0 and Λ = 0.25, about that of images in [−1, 1].
+        """
+        alpha = chain.alphas[:, None]
+        sigma = (1 - alpha).sqrt()
+        if name == "epsilon":
+            return Splitting(torch.zeros_like(alpha))
+        if name == "v":
+            return Splitting(sigma)
+        if name == "gaussian":
+            spread = alpha.new_tensor([0.25]) if variance is None else variance.double().cpu()
+            # A pixel that never varies would make A_k vanish at the image: its step could not be read backwards.
+            spread = spread.clamp_min(VARIANCE_FLOOR * spread.mean().clamp_min(VARIANCE_FLOOR))
+            kappa = sigma / (alpha * spread + sigma.square())
+            return Splitting(kappa, None if mean is None else -kappa * alpha.sqrt() * mean.double().cpu())
+        raise ValueError(f'splitting: "epsilon", "v", "gaussian" or a tensor κ is required, got {name!r}')
+
+    @staticmethod
+    def of(
+        splitting: str | Tensor | Splitting, chain: Chain, mean: Tensor | None = None, variance: Tensor | None = None
+    ) -> Splitting:
+        """A splitting from its name, from κ (T,) or (T, D), or as it is."""
+        if isinstance(splitting, Splitting):
+            return splitting
+        if isinstance(splitting, str):
+            return Splitting.named(splitting, chain, mean, variance)
+        if not isinstance(splitting, Tensor):
+            raise TypeError(f"splitting: a name, a tensor or a Splitting is required, got {type(splitting).__name__}")
+        if splitting.dim() not in (1, 2) or splitting.shape[0] != len(chain):
+            raise ValueError(f"splitting: κ must be ({len(chain)},) or ({len(chain)}, D), got {tuple(splitting.shape)}")
+        kappa = splitting.double().cpu()
+        return Splitting(kappa[:, None] if kappa.dim() == 1 else kappa)
+
+
+class LinearChain:
+    """x_{k+1} = A_k x_k + c_k N_k + d_k from a given x_0, for every k at once. A (T, 1) or (T, D), c (T, 1).
+
+    Works from the product form where that is safe; when some A_k is so small that dividing by the products loses
+    digits (a chain that jumps from pure noise to the image), it goes step by step.
+    """
+
+    def __init__(self, A: Tensor, c: Tensor) -> None:
+        self.A, self.c = A, c
+        products = torch.cat([torch.ones_like(A[:1]), A.cumprod(0)])
+        size = products.abs()
+        self.safe = bool(size.isfinite().all()) and bool(size.min() > 1e-8 * size.max()) and bool(size.min() > 1e-100)
+        self.P = products  # (T+1, 1 or D)
+        self.w = c / products[1:] if self.safe else c
+
+    def to(self, device: torch.device) -> LinearChain:
+        moved = object.__new__(LinearChain)
+        moved.A, moved.c, moved.P, moved.w = (x.to(device) for x in (self.A, self.c, self.P, self.w))
+        moved.safe = self.safe
+        return moved
+
+    def base(self, x: Tensor, d: Tensor | None) -> Tensor:
+        """The trajectory (B, T+1, D) with N = 0, from x (B, D); d (B or 1, T, D) or None."""
+        if not self.safe:
+            return self._stepwise(x, d)
+        drift = 0 if d is None else torch.nn.functional.pad((d / self.P[1:]).cumsum(1), (0, 0, 1, 0))
+        return self.P * (x[:, None] + drift)
+
+    def trajectory(self, base: Tensor, N: Tensor) -> Tensor:
+        """(B, T+1, D): base plus the response to N (B, T, D)."""
+        if not self.safe:
+            return base + self._stepwise(torch.zeros_like(base[:, 0]), self.c * N)
+        out = base.clone()
+        out[:, 1:] += (self.w * N).cumsum_(1).mul_(self.P[1:])
+        return out
+
+    def _stepwise(self, x: Tensor, d: Tensor | None) -> Tensor:
+        states = [x]
+        for k in range(self.A.shape[0]):
+            x = self.A[k] * x
+            x = x if d is None else x + d[:, k]
+            states.append(x)
+        return torch.stack(states, 1)
+
+
+def interpolation(positions: Tensor, count: int) -> Tensor:
+    """(count, n) float64: from values at `positions` (n,) to 0 … count−1, by a cubic spline (n ≥ 4) or linearly."""
+    from scipy.interpolate import CubicSpline, make_interp_spline
+
+    at, n = positions.numpy(), len(positions)
+    identity = np.eye(n)
+    grid = np.arange(count)
+    spline = CubicSpline(at, identity) if n >= 4 else make_interp_spline(at, identity, k=min(1, n - 1))
+    return torch.from_numpy(np.ascontiguousarray(spline(grid)))

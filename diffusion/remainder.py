@@ -1,0 +1,120 @@
+"""The chain as a fixed point in its remainders, and the one place that calls the model.
+
+The unknown is N (B, T, D), the part of ε that the splitting leaves: N_k = ε(x_k, t_k) − κ_k x_k − b_k. Given N the
+trajectory x is linear in it (`LinearChain`), so the map N ↦ x ↦ N' has the chain as its only fixed point, and N'_k
+depends on the earlier N_j alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .chain import Chain, LinearChain, Splitting
+
+PREDICTIONS = ("epsilon", "v", "sample")
+CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
+
+Model = Callable[..., Tensor]
+
+
+@dataclass(eq=False)
+class Network:
+    """ε(x_t, t) from a model of any prediction type, in the model's dtype and in calls of at most `rows` rows."""
+
+    model: Model
+    prediction: str
+    shape: torch.Size  # of one image
+    dtype: torch.dtype
+    rows: int | None = None
+    group: Any = None
+    calls: int = field(default=0, init=False)
+
+    def epsilon(self, x: Tensor, t: Tensor, alpha: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
+        """ε (n, D) in the dtype of x (n, D). t, alpha (n,): time steps and ᾱ there; conditioning (n, …) each."""
+        self.calls += 1
+        out = self._distributed(x, t, conditioning) if self.group is not None else self._local(x, t, conditioning)
+        out = out.to(x.dtype)
+        if self.prediction == "epsilon":
+            return out
+        root, sigma = alpha.sqrt()[:, None].to(x), (1 - alpha).sqrt()[:, None].to(x)
+        if self.prediction == "v":  # v = √ᾱ ε − σ x_0 (Salimans & Ho 2022)
+            return root * out + sigma * x
+        return (x - root * out) / sigma
+
+    def _local(self, x: Tensor, t: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
+        most = self.rows or (CPU_ROWS if x.device.type == "cpu" else max(1, len(x)))
+        parts = []
+        for at in range(0, len(x), most):
+            part = slice(at, at + most)
+            image = x[part].to(self.dtype).reshape(-1, *self.shape)
+            value = self.model(image, t[part], *[c[part] for c in conditioning])
+            if not isinstance(value, Tensor) or value.shape != image.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"model: a tensor of the shape of x, {tuple(image.shape)}, is required, got {got}")
+            parts.append(value.flatten(1))
+        return torch.cat(parts) if parts else x.new_empty(x.shape)
+
+    def _distributed(self, x: Tensor, t: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
+        """Every rank evaluates its share of the rows; all get all."""
+        ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        share = -(-len(x) // ranks)
+        mine = slice(rank * share, (rank + 1) * share)
+        local = self._local(x[mine], t[mine], [c[mine] for c in conditioning])
+        padded = local.new_zeros(share, x.shape[1])
+        padded[: len(local)] = local
+        gathered = [torch.empty_like(padded) for _ in range(ranks)]
+        dist.all_gather(gathered, padded, group=self.group)
+        return torch.cat(gathered)[: len(x)]
+
+
+@dataclass(eq=False)
+class Remainders:
+    """The map N ↦ N' of one chain; what `pydeqsolve.solve` is given.
+
+    Attributes:
+        evaluations: (B,) model rows spent on each image so far.
+        linear: from N to x_0 … x_T; position k of `inputs_of` gives the state at which N_k is evaluated.
+    """
+
+    network: Network
+    chain: Chain
+    splitting: Splitting
+    linear: LinearChain
+    shift: int = 0  # N_k is read off state k + shift: 0 for sampling, 1 for inversion, where it is the step's own end
+
+    def __call__(
+        self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor, wanted: Tensor | None = None
+    ) -> Tensor:
+        """N' (n, T, D) where `wanted` (n, T), N elsewhere. image (n,) numbers the images; base (n, T+1, D)."""
+        x = self.linear.trajectory(base, N)[:, self.shift : self.shift + N.shape[1]]
+        if wanted is None:
+            wanted = torch.ones(N.shape[:2], dtype=torch.bool, device=N.device)
+        i, k = wanted.nonzero(as_tuple=True)
+        self.evaluations.index_add_(0, image[i], torch.ones_like(i))
+        rows = x[i, k]
+        out = N.clone()
+        out[i, k] = self.remainder(rows, k, [c[i] for c in conditioning])
+        return out
+
+    def __post_init__(self) -> None:
+        self.evaluations = torch.zeros(0, dtype=torch.int64)
+
+    def remainder(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
+        """N (n, D) at states x (n, D) of steps k (n,)."""
+        chain, split = self.chain, self.splitting
+        eps = self.network.epsilon(x, chain.timesteps[k], chain.alphas[k], conditioning)
+        eps = eps - split.kappa[k] * x
+        return eps if split.offset is None else eps - split.offset[k]
+
+
+def move(chain: Chain, splitting: Splitting, device: torch.device) -> tuple[Chain, Splitting]:
+    """Both on `device`."""
+    moved = Chain(chain.timesteps.to(device), chain.alphas.to(device), chain.alphas_next.to(device), chain.eta)
+    offset = None if splitting.offset is None else splitting.offset.to(device)
+    return moved, Splitting(splitting.kappa.to(device), offset)

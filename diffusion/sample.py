@@ -1,0 +1,330 @@
+"""Sampling: the DDIM chain step by step, or all of it at once as a fixed point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
+
+from .adjoint import through_chain, through_phantom
+from .chain import Chain, LinearChain, Splitting, interpolation
+from .remainder import PREDICTIONS, Model, Network, Remainders, move
+
+SOLVER = Anderson(memory=3, coupling="causal")
+STOP = Stop(rtol=1e-4)
+# A block within this many times rtol, in units of ε (root mean square 1), leaves an error of about rtol in x_0.
+UNITS_PER_RTOL = 5.0
+MARGIN = 0.5
+
+
+@dataclass(eq=False)
+class Sample:
+    """What `sample` returns.
+
+    Attributes:
+        x_0: (B, …) the images, dtype of x_T.
+        trajectory: (B, steps + 1, …), x_T first.
+        solution: of the finest level's fixed point, in the chain's remainders; None for sequential sampling.
+        rounds: model calls one after the other, coarser levels included.
+        evaluations: (B,) model rows per image.
+    """
+
+    x_0: Tensor
+    trajectory: Tensor
+    solution: Solution | None
+    rounds: int
+    evaluations: Tensor
+
+
+def sample(
+    model: Model,
+    x_T: Tensor,
+    chain: Chain,
+    prediction: str = "epsilon",
+    method: str = "parallel",
+    splitting: str | Tensor | Splitting = "v",
+    solver: Any = None,
+    stop: Stop | None = None,
+    window: int | None = None,
+    generator: torch.Generator | None = None,
+    group: Any = None,
+    progress: bool = False,
+    *,
+    inputs: Sequence[Tensor] = (),
+    gradient: Implicit | Phantom | None = None,
+    levels: Sequence[int] | None = None,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+    rows_per_call: int | None = None,
+    callback: Callable[[int, Tensor, Tensor], Any] | None = None,
+) -> Sample:
+    """The images x_0 that the chain makes of the latents x_T.
+
+    x_{k+1} = a_k x_k + c_k ε(x_k, t_k) + σ_k n_k (Song et al. 2021, Eq. 12), either one step after the other
+    ("sequential") or as the fixed point of all steps together ("parallel"; Pokle et al. 2022, Eq. 10, split linearly).
+    Both give the same images, to the tolerance of `stop`.
+
+    Args:
+        model: model(x, t, *inputs), x (N, …), t (N,) int64 → same shape as x; `prediction` says of what.
+        x_T: (B, …) latents, usually standard normal.
+        chain: from `Schedule.chain`.
+        prediction: "epsilon", "v" or "sample".
+        splitting: "v", "epsilon", "gaussian" (with `mean` and `variance`, the data's, of the shape of an image), or κ.
+        solver: of the fixed point; Anderson(3, coupling="causal").
+        stop: rtol is about the relative error of x_0 (default 1e-4); atol, if given, bounds the change of ε instead,
+            root mean square per step. max_steps caps the rounds of a level (by default the number of steps, which
+            always suffices).
+        window: time steps evaluated at once, at most; None is all.
+        generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead.
+        group: torch.distributed process group whose ranks share the model rows of every round.
+        inputs: per-image conditioning (B, …), gathered for the rows that are evaluated.
+        gradient: None; Implicit() for the exact gradient of the chain with respect to x_T, inputs and parameters;
+            Phantom(steps, damping) for the approximate one. See `diffusion.adjoint`.
+        levels: step counts of coarser chains solved first, coarsest first; None chooses, () is none.
+        rows_per_call: rows per model call; None is 256 on a CPU, all on a GPU. Calls of one round count once.
+        callback: callback(round, trajectory, residual) after each round; a true return stops the solve.
+
+    Returns:
+        Sample.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, by name.
+
+    The states are float64 whatever the model's dtype: in float32 a frozen step leaves an error which the rest inherits.
+    """
+    run = Sampler.of(model, x_T, chain, prediction, splitting, generator, group, inputs, mean, variance, rows_per_call)
+    if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
+        raise TypeError(f"gradient: None, Implicit() or Phantom() is required, got {type(gradient).__name__}")
+    bar = progress_bar(progress, "sampling", "round")
+    try:
+        with torch.no_grad():
+            if method == "sequential":
+                trajectory, solution, rounds, evaluations = run.sequential(bar)
+            elif method == "parallel":
+                coarse = run.levels(levels)
+                trajectory, solution, rounds, evaluations = run.parallel(
+                    solver or SOLVER,
+                    _block_stop(stop or replace(STOP, max_steps=len(chain))),
+                    window,
+                    coarse,
+                    bar,
+                    callback,
+                )
+            else:
+                raise ValueError(f'method: "sequential" or "parallel" is required, got {method!r}')
+    finally:
+        bar.close()
+    if isinstance(gradient, Implicit):
+        trajectory = through_chain(run.map, trajectory, x_T, list(inputs))
+    elif isinstance(gradient, Phantom):
+        trajectory = through_phantom(run.map, trajectory, x_T, list(inputs), run.drift, gradient)
+    images = trajectory.to(x_T.dtype).unflatten(2, x_T.shape[1:]) if len(x_T) else trajectory.to(x_T.dtype)
+    return Sample(images[:, -1], images, solution, rounds, evaluations)
+
+
+def _block_stop(stop: Stop) -> Stop:
+    """The per-step tolerance, in units of ε, that belongs to the user's."""
+    atol = stop.atol + UNITS_PER_RTOL * stop.rtol
+    return Stop(0.0, atol, stop.max_steps, stop.norm, stop.check_every)
+
+
+class _Silent:
+    """Stands in for a progress bar."""
+
+    def update(self, n: int = 1) -> None: ...
+    def close(self) -> None: ...
+
+
+def progress_bar(progress: bool, what: str, unit: str) -> Any:
+    """A tqdm bar on standard error that is quiet when that is no terminal, or nothing at all."""
+    if not progress:
+        return _Silent()
+    from tqdm import tqdm
+
+    return tqdm(desc=what, unit=unit, disable=None, leave=False)
+
+
+@dataclass(eq=False)
+class Sampler:
+    """The problem of one call of `sample` or `invert`, its arguments checked and moved to float64."""
+
+    map: Remainders
+    x_T: Tensor  # (B, D) float64, detached
+    conditioning: list[Tensor]
+    drift: Tensor | None  # (B or 1, T, D): c_k b_k + σ_k n_k
+
+    @staticmethod
+    def of(
+        model: Model, x_T: Tensor, chain: Chain, prediction: str, splitting: Any, generator: Any, group: Any,
+        inputs: Sequence[Tensor], mean: Tensor | None, variance: Tensor | None, rows: int | None,
+    ) -> Sampler:  # fmt: skip
+        check_arguments(model, x_T, "x_T", chain, prediction, inputs)
+        split = Splitting.of(splitting, chain, *(None if s is None else s.flatten() for s in (mean, variance)))
+        D = x_T[0].numel() if len(x_T) else x_T.shape[1:].numel()
+        if split.kappa.shape[1] not in (1, D):
+            raise ValueError(f"splitting: κ must be (steps, 1) or (steps, {D}), got {tuple(split.kappa.shape)}")
+        chain, split = move(chain, split, x_T.device)
+        a, c = chain.a[:, None], chain.c[:, None]
+        linear = LinearChain(a + c * split.kappa, c)
+        flat = x_T.detach().double().flatten(1)
+        network = Network(model, prediction, x_T.shape[1:], model_dtype(model, x_T.dtype), rows, group)
+        drift = None if split.offset is None else (c * split.offset)[None]
+        if chain.eta > 0:
+            noise = torch.randn(len(x_T), len(chain), D, dtype=torch.float64, generator=generator,
+                                device=generator.device if generator is not None else x_T.device)  # fmt: skip
+            noise = chain.sigma[:, None] * noise.to(x_T.device)
+            drift = noise if drift is None else drift + noise
+        return Sampler(Remainders(network, chain, split, linear), flat, [c.detach() for c in inputs], drift)
+
+    def sequential(self, bar: Any) -> tuple[Tensor, None, int, Tensor]:
+        """The reference: T model calls, each on B rows."""
+        m, x = self.map, self.x_T
+        chain = m.chain
+        a, c = chain.a, chain.c
+        noise = None
+        if chain.eta > 0 and self.drift is not None:
+            offset = 0 if m.splitting.offset is None else c[:, None] * m.splitting.offset
+            noise = self.drift - offset
+        states = [x]
+        for k in range(len(chain)):
+            t = chain.timesteps[k].expand(len(x))
+            eps = m.network.epsilon(x, t, chain.alphas[k].expand(len(x)), self.conditioning)
+            x = a[k] * x + c[k] * eps
+            if noise is not None:
+                x = x + noise[:, k]
+            states.append(x)
+            bar.update()
+        return torch.stack(states, 1), None, len(chain), torch.full((len(x),), len(chain))
+
+    def parallel(
+        self, solver: Any, stop: Stop, window: int | None, levels: Sequence[int], bar: Any, callback: Any
+    ) -> tuple[Tensor, Solution, int, Tensor]:
+        """The fixed point, from the guess that coarser levels give, or N = 0."""
+        (B, D), T = self.x_T.shape, len(self.map.chain)
+        guess = torch.zeros(B, T, D, dtype=torch.float64, device=self.x_T.device)
+        evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
+        rounds = 0
+        for count in levels:
+            coarse, at = self._coarse(count)
+            _, solution, more, rows = coarse._solve(guess[:, at], solver, stop, None, bar, None)
+            guess = interpolation(at.cpu(), T).to(guess.device) @ solution.z
+            rounds, evaluations = rounds + more, evaluations + rows
+        trajectory, solution, more, rows = self._solve(guess, solver, stop, window, bar, callback)
+        return trajectory, solution, rounds + more, evaluations + rows
+
+    def _coarse(self, steps: int) -> tuple[Sampler, Tensor]:
+        """This problem on `steps` of the time steps, and their positions."""
+        m = self.map
+        chain, at = m.chain.coarsen(steps)
+        offset = None if m.splitting.offset is None else m.splitting.offset[at]
+        split = Splitting(m.splitting.kappa[at], offset)
+        a, c = chain.a[:, None], chain.c[:, None]
+        linear = LinearChain(a + c * split.kappa, c)
+        drift = None if offset is None else (c * offset)[None]
+        return Sampler(Remainders(m.network, chain, split, linear), self.x_T, self.conditioning, drift), at
+
+    def _solve(
+        self, guess: Tensor, solver: Any, stop: Stop, window: int | None, bar: Any, callback: Any
+    ) -> tuple[Tensor, Solution, int, Tensor]:
+        m, B = self.map, len(self.x_T)
+        m.evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
+        base = m.linear.base(self.x_T, self.drift).expand(B, -1, -1)
+        before = m.network.calls
+
+        def report(step: int, N: Tensor, residual: Tensor) -> Any:
+            bar.update()
+            if callback is not None:
+                return callback(step, m.linear.trajectory(base, N).unflatten(2, m.network.shape), residual)
+            return False
+
+        quiet = callback is None and isinstance(bar, _Silent)
+        solution = solve(
+            m, guess, (torch.arange(B, device=base.device), base, *self.conditioning), solver=solver, stop=stop,
+            gradient=None, front=Front(window, MARGIN), callback=None if quiet else report,
+        )  # fmt: skip
+        return m.linear.trajectory(base, solution.z), solution, m.network.calls - before, m.evaluations
+
+    def at(self, x_T: Tensor) -> Sampler:
+        """The same problem for other latents (B, D)."""
+        return Sampler(self.map, x_T, self.conditioning, self.drift)
+
+    def check(self, N: Tensor | None, stop: Stop) -> tuple[Tensor, int, Tensor]:
+        """x_0 (B, D) to a tight tolerance, from a guess of the remainders; rounds and rows (B,)."""
+        if N is None:
+            trajectory, _, rounds, rows = self.sequential(_Silent())
+        else:
+            trajectory, _, rounds, rows = self._solve(N, SOLVER, _block_stop(stop), None, _Silent(), None)
+        return trajectory[:, -1], rounds, rows
+
+    def differentiable_sequential(self, x_T: Tensor) -> tuple[Tensor, int, Tensor]:
+        """x_0 (B, D) with the graph of the whole chain, rounds and rows (B,)."""
+        trajectory, _, rounds, rows = self.at(x_T).sequential(_Silent())
+        return trajectory[:, -1], rounds, rows
+
+    def differentiable_parallel(
+        self, x_T: Tensor, N: Tensor, gradient: Implicit | Phantom, stop: Stop, solver: Any
+    ) -> tuple[Tensor, Tensor, int, Tensor]:
+        """x_0 (B, D) of the fixed point from the guess N, with an implicit or phantom gradient; N, rounds, rows."""
+        with torch.no_grad():
+            trajectory, solution, rounds, rows = self._solve(
+                N, solver or SOLVER, _block_stop(stop), None, _Silent(), None
+            )
+        if isinstance(gradient, Implicit):
+            trajectory = through_chain(self.map, trajectory, x_T, self.conditioning)
+        else:
+            trajectory = through_phantom(self.map, trajectory, x_T, self.conditioning, self.drift, gradient)
+            rows = rows + (gradient.steps - 1) * len(self.map.chain)
+        return trajectory[:, -1], solution.z, rounds, rows
+
+    def levels(self, levels: Sequence[int] | None) -> Sequence[int]:
+        """The coarser step counts to use; fresh noise belongs to its own chain, so eta > 0 has none."""
+        T = len(self.map.chain)
+        if levels is None:
+            return (T // 10,) if T >= 500 and self.map.chain.eta == 0 else ()
+        counts = tuple(levels)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+            raise TypeError(f"levels: integers are required, got {levels!r}")
+        if any(not 2 <= n < T for n in counts) or list(counts) != sorted(set(counts)):
+            raise ValueError(f"levels: increasing step counts from 2 to {T - 1} are required, got {counts}")
+        if counts and self.map.chain.eta > 0:
+            raise ValueError("levels: only for eta = 0, because a coarser chain has noises of its own")
+        return counts
+
+
+def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
+    """Raises for what neither sampling nor inversion can use."""
+    if not callable(model):
+        raise TypeError(f"model: a callable model(x, t, *inputs) is required, got {type(model).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: a tensor (B, …) is required, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: a floating-point tensor is required, got {x.dtype}")
+    if x.dim() < 2 or x.shape[1:].numel() == 0:
+        raise ValueError(f"{name}: shape (B, …) with at least one entry per image is required, got {tuple(x.shape)}")
+    shape = getattr(model, "shape", None)
+    if isinstance(model, nn.Module) and isinstance(shape, tuple) and tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name}: images of shape {shape}, the model's, are required, got {tuple(x.shape[1:])}")
+    if not isinstance(chain, Chain):
+        raise TypeError(f"chain: a Chain from Schedule.chain is required, got {type(chain).__name__}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
+    if isinstance(inputs, Tensor):
+        raise TypeError("inputs: a tuple of tensors is required, got a tensor: write inputs=(labels,)")
+    for i, c in enumerate(inputs):
+        if not isinstance(c, Tensor) or c.dim() == 0 or len(c) != len(x):
+            got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
+            raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
+
+
+def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's floating-point parameters, else that of the images."""
+    if isinstance(model, nn.Module):
+        for p in model.parameters():
+            if p.is_floating_point():
+                return p.dtype
+    return default

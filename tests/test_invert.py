@@ -1,0 +1,138 @@
+"""`invert`: the latent it finds makes the image again."""
+
+import pytest
+import torch
+from mixture import Mixture, latents, means
+
+from diffusion import Schedule, invert, load_checkpoint, sample
+from pydeqsolve import Implicit, Phantom, Status
+
+SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+
+
+def images(model, chain, count=4):
+    with torch.no_grad():
+        return sample(model, latents(count, 6), chain, method="sequential").x_0
+
+
+@pytest.mark.parametrize("steps", [10, 50, 100])
+@pytest.mark.parametrize("splitting", ["v", "gaussian"])
+def test_exact_inversion_of_a_mixture_reproduces_its_images(steps, splitting):
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(steps)
+    x_0 = images(model, chain)
+    found = invert(model, x_0, chain, "exact", splitting=splitting)
+    assert found.loss.max() <= 1e-10
+    again = sample(model, found.x_T, chain, method="sequential").x_0
+    torch.testing.assert_close((again - x_0).square().sum(1), found.loss, rtol=1e-3, atol=1e-13)
+    assert found.status.tolist() == [Status.CONVERGED] * 4
+
+
+def test_exact_inversion_recovers_the_latent():
+    model, chain, x_T = Mixture(SCHEDULE, means()), SCHEDULE.chain(50), latents(4, 6)
+    x_0 = sample(model, x_T, chain, method="sequential").x_0
+    found = invert(model, x_0, chain)
+    assert (found.x_T - x_T).square().mean().sqrt() <= 1e-3
+
+
+def test_real_digits_come_back_from_their_latents():
+    checkpoint = load_checkpoint("digits")
+    x_0, chain = checkpoint.images[:4], checkpoint.schedule.chain(100)
+    found = invert(checkpoint.model, x_0, chain)
+    assert found.loss.max() <= 1e-6
+    assert found.x_T.dtype == torch.float32
+
+
+def test_one_pass_inversion_is_rough_and_costs_one_row_a_step():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(100)
+    x_0 = images(model, chain)
+    rough, exact = invert(model, x_0, chain, "ddim"), invert(model, x_0, chain)
+    assert rough.evaluations.tolist() == [200] * 4  # the pass and the sampling that measures its loss
+    assert 1e-9 < rough.loss.median() < 0.1 * x_0.square().sum(1).median()
+    assert exact.loss.median() < 1e-3 * rough.loss.median()
+
+
+@pytest.mark.parametrize(
+    ("method", "gradient"),
+    [("naive", None), ("deq", None), ("deq", Phantom(3, 1.0)), ("deq", Implicit())],
+)
+def test_descent_lowers_the_loss_and_reports_the_best_latent(method, gradient):
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(10)
+    x_0 = images(model, chain)
+    found = invert(
+        model, x_0, chain, method, epochs=60, lr=0.1, gradient=gradient, generator=torch.Generator().manual_seed(0)
+    )
+    assert found.history.shape == (60, 4)
+    assert (found.loss < 0.2 * found.history[0]).all()
+    torch.testing.assert_close(found.loss, found.history.min(0).values, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["naive", "deq"])
+def test_a_resumed_descent_ends_bit_for_bit_where_an_uninterrupted_one_does(method):
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
+    x_0 = images(model, chain)
+    whole = invert(model, x_0, chain, method, epochs=9, lr=0.1, generator=torch.Generator().manual_seed(0))
+    part = invert(model, x_0, chain, method, epochs=4, lr=0.1, generator=torch.Generator().manual_seed(0))
+    rest = invert(model, x_0, chain, method, epochs=9, lr=0.1, state=part.state)
+    assert torch.equal(rest.x_T, whole.x_T)
+    assert torch.equal(rest.history, whole.history)
+    assert torch.equal(rest.evaluations, whole.evaluations)
+
+
+def test_a_callback_may_stop_and_its_snapshot_resumes():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
+    x_0 = images(model, chain)
+    kept = []
+
+    def watch(epoch):
+        kept.append(epoch.snapshot())
+        return epoch.number == 3
+
+    stopped = invert(model, x_0, chain, "deq", epochs=50, callback=watch, generator=torch.Generator().manual_seed(0))
+    assert len(stopped.history) == len(kept) == 3
+    resumed = invert(model, x_0, chain, "deq", epochs=5, state=kept[1])
+    whole = invert(model, x_0, chain, "deq", epochs=5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(resumed.history, whole.history)
+
+
+@pytest.mark.parametrize("method", ["ddim", "naive", "deq", "exact"])
+def test_a_nan_image_harms_no_other(method):
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
+    x_0 = images(model, chain)
+    options = {"epochs": 3, "generator": None} if method in ("naive", "deq") else {}
+    start = {"state": None}
+    if options:
+        options["state"] = invert(model, x_0, chain, method, epochs=0).state
+        start = {}
+    clean = invert(model, x_0, chain, method, **options, **start)
+    x_0[2] = torch.nan
+    got = invert(model, x_0, chain, method, **options, **start)
+    others = [0, 1, 3]
+    torch.testing.assert_close(got.x_T[others], clean.x_T[others])
+    assert got.status[2] == Status.NONFINITE
+    assert got.loss[others].isfinite().all()
+
+
+def test_evaluations_are_the_rows_the_model_saw():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
+    x_0 = images(model, chain)
+    for method, options in (("ddim", {}), ("exact", {}), ("naive", {"epochs": 3}), ("deq", {"epochs": 3})):
+        model.rows = 0
+        found = invert(model, x_0, chain, method, **options)
+        assert int(found.evaluations.sum()) == model.rows, method
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "names"),
+    [
+        ({"method": "guess"}, ValueError, "method"),
+        ({"chain": SCHEDULE.chain(5, eta=1.0)}, ValueError, "eta"),
+        ({"x_0": torch.ones(2, dtype=torch.float64)}, ValueError, "x_0"),
+        ({"method": "deq", "epochs": -1}, ValueError, "epochs"),
+        ({"method": "deq", "gradient": 3}, TypeError, "gradient"),
+        ({"method": "deq", "state": {"x_T": torch.ones(1, 6), "N": torch.ones(1, 5, 6)}}, ValueError, "state"),
+    ],
+)
+def test_a_wrong_argument_is_named(change, error, names):
+    arguments = {"model": Mixture(SCHEDULE, means()), "x_0": latents(2, 6), "chain": SCHEDULE.chain(5), **change}
+    with pytest.raises(error, match=names):
+        invert(**arguments)

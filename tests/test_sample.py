@@ -1,0 +1,238 @@
+"""`sample`: parallel equals sequential, and both are the chain that the formulas and diffusers say."""
+
+import pytest
+import torch
+from mixture import Mixture, latents, means
+
+from diffusion import Schedule, Splitting, load_checkpoint, sample
+from pydeqsolve import Anderson, Picard, Stop
+
+SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+TIGHT = Stop(rtol=1e-9, max_steps=1000)
+
+
+def relative(x, y):
+    return ((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max().item()
+
+
+def by_hand(model, x, chain, noise=None):
+    """Song et al. 2021, Eq. 12, written out."""
+    for k in range(len(chain)):
+        alpha, after = chain.alphas[k], chain.alphas_next[k]
+        sigma = chain.eta * ((1 - after) / (1 - alpha)).sqrt() * (1 - alpha / after).sqrt()
+        eps = model(x, chain.timesteps[k].expand(len(x)))
+        clean = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        x = after.sqrt() * clean + (1 - after - sigma**2).clamp_min(0).sqrt() * eps
+        if noise is not None:
+            x = x + sigma * noise[:, k]
+    return x
+
+
+@torch.no_grad()
+def test_sequential_sampling_is_the_ddim_formula():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(20), latents(3, 6)
+    torch.testing.assert_close(sample(model, x, chain, method="sequential").x_0, by_hand(model, x, chain))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_fresh_noise_enters_as_the_ddim_formula_has_it(eta):
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(12, eta=eta), latents(2, 6)
+    noise = torch.randn(2, 12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    got = sample(model, x, chain, method="sequential", generator=torch.Generator().manual_seed(7)).x_0
+    torch.testing.assert_close(got, by_hand(model, x, chain, noise))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("splitting", ["epsilon", "v", "gaussian"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "quadratic"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_parallel_sampling_equals_sequential(splitting, spacing, eta):
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(30, spacing, eta), latents(4, 6)
+    runs = [
+        sample(model, x, chain, method=m, splitting=splitting, stop=TIGHT, generator=torch.Generator().manual_seed(3))
+        for m in ("sequential", "parallel")
+    ]
+    assert relative(runs[1].trajectory, runs[0].trajectory) < 1e-7
+    assert runs[1].solution.converged.all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+@pytest.mark.parametrize("schedule", [SCHEDULE, Schedule.cosine(200), Schedule.scaled_linear(500, 0.00085, 0.012)])
+def test_every_prediction_type_samples_the_same_images(prediction, schedule):
+    x, chain = latents(3, 6), schedule.chain(25)
+    oracle = sample(Mixture(schedule, means()), x, chain, method="sequential")
+    model = Mixture(schedule, means(), prediction=prediction)
+    for method in ("sequential", "parallel"):
+        got = sample(model, x, chain, prediction=prediction, method=method, stop=TIGHT)
+        assert relative(got.x_0, oracle.x_0) < 1e-6, method
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 3, 10, 40])
+def test_a_window_bounds_the_rows_of_a_round_and_changes_no_result(window):
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(40), latents(2, 6)
+    oracle = sample(model, x, chain, method="sequential")
+    largest = []
+    wrapped = lambda x, t: largest.append(len(x)) or model(x, t)  # noqa: E731
+    got = sample(wrapped, x, chain, window=window, stop=TIGHT)
+    assert relative(got.x_0, oracle.x_0) < 1e-7
+    assert max(largest) <= 2 * window
+
+
+@torch.no_grad()
+def test_a_window_of_one_is_sequential_sampling_row_for_row():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(15), latents(2, 6)
+    got = sample(model, x, chain, window=1)
+    assert got.rounds == 15
+    assert got.evaluations.tolist() == [15, 15]
+    assert relative(got.x_0, sample(model, x, chain, method="sequential").x_0) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", [Picard(), Anderson(2, coupling="causal"), Anderson(5, coupling="independent")])
+def test_the_chain_is_exact_after_as_many_rounds_as_steps_whatever_the_solver(solver):
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(12), latents(2, 6)
+    got = sample(model, x, chain, splitting="epsilon", solver=solver, stop=Stop(rtol=0.0, max_steps=12))
+    assert relative(got.x_0, sample(model, x, chain, method="sequential").x_0) < 1e-12
+
+
+@torch.no_grad()
+def test_evaluations_are_the_rows_the_model_saw():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(60), latents(3, 6)
+    for levels in ((), (8,), (5, 20)):
+        model.rows = 0
+        got = sample(model, x, chain, levels=levels)
+        assert int(got.evaluations.sum()) == model.rows
+
+
+@torch.no_grad()
+def test_rounds_count_model_calls_in_sequence_and_a_split_call_once():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(60), latents(1, 6)
+    whole = sample(model, x, chain, levels=())
+    model.calls = 0
+    split = sample(model, x, chain, levels=(), rows_per_call=7)
+    assert split.rounds == whole.rounds < model.calls
+    torch.testing.assert_close(split.x_0, whole.x_0, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_coarser_levels_change_the_cost_and_not_the_images():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(400), latents(2, 6)
+    plain = sample(model, x, chain, levels=(), stop=TIGHT)
+    coarse = sample(model, x, chain, levels=(10, 50), stop=TIGHT)
+    assert relative(coarse.x_0, plain.x_0) < 1e-7
+
+
+@torch.no_grad()
+def test_images_of_a_batch_do_not_change_each_other():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(25), latents(4, 6)
+    together = sample(model, x, chain)
+    for i in range(4):
+        alone = sample(model, x[i : i + 1], chain)
+        torch.testing.assert_close(alone.x_0[0], together.x_0[i], rtol=1e-12, atol=1e-12)
+        assert alone.evaluations[0] == together.evaluations[i]
+
+
+@torch.no_grad()
+def test_a_nan_latent_harms_no_other_image():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(25), latents(3, 6)
+    clean = sample(model, x, chain)
+    x[1] = torch.nan
+    got = sample(model, x, chain)
+    torch.testing.assert_close(got.x_0[[0, 2]], clean.x_0[[0, 2]])
+    assert got.solution.converged.tolist() == [True, False, True]
+
+
+@torch.no_grad()
+def test_conditioning_follows_its_image():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(20), latents(3, 6)
+    shift = latents(3, 6, seed=5)
+    got = sample(model, x, chain, inputs=(shift,), stop=TIGHT)
+    for i in range(3):
+        alone = sample(model, x[i : i + 1], chain, method="sequential", inputs=(shift[i : i + 1],))
+        assert relative(got.x_0[i : i + 1], alone.x_0) < 1e-7
+
+
+@torch.no_grad()
+def test_any_linear_part_leads_to_the_same_images():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(20), latents(2, 6)
+    oracle = sample(model, x, chain, method="sequential").x_0
+    kappa = torch.linspace(0.2, 0.9, 20, dtype=torch.float64)
+    per_pixel = Splitting(kappa[:, None].repeat(1, 6) * torch.linspace(0.5, 1, 6), offset=latents(20, 6, seed=2))
+    for splitting in (kappa, per_pixel):
+        assert relative(sample(model, x, chain, splitting=splitting, stop=TIGHT).x_0, oracle) < 1e-7
+
+
+@torch.no_grad()
+def test_a_chain_that_jumps_from_pure_noise_to_the_image_in_one_step_is_solved():
+    schedule = Schedule.from_alphas_cumprod(torch.tensor([0.5, 1e-12], dtype=torch.float64))
+    model, x = Mixture(schedule, means()), latents(2, 6)
+    for steps in (1, 2):
+        chain = schedule.chain(steps)
+        got = sample(model, x, chain, splitting="v", stop=TIGHT)
+        assert relative(got.x_0, sample(model, x, chain, method="sequential").x_0) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["digits", "fashion"])
+def test_the_default_tolerance_reaches_one_in_a_thousand_on_the_shipped_models(name):
+    checkpoint = load_checkpoint(name)
+    chain = checkpoint.schedule.chain(100)
+    x = latents(4, *checkpoint.shape).float()
+    for splitting in ("v", "gaussian"):
+        got = sample(
+            checkpoint.model, x, chain, splitting=splitting, mean=checkpoint.mean, variance=checkpoint.variance
+        )
+        oracle = sample(checkpoint.model, x, chain, method="sequential")
+        assert relative(got.x_0, oracle.x_0) <= 1e-3
+        assert got.rounds < 25
+
+
+@torch.no_grad()
+def test_a_callback_sees_every_round_and_may_stop():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(30), latents(2, 6)
+    seen = []
+
+    def watch(step, trajectory, residual):
+        seen.append((step, tuple(trajectory.shape)))
+        return step == 3
+
+    sample(model, x, chain, callback=watch)
+    assert seen == [(1, (2, 31, 6)), (2, (2, 31, 6)), (3, (2, 31, 6))]
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(5)
+    for method in ("sequential", "parallel"):
+        got = sample(model, torch.empty(0, 6, dtype=torch.float64), chain, method=method)
+        assert got.x_0.shape == (0, 6)
+        assert got.trajectory.shape == (0, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "names"),
+    [
+        ({"method": "fast"}, ValueError, "method"),
+        ({"prediction": "x"}, ValueError, "prediction"),
+        ({"splitting": "u"}, ValueError, "splitting"),
+        ({"splitting": torch.ones(3)}, ValueError, "splitting"),
+        ({"x_T": torch.ones(2)}, ValueError, "x_T"),
+        ({"x_T": torch.ones(2, 6, dtype=torch.int64)}, TypeError, "x_T"),
+        ({"x_T": [1.0]}, TypeError, "x_T"),
+        ({"chain": 10}, TypeError, "chain"),
+        ({"model": None}, TypeError, "model"),
+        ({"levels": (5, 3)}, ValueError, "levels"),
+        ({"levels": (50,)}, ValueError, "levels"),
+        ({"window": 0}, ValueError, "window"),
+        ({"inputs": torch.ones(2, 6)}, TypeError, "inputs"),
+        ({"inputs": (torch.ones(3, 6),)}, ValueError, "inputs"),
+        ({"gradient": "implicit"}, TypeError, "gradient"),
+        ({"model": lambda x, t: x[:, :2]}, ValueError, "model"),
+    ],
+)
+def test_a_wrong_argument_is_named(change, error, names):
+    arguments = {"model": Mixture(SCHEDULE, means()), "x_T": latents(2, 6), "chain": SCHEDULE.chain(10), **change}
+    with pytest.raises(error, match=names):
+        sample(**arguments)

@@ -3,7 +3,9 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "judge.h"
 #include "step.h"
 
 namespace py = pybind11;
@@ -23,13 +25,14 @@ struct Ring {
   bool is_double;
   int slots;
   Kind kind;
-  Address R, F, gram, steps_gram, rhs, count;
+  double eps;
+  Address R, F, gram, steps_gram, rhs, squares, count;
   std::int64_t blocks, features;
 
   template <class Scalar>
   History<Scalar> history(int head) const {
-    return {slots,           head,           kind, at<Scalar>(R), at<Scalar>(F), at<double>(gram), at<double>(steps_gram),
-            at<double>(rhs), at<std::int32_t>(count)};
+    return {slots, head, kind, at<Scalar>(R), at<Scalar>(F), at<double>(gram), at<double>(steps_gram), at<double>(rhs),
+            at<double>(squares), at<std::int32_t>(count), eps};
   }
   Rows rows(std::int64_t n, Address index, Address wanted) const {
     return {n, blocks, features, at<const std::int64_t>(index), at<const std::uint8_t>(wanted)};
@@ -67,6 +70,14 @@ void advance(const Ring& ring, int head, std::int64_t n, Address index, Address 
     mix_cpu<S>(rows, history, at<const double>(gamma), at<const std::uint8_t>(mode), damping, at<const S>(z),
                at<S>(z_next), threads);
   });
+}
+
+std::pair<std::int64_t, std::int64_t> judge_samples(std::int64_t n, std::int64_t blocks, Address norms, Address dropped,
+                                                    Address table, double safeguard, double eps, double entries,
+                                                    bool is_max, Address mode) {
+  const Counts counts = judge_all(n, blocks, at<const double>(norms), at<const std::int32_t>(dropped),
+                                  at<Record>(table), {safeguard, eps, entries, is_max}, at<std::uint8_t>(mode));
+  return {counts.finished, counts.left_behind};
 }
 
 #if defined(PYDEQSOLVE_WITH_CUDA)
@@ -107,14 +118,18 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
   py::class_<Ring>(m, "Ring")
-      .def(py::init([](bool is_double, int slots, int kind, std::int64_t blocks, std::int64_t features, Address R,
-                       Address F, Address gram, Address steps_gram, Address rhs, Address count) {
+      .def(py::init([](bool is_double, int slots, int kind, double eps, std::int64_t blocks, std::int64_t features,
+                       Address R, Address F, Address gram, Address steps_gram, Address rhs, Address squares,
+                       Address count) {
         if (slots < 1 || slots > kMaxSlots) throw std::invalid_argument("slots out of range");
-        return Ring{is_double, slots, static_cast<Kind>(kind), R, F, gram, steps_gram, rhs, count, blocks, features};
+        return Ring{is_double, slots, static_cast<Kind>(kind), eps, R, F, gram, steps_gram, rhs, squares, count, blocks,
+                    features};
       }));
   m.attr("MAX_SLOTS") = kMaxSlots;
   m.def("measure", &measure);
   m.def("advance", &advance);
+  m.def("judge", &judge_samples);
+  m.attr("RECORD") = sizeof(Record) / sizeof(double);
   m.def("cpu_isa", &cpu_isa);
   m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
 #if defined(PYDEQSOLVE_WITH_CUDA)

@@ -43,7 +43,9 @@ struct History {
   double* gram;        // (B, T, M, M) w_a . y_b by slots, w = y for type II and bad, s for type I and good
   double* steps_gram;  // (B, T, M, M) s_a . s_b by slots, kind good only, else null
   double* rhs;         // (B, T, M) w_a . r_0 by age
+  double* squares;     // (B, T, 2) r_0 . r_0 and f . f of the newest row
   std::int32_t* count; // (B, T) valid rows, the newest included
+  double eps;          // unit of rounding of the state's dtype
 };
 
 // Pass 1: r = f - z into the ring, the new Gram row, the right-hand side, the norms. f, z (n, T, D);

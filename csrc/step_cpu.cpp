@@ -9,28 +9,21 @@
 #include <initializer_list>
 #include <new>
 
-#include "core.h"
-#include "parallel.h"
-#include "step.h"
-
 #ifndef PYDEQSOLVE_ISA
 #define PYDEQSOLVE_ISA portable
 #endif
 
+#include "core.h"
+#include "lanes.h"
+#include "parallel.h"
+#include "step.h"
+
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 4;
-#else
-constexpr int kLanes = 2;
-#endif
-typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
-
 constexpr int kTile = 512;                // elements whose differences stay in L1
 constexpr std::int64_t kPiece = 1 << 14;  // elements that one work item sums
+constexpr std::int64_t kCache = 1 << 24;  // bytes; a step that moves more writes past the caches
 
 struct Buffer {  // doubles, zeroed
   explicit Buffer(std::int64_t n) : data(static_cast<double*>(std::calloc(n > 0 ? n : 1, sizeof(double)))) {
@@ -42,24 +35,12 @@ struct Buffer {  // doubles, zeroed
   double* data;
 };
 
-inline Lanes load(const double* p) {
-  Lanes v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline double sum_lanes(const Lanes& v) {
-  double sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += v[l];
-  return sum;
-}
-
 // u.v over one tile, padded alike.
 inline double dot(int length, const double* u, const double* v) {
   Lanes even = {}, odd = {};
   for (int i = 0; i < length; i += 2 * kLanes) {
-    even += load(u + i) * load(v + i);
-    odd += load(u + i + kLanes) * load(v + i + kLanes);
+    even += read(u + i) * read(v + i);
+    odd += read(u + i + kLanes) * read(v + i + kLanes);
   }
   return sum_lanes(even + odd);
 }
@@ -68,11 +49,11 @@ inline double dot(int length, const double* u, const double* v) {
 inline void two_dots(int length, const double* x, const double* u, const double* v, double* xu, double* xv) {
   Lanes u0 = {}, u1 = {}, v0 = {}, v1 = {};
   for (int i = 0; i < length; i += 2 * kLanes) {
-    const Lanes x0 = load(x + i), x1 = load(x + i + kLanes);
-    u0 += x0 * load(u + i);
-    u1 += x1 * load(u + i + kLanes);
-    v0 += x0 * load(v + i);
-    v1 += x1 * load(v + i + kLanes);
+    const Lanes x0 = read(x + i), x1 = read(x + i + kLanes);
+    u0 += x0 * read(u + i);
+    u1 += x1 * read(u + i + kLanes);
+    v0 += x0 * read(v + i);
+    v1 += x1 * read(v + i + kLanes);
   }
   *xu += sum_lanes(u0 + u1);
   *xv += sum_lanes(v0 + v1);
@@ -148,6 +129,61 @@ void measure_tile(int length, int older, bool steps, Norm norm, const Scalar* f,
   }
 }
 
+// A whole piece by the register kernels: the part in whole vectors where it lies, the rest through padded copies.
+template <class Scalar>
+void measure_piece(std::int64_t length, int older, bool past_cache, const Scalar* f, const Scalar* z, Scalar* const* R,
+                   Scalar* F, const Dots& dots) {
+  double sums[2 * kMaxOlder + 2] = {};
+  const std::int64_t whole = length / kLanes * kLanes;
+  const Scalar* rows[kMaxOlder + 1];
+  for (int a = 0; a < older; ++a) rows[a] = R[a + 1];
+  if (past_cache && is_aligned(R[0]) && is_aligned(F)) {
+    measure_rows_of<Scalar, true>(older, whole, f, z, R[0], F, rows, sums);
+  } else {
+    measure_rows_of<Scalar, false>(older, whole, f, z, R[0], F, rows, sums);
+  }
+  if (whole < length) {
+    Scalar padded[kMaxOlder + 5][kLanes] = {};
+    const std::size_t bytes = (length - whole) * sizeof(Scalar);
+    std::memcpy(padded[kMaxOlder + 1], f + whole, bytes);
+    std::memcpy(padded[kMaxOlder + 2], z + whole, bytes);
+    for (int a = 0; a < older; ++a) {
+      std::memcpy(padded[a], rows[a] + whole, bytes);
+      rows[a] = padded[a];
+    }
+    measure_rows_of<Scalar, false>(older, kLanes, padded[kMaxOlder + 1], padded[kMaxOlder + 2], padded[kMaxOlder + 3],
+                                   padded[kMaxOlder + 4], rows, sums);
+    std::memcpy(R[0] + whole, padded[kMaxOlder + 3], bytes);
+    std::memcpy(F + whole, padded[kMaxOlder + 4], bytes);
+  }
+  for (int a = 0; a < older; ++a) {
+    dots.gram_row(a) += sums[a];
+    dots.rhs(a) += sums[older + a];
+  }
+  dots.squares(0) += sums[2 * older];
+  dots.squares(1) += sums[2 * older + 1];
+}
+
+template <class Scalar>
+void mix_piece(std::int64_t length, int differences, bool past_cache, const Scalar** rows, const double* weight,
+               Scalar* out) {
+  const std::int64_t whole = length / kLanes * kLanes;
+  if (past_cache && is_aligned(out)) {
+    mix_rows_of<Scalar, true>(differences, whole, rows, weight, out);
+  } else {
+    mix_rows_of<Scalar, false>(differences, whole, rows, weight, out);
+  }
+  if (whole == length) return;
+  Scalar padded[kMaxOlder + 2][kLanes] = {};
+  const std::size_t bytes = (length - whole) * sizeof(Scalar);
+  for (int a = 0; a <= differences; ++a) {
+    std::memcpy(padded[a], rows[a] + whole, bytes);
+    rows[a] = padded[a];
+  }
+  mix_rows_of<Scalar, false>(differences, kLanes, rows, weight, padded[kMaxOlder + 1]);
+  std::memcpy(out + whole, padded[kMaxOlder + 1], bytes);
+}
+
 std::int64_t sample_of(const Rows& rows, std::int64_t i) { return rows.rows ? rows.rows[i] : i; }
 bool is_wanted(const Rows& rows, std::int64_t i, std::int64_t t) {
   return !rows.wanted || rows.wanted[i * rows.blocks + t];
@@ -168,7 +204,7 @@ void store_dots(const History<Scalar>& h, std::int64_t block, int older, bool st
     if (steps_gram) steps_gram[h.head * M + slot] = steps_gram[slot * M + h.head] = dots.steps_row(a);
   }
   for (int which = 0; which < 2; ++which) {
-    const double squares = dots.squares(which);
+    const double squares = h.squares[2 * block + which] = dots.squares(which);
     const bool finite = squares - squares == 0;
     norms[which] = norm == Norm::kSquares ? squares : finite ? dots.largest(which) : squares;
   }
@@ -184,34 +220,54 @@ void measure(const Rows& rows, const History<Scalar>& h, const Scalar* f, const 
   const bool steps = h.kind == Kind::kAndersonI || h.kind == Kind::kBroydenGood;
   const std::int64_t pieces = D > kPiece ? (D + kPiece - 1) / kPiece : 1;
   const std::int64_t width = Dots::size(M), blocks = rows.n * T;
-  const std::int64_t bytes = blocks * D * (M + 4) * static_cast<std::int64_t>(sizeof(Scalar));
-  Buffer partial(blocks * pieces * width);
+  const std::int64_t bytes = blocks * D * (M + 3) * static_cast<std::int64_t>(sizeof(Scalar));
+  Buffer partial(pieces > 1 ? blocks * pieces * width : 0);
 
+  const auto older_of = [&](std::int64_t at) { return h.count[at] < M - 1 ? h.count[at] : M - 1; };
+  const auto finish = [&](std::int64_t block, std::int64_t at, const Dots& dots) {
+    const int older = older_of(at);
+    store_dots(h, at, older, steps, dots, norm, norms + 2 * block);
+    h.count[at] = older + 1;
+  };
   parallel_for(blocks * pieces, bytes, threads, [&](std::int64_t begin, std::int64_t end) {
     Scalar *R[kMaxSlots], *F[kMaxSlots];
+    double own[Dots::size(kMaxSlots)];
     for (std::int64_t item = begin; item < end; ++item) {
-      const std::int64_t i = item / pieces / T, t = item / pieces % T;
-      if (!is_wanted(rows, i, t)) continue;
-      const std::int64_t sample = sample_of(rows, i);
-      const int count = h.count[sample * T + t], older = count < M - 1 ? count : M - 1;
-      const std::int64_t first = item % pieces * kPiece, last = first + kPiece < D ? first + kPiece : D;
-      const Dots dots{M, partial.data + item * width};
-      for (std::int64_t at = first; at < last; at += kTile) {
-        for (int a = 0; a <= older; ++a) {
-          const std::int64_t offset = ((sample * M + slot_of(h.head, a, M)) * T + t) * D + at;
-          R[a] = h.R + offset;
-          F[a] = h.F + offset;
-        }
-        const int length = last - at < kTile ? static_cast<int>(last - at) : kTile;
-        measure_tile(length, older, steps, norm, f + (i * T + t) * D + at, z + (i * T + t) * D + at, R, F, dots);
+      const std::int64_t block = item / pieces, i = block / T, t = block % T;
+      const std::int64_t sample = sample_of(rows, i), at = sample * T + t;
+      if (!is_wanted(rows, i, t)) {
+        if (pieces == 1) h.count[at] = 0;  // its rows would no longer be consecutive
+        continue;
       }
+      const int older = older_of(at);
+      const std::int64_t first = item % pieces * kPiece, last = first + kPiece < D ? first + kPiece : D;
+      const Dots dots{M, pieces > 1 ? partial.data + item * width : own};
+      if (pieces == 1) std::memset(own, 0, width * sizeof(double));
+      for (int a = 0; a <= older; ++a) {
+        const std::int64_t offset = ((sample * M + slot_of(h.head, a, M)) * T + t) * D + first;
+        R[a] = h.R + offset;
+        F[a] = h.F + offset;
+      }
+      const Scalar *f_here = f + block * D + first, *z_here = z + block * D + first;
+      if (!steps && norm == Norm::kSquares && older <= kMaxOlder) {
+        measure_piece(last - first, older, bytes > kCache, f_here, z_here, R, F[0], dots);
+      } else {
+        for (std::int64_t k = 0; k < last - first; k += kTile) {
+          const int length = last - first - k < kTile ? static_cast<int>(last - first - k) : kTile;
+          measure_tile(length, older, steps, norm, f_here + k, z_here + k, R, F, dots);
+          for (int a = 0; a <= older; ++a) R[a] += kTile, F[a] += kTile;
+        }
+      }
+      if (pieces == 1) finish(block, at, dots);
     }
+    fence();
   });
+  if (pieces == 1) return;
 
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t i = block / T, t = block % T, at = sample_of(rows, i) * T + t;
     if (!is_wanted(rows, i, t)) {
-      h.count[at] = 0;  // its rows would no longer be consecutive
+      h.count[at] = 0;
       continue;
     }
     const Dots dots{M, partial.data + block * pieces * width};
@@ -220,9 +276,7 @@ void measure(const Rows& rows, const History<Scalar>& h, const Scalar* f, const 
       for (int k = 0; k < 4 * M + 2; ++k) dots.row[k] += more.row[k];
       for (int which = 0; which < 2; ++which) track(more.largest(which), dots.largest(which));
     }
-    const int count = h.count[at], older = count < M - 1 ? count : M - 1;
-    store_dots(h, at, older, steps, dots, norm, norms + 2 * block);
-    h.count[at] = older + 1;
+    finish(block, at, dots);
   }
 }
 
@@ -235,23 +289,30 @@ void weights(const Rows& rows, const History<Scalar>& h, Coupling coupling, doub
   parallel_for(rows.n, bytes, threads, [&](std::int64_t begin, std::int64_t end) {
     Buffer workspace(2 * (n * n + n) + n);
     double *sum = workspace.data, *sum_rhs = sum + n * n, *A = sum_rhs + n, *b = A + n * n, *scale = b + n;
+    double squares[2];
     int order[kMaxSlots];
+    const auto restart = [&] {
+      std::memset(sum, 0, (n * n + n) * sizeof(double));
+      squares[0] = squares[1] = 0;
+    };
     const auto add = [&](std::int64_t sample, std::int64_t t) {
       const std::int64_t at = sample * T + t;
       add_block(n, h.count[at] - 1, h.head, M, h.kind, h.gram + at * M * M,
                 h.steps_gram ? h.steps_gram + at * M * M : nullptr, h.rhs + at * M, sum, sum_rhs);
+      squares[0] += h.squares[2 * at];
+      squares[1] += h.squares[2 * at + 1];
     };
     const auto solve = [&](int size, std::int64_t block) {
       for (int i = 0; i < size; ++i) {
         b[i] = sum_rhs[i];
         for (int j = 0; j < size; ++j) A[i * size + j] = sum[i * n + j];
       }
-      dropped[block] = size - solve_system(h.kind, size, A, b, scale, order, ridge);
+      dropped[block] = solve_system(h.kind, size, A, b, scale, order, ridge, squares, h.eps);
       for (int a = 0; a < M; ++a) gamma[block * M + a] = a < size ? b[a] : 0;
     };
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t sample = sample_of(rows, i);
-      std::memset(sum, 0, (n * n + n) * sizeof(double));
+      restart();
       int size = 0;
       for (std::int64_t t = 0; t < T; ++t) {
         const std::int64_t block = i * T + t;
@@ -259,7 +320,7 @@ void weights(const Rows& rows, const History<Scalar>& h, Coupling coupling, doub
         if (mode[block] == kReject) h.count[sample * T + t] = 0;  // mix reads the counts of kMix blocks alone
         if (mode[block] == kPlain) h.count[sample * T + t] = 1;
         if (mode[block] != kMix) continue;
-        if (coupling == Coupling::kIndependent) std::memset(sum, 0, (n * n + n) * sizeof(double));
+        if (coupling == Coupling::kIndependent) restart();
         add(sample, t);
         const int differences = h.count[sample * T + t] - 1;
         size = differences > size ? differences : size;
@@ -302,6 +363,14 @@ void mix(const Rows& rows, const History<Scalar>& h, const double* gamma, const 
       const int newest = what == kReject ? 1 : 0;
       const int differences = what == kMix ? h.count[sample * T + t] - 1 : 0;
       const double* weight = gamma + block * M;
+      if (undamped == 0 && differences <= kMaxOlder) {
+        const Scalar* F[kMaxOlder + 1];
+        for (int a = 0; a <= differences; ++a) {
+          F[a] = h.F + ((sample * M + slot_of(h.head, newest + a, M)) * T + t) * D + first;
+        }
+        mix_piece(last - first, differences, bytes > kCache, F, weight, z_next + block * D + first);
+        continue;
+      }
       for (std::int64_t at = first; at < last; at += kTile) {
         const int length = last - at < kTile ? static_cast<int>(last - at) : kTile;
         const auto row = [&](const Scalar* base, int age) {
@@ -330,6 +399,7 @@ void mix(const Rows& rows, const History<Scalar>& h, const double* gamma, const 
         for (int k = 0; k < length; ++k) out[k] = static_cast<Scalar>(x[k]);
       }
     }
+    fence();
   });
 }
 

@@ -20,8 +20,9 @@ class Anderson:
     that depend on newer ones are left out instead (`Solution.rank_losses` counts such steps).
     coupling: which residuals γ is fitted to. "joint": one γ per sample. "independent" and "causal" read dimension 1 of
     the state as blocks in order; block k has a γ of its own, fitted to itself, or to blocks 0…k.
-    safeguard: an accelerated step after which the residual exceeds this many times the one before is refused, and the
-    sample (or block) restarts from the plain step before it (`Solution.rejections`). Infinity never refuses.
+    safeguard: an accelerated step after which the residual exceeds so many times the one before is refused, and the
+    sample (or block) restarts from the plain step before it (`Solution.rejections`). Infinity refuses only steps that
+    end in NaN or infinity.
     """
 
     memory: int = 5
@@ -38,6 +39,8 @@ class Anderson:
             raise ValueError(f'kind must be "I" or "II", got {self.kind!r}')
         if self.ridge is not None and not 0 <= self.ridge < 1:
             raise ValueError(f"ridge must be None or in [0, 1), got {self.ridge}")
+        if self.ridge and self.kind == "I":
+            raise ValueError('ridge must be None for kind "I", whose system is not symmetric')
         if self.coupling not in COUPLINGS:
             raise ValueError(f"coupling must be one of {COUPLINGS}, got {self.coupling!r}")
         if not self.safeguard > 1:

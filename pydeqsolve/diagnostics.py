@@ -19,6 +19,14 @@ def _problem(fn: Callable[..., Any], z: Any, inputs: Sequence[Tensor]) -> tuple[
     return Problem(fn, tuple(inputs), layout, compact=False), layout.pack(z, "z")
 
 
+def _transposed(f: Tensor, at: Tensor, u: Tensor, create_graph: bool) -> Tensor:
+    """Jᵀu; zero when f does not depend on its argument."""
+    if not f.requires_grad:
+        return torch.zeros_like(at)
+    (product,) = torch.autograd.grad(f, at, u, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(at) if product is None else product
+
+
 def spectral_radius(
     fn: Callable[..., Any],
     z: Any,
@@ -45,8 +53,7 @@ def spectral_radius(
             growth += norm.log()
         u = u / torch.where(norm > 0, norm, 1.0).to(u.dtype)[:, None, None]
         if k < steps:
-            (product,) = torch.autograd.grad(f, at, u, retain_graph=True, allow_unused=True)
-            u = torch.zeros_like(u) if product is None else product
+            u = _transposed(f, at, u, create_graph=False)
     return (growth / (steps - steps // 2)).exp()
 
 
@@ -70,6 +77,5 @@ def jacobian_penalty(
         total = torch.zeros((), dtype=flat.dtype, device=flat.device)
         for _ in range(probes):
             probe = torch.randn(flat.shape, dtype=flat.dtype, device=flat.device, generator=generator)
-            (product,) = torch.autograd.grad(f, at, probe, create_graph=True)
-            total = total + product.square().sum()
+            total = total + _transposed(f, at, probe, create_graph=True).square().sum()
     return total / (probes * flat.numel())

@@ -7,12 +7,14 @@ cotangent u = (I − Jᵀ)⁻¹ g for f, which autograd then carries on to θ: p
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .gmres import GMRES
 from .iterate import Problem, Solver, call, iterate
@@ -60,9 +62,9 @@ class Implicit:
         at = _Linearised.of(problem, solution)
         if at is None:
             return solution.z
-        value = solution.z if at.rows is None else solution.z[at.rows]
-        attached = _ImplicitFunction.apply(at.f, value, _Backward(self, at, solution))
-        return at.spread(attached, solution.z)
+        backward = _Backward(self, at, weakref.ref(solution))
+        attached = _ImplicitFunction.apply(at.f, at.z.detach(), backward)
+        return at.good.put(attached, solution.z)
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,15 @@ class Phantom:
     def attach(self, problem: Problem, solution: Solution) -> Tensor:
         if not torch.is_grad_enabled():
             return solution.z
-        rows, inputs = _good_rows(problem, solution)
-        start = (solution.z if rows is None else solution.z[rows]).detach()
+        good = Good.of(problem, solution)
+        start = good.take(solution.z).detach()
         z = start
         for _ in range(self.steps):
-            f = evaluate(problem, z, inputs)
-            z = self.damping * f + (1 - self.damping) * z
-        if not z.requires_grad:
+            z = self.damping * evaluate(problem, z, good.inputs) + (1 - self.damping) * z
+        if not z.requires_grad and forward_ad.unpack_dual(z).tangent is None:
             return solution.z
         # z is near z*, not equal to it: the value returned is the one whose residual was measured.
-        return _spread(_Replace.apply(z, start), solution.z, rows)
+        return good.put(_Replace.apply(z, start), solution.z)
 
 
 @dataclass(frozen=True)
@@ -110,23 +111,43 @@ class Unrolled:
 def evaluate(problem: Problem, z: Tensor, inputs: list[Tensor]) -> Tensor:
     """f at flat z (n, T, D), with gradients as the current mode says."""
     layout: Layout = problem.layout
-    return layout.pack(call(problem, layout.unpack(z), inputs), "the value of fn")
+    wanted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if problem.by_front else None
+    return layout.pack(call(problem, layout.unpack(z), inputs, wanted), "the value of fn")
 
 
-def _good_rows(problem: Problem, solution: Solution) -> tuple[Tensor | None, list[Tensor]]:
-    """Samples with a finite residual, and their inputs; (None, inputs) when that is all or fn must see everyone.
+@dataclass(eq=False)
+class Good:
+    """The samples that a gradient passes through: those with a finite residual.
 
     A bad sample must stay out of the graph: a cotangent of zero times its NaN would still be NaN in the parameters.
+    With compaction it is left out of the batch; without, fn sees zeros in its place.
     """
-    good = solution.residual.isfinite()
-    if not problem.compact or bool(good.all()):
-        return None, list(problem.inputs)
-    rows = good.nonzero()[:, 0]
-    return rows, [x[rows] for x in problem.inputs]
 
+    mask: Tensor  # (B,) bool
+    rows: Tensor | None  # positions of the good samples, when fn is given them alone
+    inputs: list[Tensor]  # of those samples
 
-def _spread(part: Tensor, full: Tensor, rows: Tensor | None) -> Tensor:
-    return part if rows is None else full.detach().index_copy(0, rows, part)
+    @staticmethod
+    def of(problem: Problem, solution: Solution) -> Good:
+        good = solution.residual.isfinite()
+        if not problem.compact or bool(good.all()):
+            return Good(good, None, list(problem.inputs))
+        rows = good.nonzero()[:, 0]
+        return Good(good, rows, [x[rows] for x in problem.inputs])
+
+    def take(self, z: Tensor) -> Tensor:
+        """(B, T, D) → (n, T, D), what fn is given."""
+        return torch.where(self.mask[:, None, None], z, 0.0) if self.rows is None else z[self.rows]
+
+    def mask_taken(self) -> Tensor:
+        """(n,) bool: which of the taken samples are good."""
+        return self.mask if self.rows is None else self.mask[self.rows]
+
+    def put(self, part: Tensor, z: Tensor) -> Tensor:
+        """(n, T, D) → (B, T, D); the bad samples keep z, without a graph."""
+        if self.rows is None:
+            return torch.where(self.mask[:, None, None], part, z.detach())
+        return z.detach().index_copy(0, self.rows, part)
 
 
 @dataclass(eq=False)
@@ -135,30 +156,25 @@ class _Linearised:
 
     z: Tensor  # (n, T, D), a leaf
     f: Tensor  # (n, T, D)
-    rows: Tensor | None
-    good: Tensor  # (n,) bool
+    good: Good
 
     @staticmethod
     def of(problem: Problem, solution: Solution) -> _Linearised | None:
         """None when no gradient is asked for: grad mode off, or fn depends on nothing that requires one."""
         if not torch.is_grad_enabled():
             return None
-        rows, inputs = _good_rows(problem, solution)
-        z = (solution.z if rows is None else solution.z[rows]).detach().clone().requires_grad_()
-        f = evaluate(problem, z, inputs)
-        if not _has_other_leaf(f, z):
+        good = Good.of(problem, solution)
+        z = good.take(solution.z).detach().clone().requires_grad_()
+        f = evaluate(problem, z, good.inputs)
+        if not _has_other_leaf(f, z) and forward_ad.unpack_dual(f).tangent is None:
             return None
-        good = solution.residual.isfinite()
-        return _Linearised(z, f, rows, good if rows is None else good[rows])
+        return _Linearised(z, f, good)
 
     def transposed(self, u: Tensor) -> Tensor:
         """Jᵀu, (n, T, D) → (n, T, D)."""
-        u = torch.where(self.good[:, None, None], u, 0.0).to(self.f.dtype)
+        u = torch.where(self.good.mask_taken()[:, None, None], u, 0.0).to(self.f.dtype)
         (product,) = torch.autograd.grad(self.f, self.z, u, retain_graph=True, allow_unused=True)
         return torch.zeros_like(self.z) if product is None else product
-
-    def spread(self, part: Tensor, full: Tensor) -> Tensor:
-        return _spread(part, full, self.rows)
 
 
 def _has_other_leaf(f: Tensor, z: Tensor) -> bool:
@@ -182,7 +198,7 @@ class _Backward:
 
     gradient: Implicit
     at: _Linearised
-    solution: Solution
+    solution: weakref.ref[Solution]  # its z holds the graph, and so this: a strong one would be a cycle
 
     def __call__(self, g: Tensor) -> Tensor:
         """u (n, T, D) of u = g + Jᵀu."""
@@ -190,7 +206,8 @@ class _Backward:
             raise NotImplementedError(
                 "second derivatives through Implicit are not supported: use gradient=Unrolled() for double backward"
             )
-        g = torch.where(self.at.good[:, None, None], g, 0.0)
+        good = self.at.good.mask_taken()[:, None, None]
+        g = torch.where(good, g, 0.0)
         u, outcome = self._solve(g)
         self._report(outcome)
         failed = outcome.status != 0
@@ -201,7 +218,7 @@ class _Backward:
             if self.gradient.on_failure == "raise":
                 raise ConvergenceError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return torch.where(self.at.good[:, None, None] & u.isfinite(), u, 0.0)
+        return torch.where(good & u.isfinite(), u, 0.0)
 
     def _solve(self, g: Tensor) -> tuple[Tensor, Adjoint]:
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
@@ -219,16 +236,17 @@ class _Backward:
         return u.reshape(g.shape).to(g.dtype), outcome
 
     def _report(self, outcome: Adjoint) -> None:
-        rows, B = self.at.rows, self.solution.status.shape[0]
-        if rows is None:
-            self.solution.adjoint = outcome
+        solution, rows = self.solution(), self.at.good.rows
+        if solution is None:
             return
-        full = Adjoint(
-            self.solution.status.clone(), self.solution.residual.clone(), torch.zeros_like(rows).new_zeros(B)
-        )
+        if rows is None:
+            solution.adjoint = outcome
+            return
+        none = torch.zeros_like(solution.evaluations)
+        full = Adjoint(solution.status.clone(), solution.residual.clone(), none)
         for name in ("status", "residual", "evaluations"):
             getattr(full, name)[rows] = getattr(outcome, name)
-        self.solution.adjoint = full
+        solution.adjoint = full
 
 
 def _by_fixed_point(solver: Solver, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:

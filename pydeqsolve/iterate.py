@@ -38,11 +38,12 @@ class Problem:
     inputs: Sequence[Tensor]
     layout: Layout
     compact: bool
+    by_front: bool = False  # fn takes the keyword `wanted`
 
 
-def call(problem: Problem, z: Any, inputs: Sequence[Tensor], **keywords: Tensor) -> Any:
-    """fn(z, *inputs): the only line of the library that calls the user's function."""
-    return problem.fn(z, *inputs, **keywords)
+def call(problem: Problem, z: Any, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Any:
+    """fn(z, *inputs): the only place of the library that calls the user's function. wanted (n, T) goes with `Front`."""
+    return problem.fn(z, *inputs, **({} if wanted is None else {"wanted": wanted}))
 
 
 @torch.compiler.disable
@@ -70,10 +71,10 @@ def iterate(
         wanted = run.wanted()
         f = run.evaluate(wanted)
         steps += 1
-        residual, mode = run.measure(f, wanted)
+        mode = run.measure(f, wanted)
         if trace:
-            history.append(run.spread(residual))
-        if callback is not None and callback(steps, run.current(), run.spread(residual)):
+            history.append(run.residual())
+        if callback is not None and callback(steps, run.current(), run.residual()):
             break
         last = steps == stop.max_steps
         if last or steps % interval == 0:
@@ -82,6 +83,15 @@ def iterate(
             run.advance(mode)
     run.finish()
     return run.solution(steps, torch.stack(history) if history else residual_rows(trace, z0))
+
+
+def _holders(x: Tensor) -> int:
+    """References to the memory of x; more than it can have when torch does not say."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return int(count(x.untyped_storage()._cdata)) if count is not None else _ALONE + 1
+
+
+_ALONE = 2  # the tensor's own reference and that of asking
 
 
 def residual_rows(trace: bool, z0: Tensor) -> Tensor | None:
@@ -97,7 +107,7 @@ class _Run:
         self.problem, self.stop, self.front = problem, stop, front
         self.ring = Ring(solver.method(), B, T, D, z0.dtype, z0.device)
         ops.start(self.ring)
-        safeguard = solver.safeguard if solver.method().memory else torch.inf
+        safeguard = solver.safeguard if solver.method().memory else 0.0
         self.monitor: Monitor | FrontMonitor
         if front is None:
             self.monitor = Monitor(B, stop, z0.dtype, z0.device, safeguard)
@@ -108,10 +118,12 @@ class _Run:
         self.inputs = list(problem.inputs)  # (n, …) each, when compact
         self.z = z0.to(self.ring.dtype).contiguous()  # (n, T, D)
         self.full = z0.clone()  # (B, T, D): finished samples, and the last iterate of the others
-        self.best = z0.clone()  # (B, T, D): iterates of least residual that have been left behind
+        self.best: Tensor | None = None  # (B, T, D): iterates of least residual that have been left behind
         self.before = self.z  # the previous iterate, at positions `origin` (n,)
         self.origin = self.rows
-        self.fresh = torch.zeros(B, dtype=torch.bool, device=z0.device)  # (n,) best is the previous iterate
+        self.dropped: Tensor | None = None  # (n, T) differences that the last step left out
+        self.finished: int | None = None  # samples finished at the last measurement, where that is known
+        self.buffers: list[Tensor] = []
         self.entries = T * D
 
     def wanted(self) -> Tensor | None:
@@ -120,21 +132,21 @@ class _Run:
             return self.monitor.wanted()
         if self.stop.interval(self.z.device) == 1:
             return None
-        return (self.monitor.status < 0)[:, None].expand(-1, self.z.shape[1]).contiguous()
+        return self.monitor.running[:, None].expand(-1, self.z.shape[1]).contiguous()
 
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f at the samples at hand, (n, T, D) in the ring's dtype."""
         layout = self.problem.layout
         z = self.z.to(layout.dtype)
-        keywords = {}
         everyone = self.rows.numel() == self.full.shape[0]
         if not self.problem.compact and not everyone:
             self.full[self.rows] = z
             z = self.full.clone()
+        asked = None
         if self.front is not None and wanted is not None:
-            keywords["wanted"] = wanted if self.problem.compact or everyone else self._scatter(wanted)
+            asked = wanted if self.problem.compact or everyone else self._scatter(wanted)
         version = None if z.is_inference() else z._version
-        value = call(self.problem, layout.unpack(z), self.inputs, **keywords)
+        value = call(self.problem, layout.unpack(z), self.inputs, asked)
         if version is not None and z._version != version:
             raise ValueError("fn must not change its argument z in place")
         f = layout.pack(value, "the value of fn")
@@ -149,21 +161,21 @@ class _Run:
         full[self.rows] = wanted
         return full
 
-    def measure(self, f: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Residual (n,) and mode (n, T) after taking f in; keeps the best iterate."""
+    def measure(self, f: Tensor, wanted: Tensor | None) -> Tensor:
+        """Mode (n, T) after taking f in; keeps the best iterate."""
         norms = ops.measure(self.ring, f, self.z, self.rows, wanted, self.stop.norm)
-        totals = norms[:, 0] if norms.shape[1] == 1 else norms.amax(1) if self.stop.norm == "max" else norms.sum(1)
-        residual, size = self._root(totals, self.entries).unbind(-1)
         if isinstance(self.monitor, FrontMonitor):
             assert wanted is not None
             blocks = self._root(norms, self.z.shape[2])
-            mode = self.monitor.judge_blocks(blocks[..., 0], blocks[..., 1], wanted, residual)
-            return residual, mode
-        mode = self.monitor.judge(residual, size)[:, None]
-        if mode.shape[1] != self.z.shape[1]:
-            mode = mode.expand(-1, self.z.shape[1])
-        self._keep_best()
-        return residual, mode.contiguous()
+            mode, broken = self.monitor.judge_blocks(blocks[..., 0], blocks[..., 1], wanted)
+            if bool(broken.any()):  # their rows would spoil the sums of later blocks
+                self.ring.count[self.rows] = torch.where(broken, 0, self.ring.count[self.rows])
+            return mode
+        mode, self.finished, left_behind = self.monitor.judge(norms, self.dropped, self.entries)
+        self.dropped = None
+        if left_behind is None or left_behind > 0:
+            self._keep_best()
+        return mode
 
     def _root(self, norms: Tensor, entries: int) -> Tensor:
         if self.stop.norm == "max":
@@ -171,59 +183,75 @@ class _Run:
         return (norms / entries).sqrt() if self.stop.norm == "rms" else norms.sqrt()
 
     def _keep_best(self) -> None:
-        """Copies an iterate only when its successor was worse: a monotone solve copies nothing."""
-        improved = self.monitor.improved
-        left_behind = self.fresh & ~improved & self.monitor.judged
-        if self.z.device.type != "cpu" or bool(left_behind.any()):
-            at = self.rows
-            kept = torch.where(left_behind[:, None, None], self.before[self.origin].to(self.best.dtype), self.best[at])
-            self.best[at] = kept
-        self.fresh = torch.where(self.monitor.judged, improved, self.fresh)
+        """Stores iterates whose successors were worse: a monotone solve copies nothing."""
+        if self.best is None:
+            self.best = self.full.clone()
+        left_behind = (self.monitor["left_behind"] != 0)[:, None, None]
+        before = self.before[self.origin].to(self.best.dtype)
+        self.best[self.rows] = torch.where(left_behind, before, self.best[self.rows])
 
     def retire(self, mode: Tensor) -> Tensor:
         """Lets finished samples leave; returns the mode (n', T) of those that stay."""
-        finished = self.monitor.status >= 0
-        if not bool(finished.any()):
+        if self.finished == 0:
             return mode
-        self._leave(finished, mode)
-        keep = (~finished).nonzero()[:, 0]
-        self.rows, self.z, self.fresh = self.rows[keep], self.z[keep], self.fresh[keep]
-        self.before, self.origin = self.z, torch.arange(keep.numel(), device=keep.device)
-        self.monitor.select(keep)
+        keep = self.monitor.running
+        self.finished = None
+        if bool(keep.all()):
+            return mode
+        self._leave(~keep, mode)
+        stay = keep.nonzero()[:, 0]
+        self.rows, self.z = self.rows[stay], self.z[stay]
+        self.before, self.origin = self.z, torch.arange(stay.numel(), device=stay.device)
+        self.monitor.select(stay)
         if self.problem.compact:
-            self.inputs = [x[keep] for x in self.inputs]
-        return mode[keep].contiguous()
+            self.inputs = [x[stay] for x in self.inputs]
+        return mode[stay].contiguous()
 
     def _leave(self, leaving: Tensor, mode: Tensor | None) -> None:
-        """Stores z, status and counts of the samples `leaving` (n,) bool."""
+        """Stores z and the records of the samples `leaving` (n,) bool."""
+        z = self.z.to(self.full.dtype)
+        if self.front is not None and mode is not None:
+            z = ops.advance(self.ring, self.z, mode, self.rows)[0].to(self.full.dtype)
+        elif self.front is None and self.best is not None:
+            z = torch.where((self.monitor["fresh"] != 0)[:, None, None], z, self.best[self.rows])
+        elif self.front is None:  # nothing was ever left behind, but a sample may have had no finite residual at all
+            z = torch.where((self.monitor["fresh"] != 0)[:, None, None], z, self.full[self.rows])
         at = self.rows[leaving]
-        if self.front is None:
-            z = torch.where(self.fresh[:, None, None], self.z.to(self.best.dtype), self.best[self.rows])[leaving]
-        elif mode is not None:
-            z = ops.advance(self.ring, self.z, mode, self.rows)[0][leaving].to(self.full.dtype)
-        else:
-            z = self.z[leaving].to(self.full.dtype)
-        self.full[at] = z
-        for name in ("status", "best", "evaluations", "rejections", "rank_losses"):
-            getattr(self.result, name)[at] = getattr(self.monitor, name)[leaving]
+        self.full[at] = z[leaving]
+        self.result.table[at] = self.monitor.table[leaving]
 
     def advance(self, mode: Tensor) -> None:
         """The next iterate of the samples at hand."""
-        self.before, self.origin = self.z, torch.arange(self.rows.numel(), device=self.z.device)
-        z, dropped = ops.advance(self.ring, self.z, mode, self.rows)
-        self.z = z.to(self.problem.layout.dtype).to(z.dtype)
-        self.monitor.rank_losses = self.monitor.rank_losses + (dropped > 0).any(1)
+        z, self.dropped = ops.advance(self.ring, self.z, mode, self.rows, self._spare())
+        self.before, self.origin = self.z, self._everyone()
+        self.z = z if z.dtype == self.problem.layout.dtype else z.to(self.problem.layout.dtype).to(z.dtype)
+
+    def _everyone(self) -> Tensor:
+        n = self.z.shape[0]
+        if self.origin.shape[0] != n or self.origin is self.rows:
+            return torch.arange(n, device=self.z.device)
+        return self.origin
+
+    def _spare(self) -> Tensor | None:
+        """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
+        for buffer in self.buffers:
+            unused = buffer is not self.z and buffer is not self.before and _holders(buffer) <= _ALONE
+            if unused and buffer.shape == self.z.shape:
+                return buffer
+        buffer = torch.empty_like(self.z)
+        self.buffers = [*self.buffers[-2:], buffer]
+        return buffer
 
     def finish(self) -> None:
         """Ends what is still running when the budget is spent or the callback said so."""
         if self.rows.numel():
             self.monitor.expire()
-            self._leave(torch.ones_like(self.fresh), None)
+            self._leave(torch.ones_like(self.rows, dtype=torch.bool), None)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """(n,) → (B,), NaN for the samples that have finished."""
-        out = torch.full((self.full.shape[0],), torch.nan, dtype=values.dtype, device=values.device)
-        out[self.rows] = values
+    def residual(self) -> Tensor:
+        """(B,) as last measured, NaN for the samples that have finished before."""
+        out = torch.full((self.full.shape[0],), torch.nan, dtype=torch.float64, device=self.full.device)
+        out[self.rows] = torch.where(self.monitor["judged"] != 0, self.monitor["residual"], torch.nan)
         return out
 
     def current(self) -> Any:
@@ -233,4 +261,7 @@ class _Run:
 
     def solution(self, steps: int, trace: Tensor | None) -> Solution:
         r = self.result
-        return Solution(self.full, r.best, r.evaluations, r.status, steps, r.rejections, r.rank_losses, trace)
+        evaluations, status, rejections, rank_losses = (
+            r[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")
+        )
+        return Solution(self.full, r["best"].clone(), evaluations, status, steps, rejections, rank_losses, trace)

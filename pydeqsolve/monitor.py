@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
 from .ops import ACCEPT, KEEP, MIX, REJECT
 from .solution import Status
 from .stop import Front, Stop
@@ -16,64 +17,110 @@ from .stop import Front, Stop
 FLAT_STEPS = 10  # steps without change after which a residual is called stalled
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
 RUNNING = -1
+COLUMNS = (  # csrc/judge.h, Record
+    "best", "previous", "flat", "steps", "status", "evaluations", "rejections", "rank_losses", "judged", "improved",
+    "fresh", "left_behind", "residual", "rtol", "atol",
+)  # fmt: skip
 
 
 class Monitor:
-    """Residual history of n samples: residual (n,), best (n,), status (n,) with RUNNING for the unfinished."""
+    """What is known of n samples: a table (n, len(COLUMNS)) float64, one row per sample.
+
+    best, previous: residuals. flat: steps without change. steps: since the last restart. status: RUNNING or a Status.
+    judged: took part in the last measurement. improved: which was its best. fresh: its best iterate is the latest one.
+    left_behind: its best iterate is the one before the latest.
+    """
 
     def __init__(self, n: int, stop: Stop, dtype: torch.dtype, device: torch.device, safeguard: float) -> None:
         self.stop, self.safeguard = stop, safeguard
         self.eps = torch.finfo(dtype).eps
-        self.best = torch.full((n,), torch.inf, dtype=torch.float64, device=device)
-        self.previous = torch.full((n,), torch.inf, dtype=torch.float64, device=device)
-        self.flat = torch.zeros(n, dtype=torch.int32, device=device)
-        self.steps = torch.zeros(n, dtype=torch.int32, device=device)  # since the last restart
-        self.status = torch.full((n,), RUNNING, dtype=torch.int64, device=device)
-        self.evaluations = torch.zeros(n, dtype=torch.int64, device=device)
-        self.rejections = torch.zeros(n, dtype=torch.int64, device=device)
-        self.rank_losses = torch.zeros(n, dtype=torch.int64, device=device)
-        self.rtol, self.atol = (_on(device, tolerance) for tolerance in (stop.rtol, stop.atol))
-        self.judged = torch.zeros(n, dtype=torch.bool, device=device)  # was running at the last measurement
-        self.improved = torch.zeros(n, dtype=torch.bool, device=device)
+        self.table = torch.zeros(n, len(COLUMNS), dtype=torch.float64, device=device)
+        self["best"] = self["previous"] = self["residual"] = torch.inf
+        self["status"] = RUNNING
+        for name in ("rtol", "atol"):
+            tolerance = getattr(stop, name)
+            if not isinstance(tolerance, Tensor):
+                self[name] = tolerance
+            elif tolerance.dim() < 2:
+                self[name] = tolerance.to(device, torch.float64)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One column, (n,)."""
+        return self.table[:, COLUMNS.index(name)]
+
+    def __setitem__(self, name: str, value: Tensor | float) -> None:
+        self.table[:, COLUMNS.index(name)] = value
+
+    @property
+    def running(self) -> Tensor:
+        """(n,) bool."""
+        return self["status"] == RUNNING
 
     def select(self, keep: Tensor) -> None:
         """Keeps the samples whose positions are in `keep` (k,)."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value[keep])
+        self.table = self.table[keep]
 
-    def judge(self, residual: Tensor, size: Tensor) -> Tensor:
-        """Takes in one measurement, ‖f − z‖ and ‖f‖ (n,); returns mode (n,): MIX, REJECT, or KEEP when finished."""
-        running = self.judged = self.status == RUNNING
+    def judge(self, norms: Tensor, dropped: Tensor | None, entries: int) -> tuple[Tensor, int | None, int | None]:
+        """Takes in one measurement, norms (n, T, 2) of r and f as `ops.measure` returns them.
+
+        Returns mode (n, T): MIX, REJECT, or KEEP when finished; and how many samples are finished and how many are
+        left behind, None where counting would wait for the device. dropped (n, T) is what the step before dropped.
+        """
+        rule = (self.safeguard, self.eps, float(entries if self.stop.norm == "rms" else 1), self.stop.norm == "max")
+        native = ops.judge(self.table, norms, dropped, *rule)
+        if native is not None:
+            return native
+        totals = norms.amax(1) if self.stop.norm == "max" else (norms.sum(1) / rule[2]).sqrt()
+        lost = (dropped > 0).any(1) if dropped is not None else torch.zeros_like(self.running)
+        mode = self._judge(totals[:, 0], totals[:, 1], lost)
+        return mode[:, None].expand(-1, norms.shape[1]).contiguous(), None, None
+
+    def _judge(self, residual: Tensor, size: Tensor, lost: Tensor) -> Tensor:
+        """The rules, in the order of csrc/judge.h; residual, size and lost (n,)."""
+        running, previous, steps = self.running, self["previous"].clone(), self["steps"].clone()
         finite = residual < torch.inf
-        converged = residual <= self.atol + self.rtol * size
-        accelerated = self.steps >= 2
-        blew_up = accelerated & ~(residual <= self.safeguard * self.previous) & running
-        self.improved = (residual < self.best) & running
-        unchanged = (residual - self.previous).abs() <= 4 * self.eps * residual
-        at_floor = (residual <= ROUNDING * self.eps * size) & ~self.improved
-        self.flat = torch.where(unchanged | at_floor, self.flat + 1, 0)
-        self.best = torch.where(self.improved, residual, self.best)
-        exploded = self.previous > 1e3 * self.best
+        converged = residual <= self["atol"] + self["rtol"] * size
+        accelerated = (steps >= 2) & (self.safeguard > 0)
+        blew_up = accelerated & ~(finite & (residual <= self.safeguard * previous)) & running
+        improved = (residual < self["best"]) & running
+        unchanged = (residual - previous).abs() <= 4 * self.eps * residual
+        at_floor = (residual <= ROUNDING * self.eps * size) & ~improved
+        best = torch.where(improved, residual, self["best"])
+        exploded = previous > 1e3 * best
+        flat = torch.where(unchanged | at_floor, self["flat"] + 1, 0.0)
 
-        status = torch.where(self.flat >= FLAT_STEPS, int(Status.STALLED), RUNNING)
-        status = torch.where(residual > self.best / self.eps**2, int(Status.DIVERGED), status)
-        broken = torch.where(exploded, int(Status.DIVERGED), int(Status.NONFINITE))
+        status = torch.where(flat >= FLAT_STEPS, float(Status.STALLED), float(RUNNING))
+        status = torch.where(finite & (residual > best / self.eps**2), float(Status.DIVERGED), status)
+        broken = torch.where(exploded, float(Status.DIVERGED), float(Status.NONFINITE))
         status = torch.where(finite | blew_up, status, broken)
-        status = torch.where(converged & finite, int(Status.CONVERGED), status)
-        self.status = torch.where(running, status, self.status)
-        self.evaluations = self.evaluations + running
-        self.rejections = self.rejections + (blew_up & (self.status == RUNNING))
-        self.previous = torch.where(running & finite, residual, self.previous)
-        self.steps = torch.where(blew_up, 0, self.steps + 1)
-        mode = torch.where(blew_up, REJECT, MIX)
-        return torch.where(self.status == RUNNING, mode, KEEP).to(torch.uint8)
+        status = torch.where(converged & finite, float(Status.CONVERGED), status)
+        status = torch.where(running, status, self["status"])
+        going = status == RUNNING
+        fresh = self["fresh"] != 0
+        changes = {
+            "best": best,
+            "previous": torch.where(running & finite, residual, previous),
+            "flat": torch.where(running, flat, self["flat"]),
+            "steps": torch.where(running, torch.where(blew_up, 0.0, steps + 1), steps),
+            "status": status,
+            "evaluations": self["evaluations"] + running,
+            "rejections": self["rejections"] + (blew_up & going),
+            "rank_losses": self["rank_losses"] + lost,
+            "judged": running,
+            "improved": improved,
+            "left_behind": fresh & ~improved & running,
+            "fresh": torch.where(running, improved, fresh),
+            "residual": residual,
+        }
+        for name, value in changes.items():
+            self[name] = value
+        return torch.where(going, torch.where(blew_up, REJECT, MIX), KEEP).to(torch.uint8)
 
     def expire(self) -> None:
         """Ends what is still running for want of budget: MAX_STEPS, or DIVERGED when the residual had grown a lot."""
-        grown = (self.previous > 1e6 * self.best) & (self.previous < torch.inf)
-        ended = torch.where(grown, int(Status.DIVERGED), int(Status.MAX_STEPS))
-        self.status = torch.where(self.status == RUNNING, ended, self.status)
+        grown = (self["previous"] > 1e6 * self["best"]) & (self["previous"] < torch.inf)
+        ended = torch.where(grown, float(Status.DIVERGED), float(Status.MAX_STEPS))
+        self["status"] = torch.where(self.running, ended, self["status"])
 
 
 class FrontMonitor(Monitor):
@@ -82,56 +129,81 @@ class FrontMonitor(Monitor):
     def __init__(self, n: int, T: int, front: Front, stop: Stop, dtype: torch.dtype, device: torch.device,
                  safeguard: float) -> None:  # fmt: skip
         super().__init__(n, stop, dtype, device, safeguard)
-        self.rtol, self.atol = (_per_block(tolerance, n, T) for tolerance in (self.rtol, self.atol))
+        self.rtol, self.atol = (_per_block(tolerance, n, T, device) for tolerance in (stop.rtol, stop.atol))
         self.front = front
         self.block_previous = torch.full((n, T), torch.inf, dtype=torch.float64, device=device)
         self.block_steps = torch.zeros(n, T, dtype=torch.int32, device=device)
+        self.block_residual = torch.full((n, T), torch.inf, dtype=torch.float64, device=device)
         self.done = torch.zeros(n, T, dtype=torch.bool, device=device)
-        self.block_evaluations = torch.zeros(n, dtype=torch.int64, device=device)
+
+    def select(self, keep: Tensor) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[keep])
 
     def wanted(self) -> Tensor:
         """(n, T) bool: the unfinished blocks of the unfinished samples, at most `window` of them each."""
-        open_ = ~self.done & (self.status == RUNNING)[:, None]
+        open_ = ~self.done & self.running[:, None]
         if self.front.window is not None:
             open_ &= open_.cumsum(1) <= self.front.window
         return open_
 
-    def judge_blocks(self, residual: Tensor, size: Tensor, wanted: Tensor, total: Tensor) -> Tensor:
-        """Takes in the norms of every block (n, T) and the residual of the whole (n,); returns mode (n, T)."""
-        running = self.status == RUNNING
+    def judge_blocks(self, residual: Tensor, size: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in the norms of every block (n, T); returns mode (n, T) and the blocks whose value is not finite.
+
+        Blocks that finish together keep the z at which they were measured, so that their residuals are true of what is
+        returned; a block that is the first unfinished one and finishes alone takes f, which is then exact.
+        """
+        running = self.running
         finite = residual < torch.inf
+        self.block_residual = torch.where(wanted, residual, self.block_residual)
         tolerance = self.atol + self.rtol * size
-        before = torch.nn.functional.pad(self.done, (1, 0), value=True)[:, :-1].cumprod(1).bool()
-        exact = before & wanted & finite
+        before = torch.nn.functional.pad(self.done, (1, 0), value=True)[:, :-1]
+        first = before & ~self.done  # done is a leading run, so this is one block of each unfinished sample
         small = wanted & finite & (residual <= self.front.margin * tolerance)
-        was_done = self.done
-        self.done = (was_done | exact | small).cumprod(1).bool()
-        within = self.done | (wanted & finite & (residual <= tolerance))
-        converged = within.all(1)
+        run = (self.done | small).cumprod(1).bool() & ~self.done
+        alone = (run.sum(1) <= 1)[:, None] & first & wanted & finite
+        within = self.done | alone | (wanted & finite & (residual <= tolerance))
+        converged = within.all(1) & running
+        # When the rest converges as it stands, it stays as it was measured; only a last block may still move.
+        whole = converged & ~(self.done | alone).all(1)
+        finished = torch.where(whole[:, None], within, run & running[:, None]) & ~self.done
+        accepted = alone & ~whole[:, None]
+        if self.front.latest:
+            accepted = accepted | (finished & wanted)
+        measured = self._total()
+        self.block_residual = torch.where(alone & accepted, 0.0, self.block_residual)
+        self.done = self.done | accepted | finished
 
         blew_up = wanted & (self.block_steps >= 2) & ~(residual <= self.safeguard * self.block_previous)
-        lost = (wanted & ~finite & ~blew_up & ~self.done).any(1)
-        self.best = torch.where(running, total, self.best)
-        status = torch.where(lost, int(Status.NONFINITE), RUNNING)
-        status = torch.where(converged, int(Status.CONVERGED), status)
-        self.status = torch.where(running, status, self.status)
-        self.evaluations = self.evaluations + running
-        self.block_evaluations = self.block_evaluations + wanted.sum(1)
-        blew_up &= ~self.done & (self.status == RUNNING)[:, None]
-        self.rejections = self.rejections + blew_up.any(1)
-        self.previous = torch.where(running, total, self.previous)
+        lost = (first & wanted & ~finite).any(1)
+        status = torch.where(lost, float(Status.NONFINITE), float(RUNNING))
+        status = torch.where(converged, float(Status.CONVERGED), status)
+        self["status"] = torch.where(running, status, self["status"])
+        self["judged"] = running
+        self["evaluations"] += running
+        blew_up &= ~self.done & self.running[:, None] & (self.block_previous < torch.inf)
+        self["rejections"] += blew_up.any(1)
+        # Where the budget ends here, z is what was measured: an accepted block has not moved yet.
+        total = torch.where(converged, self._total(), measured)
+        self["best"] = self["residual"] = torch.where(running, total, self["residual"])
         self.block_previous = torch.where(wanted & finite, residual, self.block_previous)
-        self.block_steps = torch.where(blew_up | ~wanted, 0, self.block_steps + 1)
-        mode = torch.where(blew_up, REJECT, MIX)
-        mode = torch.where(self.done | (self.status == int(Status.CONVERGED))[:, None], ACCEPT, mode)
-        return torch.where(wanted, mode, KEEP).to(torch.uint8)
+        broken = wanted & ~finite & ~blew_up
+        self.block_steps = torch.where(blew_up | ~wanted | broken, 0, self.block_steps + 1)
+        mode = torch.where(blew_up, REJECT, torch.where(self.done | broken, KEEP, MIX))
+        mode = torch.where(accepted & wanted, ACCEPT, mode)
+        return torch.where(wanted, mode, KEEP).to(torch.uint8), broken
+
+    def _total(self) -> Tensor:
+        """The residual of whole samples (n,), of blocks as last measured; infinite before all were."""
+        if self.stop.norm == "max":
+            return self.block_residual.amax(1)
+        squares = self.block_residual.square()
+        return (squares.mean(1) if self.stop.norm == "rms" else squares.sum(1)).sqrt()
 
 
-def _on(device: torch.device, tolerance: Tensor | float) -> Tensor | float:
-    return tolerance.to(device, torch.float64) if isinstance(tolerance, Tensor) else tolerance
-
-
-def _per_block(tolerance: Tensor | float, n: int, T: int) -> Tensor | float:
+def _per_block(tolerance: Tensor | float, n: int, T: int, device: torch.device) -> Tensor | float:
     if not isinstance(tolerance, Tensor):
         return tolerance
-    return (tolerance[:, None] if tolerance.dim() == 1 else tolerance).expand(n, T)
+    wide = tolerance.to(device, torch.float64)
+    return (wide[:, None] if wide.dim() == 1 else wide).expand(n, T).clone()

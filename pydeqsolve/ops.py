@@ -17,7 +17,7 @@ from . import reference
 from .reference import ACCEPT, KEEP, MIX, PLAIN, REJECT
 from .ring import COUPLINGS, KINDS, Ring
 
-__all__ = ["ACCEPT", "KEEP", "MIX", "PLAIN", "REJECT", "advance", "build_info", "measure", "start"]
+__all__ = ["ACCEPT", "KEEP", "MIX", "PLAIN", "REJECT", "advance", "build_info", "judge", "measure", "start"]
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -44,10 +44,14 @@ def start(ring: Ring) -> None:
     handle = None
     if backend:
         steps = 0 if ring.steps_gram is None else ring.steps_gram.data_ptr()
-        handle = _native.Ring(
-            ring.dtype == torch.float64, M, KINDS.index(ring.kind), T, D, ring.R.data_ptr(), ring.F.data_ptr(),
-            ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.count.data_ptr(),
-        )  # fmt: skip
+        try:
+            handle = _native.Ring(
+                ring.dtype == torch.float64, M, KINDS.index(ring.kind), ring.eps, T, D, ring.R.data_ptr(),
+                ring.F.data_ptr(), ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.squares.data_ptr(),
+                ring.count.data_ptr(),
+            )  # fmt: skip
+        except RuntimeError as error:  # tensors of torch.func have no memory of their own
+            raise NotImplementedError("solve inside a torch.func transform is not supported") from error
     ring.__dict__[_handles] = (backend, handle)
 
 
@@ -62,7 +66,7 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
     if backend is None:
         return reference.measure(ring, f, z, rows, wanted, norm)
     _check(ring, f, z)
-    norms = torch.zeros(*f.shape[:2], 2, dtype=torch.float64, device=f.device)
+    norms = torch.zeros(f.shape[0], f.shape[1], 2, dtype=torch.float64, device=f.device)
     mask = 0 if wanted is None else wanted.contiguous().data_ptr()
     shared = (handle, ring.head, f.shape[0], rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr())
     if backend == "cpu":
@@ -77,11 +81,27 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
     return norms
 
 
-def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def judge(
+    table: Tensor, norms: Tensor, dropped: Tensor | None, safeguard: float, eps: float, entries: float, is_max: bool
+) -> tuple[Tensor, int, int] | None:
+    """`Monitor.judge` on the host: mode (n, T), samples finished, samples left behind; None where it cannot run."""
+    if _native is None or table.device.type != "cpu":
+        return None
+    n, T, _ = norms.shape
+    mode = torch.empty(n, T, dtype=torch.uint8)
+    counts = _native.judge(
+        n, T, norms.data_ptr(), 0 if dropped is None else dropped.data_ptr(), table.data_ptr(), safeguard, eps, entries,
+        is_max, mode.data_ptr(),
+    )  # fmt: skip
+    return (mode, *counts)
+
+
+def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Pass 2. Returns the next iterate (n, T, D) and how many differences each block dropped (n, T).
 
     z (n, T, D) the current iterate; mode (n, T) uint8 says what becomes of each block: KEEP z, MIX, REJECT the newest
-    row (back to the value f of the row before), PLAIN f, or ACCEPT f without damping.
+    row (back to the value f of the row before), PLAIN f, or ACCEPT f without damping. out (n, T, D) may receive the
+    iterate; it must not share memory with z.
     """
     backend, handle = ring.__dict__[_handles]
     if backend is None:
@@ -91,7 +111,7 @@ def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor) -> tuple[Tensor, 
     n, T, _ = z.shape
     gamma = torch.empty(n, T, ring.slots, dtype=torch.float64, device=z.device)
     dropped = torch.empty(n, T, dtype=torch.int32, device=z.device)
-    z_next = torch.empty_like(z)
+    z_next = torch.empty_like(z) if out is None else out
     shared = (
         handle, ring.head, n, rows.data_ptr(), mode.data_ptr(), gamma.data_ptr(), dropped.data_ptr(),
         COUPLINGS.index(ring.coupling), ring.ridge, ring.damping, z.data_ptr(), z_next.data_ptr(),

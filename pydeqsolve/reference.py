@@ -53,6 +53,7 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
     ring.count[rows] = torch.where(taken, older + 1, 0).to(ring.count.dtype)
     both = torch.stack([r, f], dim=2).double()  # (n, T, 2, D)
     squares = both.square().sum(-1)
+    ring.squares[rows] = torch.where(taken[..., None], squares, ring.squares[rows])
     if norm == "max":
         squares = torch.where(squares.isfinite(), both.abs().amax(-1), squares)
     return torch.where(taken[..., None], squares, 0.0)
@@ -80,18 +81,22 @@ def weights(ring: Ring, mode: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         A = A.tril()
     A = torch.where(pair, A, 0.0)
     b = torch.where(valid, ring.rhs[rows][..., :-1], 0.0)
+    squares = torch.where(mixes[..., None], ring.squares[rows], 0.0)
     if ring.coupling == "causal":
-        A, b, size = A.cumsum(1), b.cumsum(1), torch.where(mixes, size, 0)
+        A, b, squares, size = A.cumsum(1), b.cumsum(1), squares.cumsum(1), torch.where(mixes, size, 0)
     elif ring.coupling == "joint":
-        A, b = A.sum(1, keepdim=True).expand_as(A), b.sum(1, keepdim=True).expand_as(b)
+        A, b, squares = (x.sum(1, keepdim=True).expand_as(x) for x in (A, b, squares))
         size = torch.where(mixes, size.amax(1, keepdim=True), 0)
     inside = torch.arange(M - 1, device=mode.device)[None, None] < size[..., None]
     A = torch.where(inside[..., :, None] & inside[..., None, :], A, 0.0).reshape(-1, M - 1, M - 1)
     b = torch.where(inside, b, 0.0).reshape(-1, M - 1)
     solver = _solve_positive if ring.kind == "anderson II" else _solve_general
     x, kept = solver(A, b, ring.ridge)
-    gamma[..., :-1] = x.reshape(n, T, M - 1)
-    return gamma, (size - kept.reshape(n, T)).to(torch.int32)
+    x, kept = x.reshape(n, T, M - 1), kept.reshape(n, T)
+    noise = 2 * ring.eps * x.abs().amax(-1)
+    sound = noise.square() * squares[..., 1] <= squares[..., 0]
+    gamma[..., :-1] = torch.where(sound[..., None], x, 0.0)
+    return gamma, torch.where(sound, size - kept, size).to(torch.int32)
 
 
 def mix(ring: Ring, gamma: Tensor, mode: Tensor, z: Tensor, rows: Tensor, count: Tensor) -> Tensor:

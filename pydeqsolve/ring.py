@@ -32,6 +32,7 @@ class Ring:
         self.damping, self.ridge = float(method.damping), float(method.ridge)
         self.slots = method.memory + 1
         self.head = 0
+        self.eps = torch.finfo(dtype).eps
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         M = self.slots
         self.R = torch.empty(B, M, T, D, dtype=self.dtype, device=device)
@@ -39,6 +40,7 @@ class Ring:
         self.gram = torch.zeros(B, T, M, M, dtype=torch.float64, device=device)
         self.steps_gram = torch.zeros_like(self.gram) if self.kind == "broyden good" else None
         self.rhs = torch.zeros(B, T, M, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(B, T, 2, dtype=torch.float64, device=device)  # r·r and f·f of the newest row
         self.count = torch.zeros(B, T, dtype=torch.int32, device=device)  # valid rows, the newest included
 
     @property

@@ -63,9 +63,12 @@ def solve(
     problem, flat = _prepare(fn, z0, inputs, solver, stop, compact, front)
     if gradient is not None and not hasattr(gradient, "attach"):
         raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {gradient!r}")
+    if isinstance(gradient, Unrolled) and flat.shape[0] and (front is not None or solver.method().coupling != "joint"):
+        raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
     solution = iterate(problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback)
-    if isinstance(gradient, Unrolled) and torch.is_grad_enabled():
-        solution.z = unroll(problem, flat, solver, stop, solution.evaluations)
+    if isinstance(gradient, Unrolled):
+        if torch.is_grad_enabled() and flat.shape[0]:
+            solution.z = unroll(problem, flat, solver, solution)
     elif gradient is not None and flat.shape[0]:
         solution.z = gradient.attach(problem, solution)
     solution.z = problem.layout.unpack(solution.z)
@@ -103,7 +106,8 @@ def _prepare(
         if x.dim() == 0 or x.shape[0] != B:
             raise ValueError(f"inputs[{i}] must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
     compact = bool(inputs) if compact is None else compact
-    return Problem(fn, tuple(inputs), replace(layout, template=_skeleton(z0)), compact), flat
+    layout = replace(layout, template=_skeleton(z0))
+    return Problem(fn, tuple(inputs), layout, compact, by_front=front is not None), flat
 
 
 def _skeleton(tree: Any) -> Any:

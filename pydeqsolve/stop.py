@@ -60,15 +60,19 @@ class Front:
     """Blocks of a causal map finish one by one, from the front; a finished block costs nothing more.
 
     For maps whose state is (B, T, …) and whose block k depends on earlier blocks only. fn is then called with the
-    keyword `wanted`, a bool tensor (n, T), and needs to fill only those blocks of its result. A leading block is
-    frozen, at the value fn gave it, when everything before it was frozen before that call (it is then exact), or when
-    its residual is within `margin` times its tolerance and everything before it is frozen.
+    keyword `wanted`, a bool tensor (n, T), and needs to fill only those blocks of its result. A leading block finishes
+    when its residual is within `margin` times its tolerance and everything before it has finished, keeping the z at
+    which it was measured; or, when it would finish alone, by taking the value f, which is then exact. So a chain of T
+    blocks is exact after T steps, whatever the tolerance.
 
     window: at most so many blocks of a sample are wanted at a time, the first unfinished ones; None is all.
+    latest: every block takes the value f when it finishes, one update better than what was measured; the residual of
+    the solution is then an estimate from above for contracting maps, no longer that of exactly the z returned.
     """
 
     window: int | None = None
     margin: float = 0.5
+    latest: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None:

@@ -23,6 +23,24 @@ def leaves_of(tree: Any, name: str) -> list[Tensor]:
     raise TypeError(f"{name} must be a tensor or a nested tuple, list or dict of tensors, got {type(tree).__name__}")
 
 
+def leaves_like(template: Any, tree: Any, name: str) -> list[Tensor]:
+    """The tensors of `tree` in the order of `template`; ValueError or TypeError when the structures differ."""
+    if isinstance(template, Tensor):
+        if not isinstance(tree, Tensor):
+            raise TypeError(f"{name} must be a tensor like z0, got {type(tree).__name__}")
+        return [tree]
+    if isinstance(template, dict):
+        if not isinstance(tree, dict) or tree.keys() != template.keys():
+            got = sorted(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
+            raise ValueError(f"{name} must be a dict with the keys {sorted(map(str, template))} like z0, got {got}")
+        return [leaf for key in template for leaf in leaves_like(template[key], tree[key], f"{name}[{key!r}]")]
+    if not isinstance(tree, (tuple, list)) or len(tree) != len(template):
+        got = f"{len(tree)} parts" if isinstance(tree, (tuple, list)) else type(tree).__name__
+        raise ValueError(f"{name} must have {len(template)} parts like z0, got {got}")
+    pairs = enumerate(zip(template, tree, strict=True))
+    return [leaf for i, (part, own) in pairs for leaf in leaves_like(part, own, f"{name}[{i}]")]
+
+
 def rebuild(tree: Any, leaves: Callable[[], Tensor]) -> Any:
     """A copy of the structure of `tree` whose tensors are drawn in order from `leaves`."""
     if isinstance(tree, Tensor):
@@ -73,9 +91,11 @@ class Layout:
 
     def pack(self, tree: Any, name: str) -> Tensor:
         """Structure → (n, T, D), contiguous, in this layout's dtype. Raises when the shapes are not the layout's."""
-        leaves = [tree] if isinstance(tree, Tensor) else leaves_of(tree, name)
-        if len(leaves) != len(self.shapes):
-            raise ValueError(f"{name} must hold {len(self.shapes)} tensors like z0, got {len(leaves)}")
+        if isinstance(tree, Tensor) and tree.dtype == self.dtype and tree.is_contiguous() and len(self.shapes) == 1:
+            n, shape = tree.shape[0] if tree.dim() else 0, self.shapes[0]
+            if n and tree.shape[1:] == shape and tree.device == self.device:
+                return tree.view(n, self.blocks, -1)
+        leaves = leaves_like(self.template, tree, name)
         n = leaves[0].shape[0] if leaves[0].dim() else 0
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             if leaf.dim() == 0 or leaf.shape[0] != n or leaf.shape[1:] != shape:
@@ -92,6 +112,8 @@ class Layout:
     def unpack(self, flat: Tensor) -> Any:
         """(n, T, D) → structure; views of `flat`."""
         n = flat.shape[0]
+        if isinstance(self.template, Tensor):
+            return flat.view(n, *self.shapes[0])
         if len(self.shapes) == 1:
             parts = [flat]
         else:

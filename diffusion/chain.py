@@ -66,7 +66,7 @@ class Chain:
         t = _timesteps(N, steps, spacing, schedule.steps_offset)
         alphas = schedule.alphas_cumprod
         final = alphas.new_tensor([schedule.final_alpha_cumprod])
-        if getattr(schedule, "diffusers_steps", False):
+        if schedule.diffusers_steps:
             previous = t - N // steps
             after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
         else:

@@ -16,7 +16,7 @@ from .remainder import Model, Remainders
 from .sample import Sampler, check_arguments, progress_bar
 
 METHODS = ("ddim", "naive", "deq", "exact")
-EXACT_SOLVER = Anderson(memory=5, coupling="joint")
+EXACT_SOLVER = Anderson(memory=10, coupling="joint")
 EXACT_STOP = Stop(rtol=0.0, atol=2e-6, max_steps=30)
 LOSS_STOP = Stop(rtol=1e-7, max_steps=1000)  # of the sampling that measures the loss
 EPOCH_STOP = Stop(rtol=1e-3, max_steps=1000)  # of the solve in each epoch of "deq"
@@ -96,7 +96,7 @@ def invert(
         epochs, lr: of "naive" and "deq" (default 400, 0.01). optimizer: makes another one from [x_T].
         gradient: of "deq": Phantom(steps, damping), default Phantom(1, 0.1), or Implicit().
         stop: of "exact": atol bounds the change of ε per step; of "deq": of every epoch's solve, as in `sample`.
-        solver: of the fixed point, Anderson(5) for "exact", Anderson(3, coupling="causal") for "deq".
+        solver: of the fixed point, Anderson(10) for "exact", Anderson(3, coupling="causal") for "deq".
         generator: of the first x_T of "naive" and "deq".
         state: `Inversion.state` or an epoch's snapshot; the run goes on from there, bit for bit.
         callback: called with an `Epoch` after each epoch; a true return ends the run.

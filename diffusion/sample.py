@@ -245,7 +245,7 @@ class Sampler:
         quiet = callback is None and isinstance(bar, _Silent)
         solution = solve(
             m, guess, (torch.arange(B, device=base.device), base, *self.conditioning), solver=solver, stop=stop,
-            gradient=None, front=Front(window, MARGIN), callback=None if quiet else report,
+            gradient=None, front=Front(window, MARGIN, latest=True), callback=None if quiet else report,
         )  # fmt: skip
         return m.linear.trajectory(base, solution.z), solution, m.network.calls - before, m.evaluations
 

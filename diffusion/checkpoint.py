@@ -1,0 +1,249 @@
+"""Checkpoints: a folder of model.safetensors and config.json, and a few real images. Nothing is unpickled.
+
+The weights file carries the whole configuration in its header and is replaced in one move; config.json is the same
+text for people and other tools. A write that is cut off between the two leaves at worst an older training record in
+config.json. Any other difference means that the files do not belong together, and is refused.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import read_json, read_tensors, write_json, write_tensors
+from .models import read_diffusers
+from .schedule import Schedule
+from .unet import UNet
+
+FORMAT = 1
+ARCHITECTURES: dict[str, type[nn.Module]] = {"UNet": UNet}
+PREDICTIONS = ("epsilon", "v", "sample")
+SHIPPED = Path(__file__).parent / "checkpoints"
+WEIGHTS, CONFIG, IMAGES = "model.safetensors", "config.json", "images.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained denoiser and what is needed to sample from it.
+
+    Attributes:
+        model: model(x, t) → prediction, in evaluation mode.
+        schedule: the noise it was trained with.
+        prediction: what the model returns: "epsilon", "v" or "sample".
+        shape: (C, H, W) of an image.
+        mean: per-pixel mean of the training images, of `shape`, or None.
+        variance: per-pixel variance of the training images, of `shape`, or None.
+        images: (n, C, H, W) real images in [−1, 1] which were not trained on, or None.
+        name: name of the folder.
+        training: record of the training run (steps, seed, final loss, …); empty if unknown.
+    """
+
+    model: nn.Module
+    schedule: Schedule
+    prediction: str
+    shape: tuple[int, int, int]
+    mean: Tensor | None
+    variance: Tensor | None
+    images: Tensor | None
+    name: str
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    prediction: str = "epsilon",
+    shape: tuple[int, int, int],
+    statistics: tuple[Tensor, Tensor] | None = None,
+    extra: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write model, schedule and what goes with them into `folder`, which is created if need be.
+
+    Args:
+        folder: an earlier checkpoint in it is replaced; a reader sees the old or the new one, never a half.
+        model: of an architecture in `ARCHITECTURES`, with its arguments as `model.config`.
+        schedule: the noise the model was trained with.
+        prediction: what the model returns: "epsilon", "v" or "sample".
+        shape: (C, H, W) of an image.
+        statistics: per-pixel (mean, variance) of the training images, each of `shape`.
+        extra: JSON-ready training record.
+        dtype: type of the weights on disk; None: as they are. float16 halves the file and rounds at 5e-4.
+
+    Raises:
+        TypeError: the model is of an unknown architecture, or `extra` cannot be written as JSON.
+        ValueError: an argument out of range, by name.
+    """
+    architecture = type(model).__name__
+    if ARCHITECTURES.get(architecture) is not type(model):
+        raise TypeError(f"model: one of {', '.join(ARCHITECTURES)} is required, got {architecture}")
+    shape = _checked_shape(shape, model)
+    _checked_prediction(prediction)
+    config = {
+        "format": FORMAT,
+        "architecture": {"name": architecture, "arguments": model.config},
+        "schedule": schedule.to_config(),
+        "prediction": prediction,
+        "shape": list(shape),
+        "training": dict(extra or {}, parameters=sum(p.numel() for p in model.parameters())),
+    }
+    tensors = {f"model.{key}": value.detach().to("cpu", dtype) for key, value in model.state_dict().items()}
+    if statistics is not None:
+        for key, value in zip(("mean", "variance"), statistics, strict=True):
+            if tuple(value.shape) != shape:
+                raise ValueError(f"statistics: a {key} of shape {shape} is required, got {tuple(value.shape)}")
+            tensors[f"data.{key}"] = value.detach().to("cpu", torch.float32)
+    header = {"config": json.dumps(config)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, tensors, header)
+    write_json(folder / CONFIG, config)
+
+
+def save_images(folder: str | Path, images: Tensor, levels: int = 255) -> None:
+    """Write real images (n, C, H, W) in [−1, 1] beside a checkpoint, rounded to 0 … `levels` ≤ 255, one byte each."""
+    if images.ndim != 4 or not bool((images.abs() <= 1).all()):
+        raise ValueError(f"images: (n, C, H, W) in [-1, 1] is required, got {tuple(images.shape)}")
+    if not 1 <= levels <= 255:
+        raise ValueError(f"levels: 1 … 255 is required, got {levels}")
+    values = ((images + 1) * (levels / 2)).round().to("cpu", torch.uint8)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_tensors(Path(folder) / IMAGES, {"images": values}, {"levels": str(levels)})
+
+
+def load_checkpoint(
+    name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """Return the checkpoint in a folder, or the shipped one of that name ("digits", "fashion").
+
+    A folder whose config.json was written by diffusers ("_class_name": "UNet2DModel") is read with diffusers.
+
+    Args:
+        name_or_folder: a shipped name, or a path; a path that looks like a shipped name is written "./digits".
+        device: where model, statistics and images go.
+        dtype: type of the weights, statistics and images in memory.
+
+    Raises:
+        FileNotFoundError: the folder, or a file in it, is missing.
+        ValueError: a file is cut short, malformed, of an unknown version or architecture, or does not fit the others.
+        ImportError: a diffusers model without diffusers installed.
+    """
+    shipped = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
+    folder = SHIPPED / name_or_folder if str(name_or_folder) in shipped else Path(name_or_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder, nor a shipped checkpoint ({', '.join(shipped) or 'none'})")
+    config = read_json(folder / CONFIG)
+    network: nn.Module
+    if "_class_name" in config:
+        network, schedule, prediction, shape = read_diffusers(folder, config["_class_name"], dtype)
+        return Checkpoint(network.to(device).eval(), schedule, prediction, shape, None, None, None, folder.name)
+    tensors, metadata = read_tensors(folder / WEIGHTS)
+    config = _agreed(folder, config, metadata)
+    network, schedule, prediction, shape = _build(folder / CONFIG, config)
+    _fill(network, tensors, folder / WEIGHTS)
+    mean, variance = (_statistic(tensors, key, shape, folder / WEIGHTS) for key in ("mean", "variance"))
+    images = _load_images(folder / IMAGES, shape)
+    return Checkpoint(
+        model=network.to(device, dtype).eval(),
+        schedule=schedule,
+        prediction=prediction,
+        shape=shape,
+        mean=None if mean is None else mean.to(device, dtype),
+        variance=None if variance is None else variance.to(device, dtype),
+        images=None if images is None else images.to(device, dtype),
+        name=folder.name,
+        training=config.get("training", {}),
+    )
+
+
+def _agreed(folder: Path, config: dict[str, Any], metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the configuration in the header of the weights, once config.json says the same but for the training."""
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG}: format {FORMAT} is required, got {config.get('format')!r}")
+    if "config" not in metadata:  # weights written by another tool: config.json is all there is
+        return config
+    try:
+        header: dict[str, Any] = json.loads(metadata["config"])
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS}: its configuration is not JSON ({error})") from error
+    different = [key for key in {**header, **config} if key != "training" and header.get(key) != config.get(key)]
+    if different:
+        raise ValueError(f"{folder / CONFIG}: belongs to other weights than {WEIGHTS}: {', '.join(different)} differ")
+    return header
+
+
+def _build(path: Path, config: dict[str, Any]) -> tuple[nn.Module, Schedule, str, tuple[int, int, int]]:
+    """Return model (its weights not yet read), schedule, prediction and shape of the configuration read from `path`."""
+    architecture = config.get("architecture")
+    name = architecture.get("name") if isinstance(architecture, dict) else None
+    if not isinstance(architecture, dict) or name not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
+    try:
+        with torch.random.fork_rng(devices=[]):  # drawing weights only to replace them must not move the caller's seed
+            model = ARCHITECTURES[name](**architecture["arguments"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: arguments of {name}: {error}") from error
+    try:
+        schedule = Schedule.from_config(config.get("schedule", {}))
+        shape = _checked_shape(config.get("shape"), model)
+        prediction = _checked_prediction(config.get("prediction"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model, schedule, prediction, shape
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the tensors "model.…" into the model: every one it has, of its shape, finite, and no other."""
+    own = model.state_dict()
+    state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    for key in own.keys() | state.keys():
+        if key not in state:
+            raise ValueError(f"{path}: no tensor model.{key}")
+        if key not in own:
+            raise ValueError(f"{path}: tensor model.{key} is not of this architecture")
+        if state[key].shape != own[key].shape:
+            raise ValueError(
+                f"{path}: model.{key} of shape {tuple(own[key].shape)} is required, got {tuple(state[key].shape)}"
+            )
+        if not bool(state[key].isfinite().all()):
+            raise ValueError(f"{path}: model.{key} is not finite")
+    model.load_state_dict(state)
+
+
+def _statistic(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], path: Path) -> Tensor | None:
+    value = tensors.get(f"data.{key}")
+    if value is not None and tuple(value.shape) != shape:
+        raise ValueError(f"{path}: data.{key} of shape {shape} is required, got {tuple(value.shape)}")
+    return value
+
+
+def _load_images(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    if not path.is_file():
+        return None
+    tensors, metadata = read_tensors(path)
+    values, levels = tensors.get("images"), metadata.get("levels", "255")
+    if values is None or values.dtype != torch.uint8 or tuple(values.shape[1:]) != shape:
+        raise ValueError(f"{path}: bytes named images, of shape (n, {', '.join(map(str, shape))}), are required")
+    if not levels.isdecimal() or not 1 <= int(levels) <= 255:
+        raise ValueError(f"{path}: levels 1 … 255 are required, got {levels!r}")
+    return values.float() * (2 / int(levels)) - 1
+
+
+def _checked_shape(shape: Any, model: nn.Module) -> tuple[int, int, int]:
+    whole = isinstance(shape, (list, tuple)) and all(isinstance(n, int) and n > 0 for n in shape)
+    if not whole or len(shape) != 3:
+        raise ValueError(f"shape: three positive integers (C, H, W) are required, got {shape!r}")
+    if tuple(shape) != getattr(model, "shape", None):
+        raise ValueError(f"shape: the model's {getattr(model, 'shape', None)} is required, got {tuple(shape)}")
+    return shape[0], shape[1], shape[2]
+
+
+def _checked_prediction(prediction: Any) -> str:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
+    return str(prediction)

@@ -1,0 +1,155 @@
+"""Training of a denoiser: resumable at any moment, with the result of an uninterrupted run, bit for bit."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import ARCHITECTURES, PREDICTIONS, Checkpoint, load_checkpoint, save_images
+from .data import Dataset, digits, fashion
+from .schedule import Schedule
+from .training import Run
+from .unet import UNet
+
+
+def fit(
+    images: Tensor,
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    schedule: Schedule | None = None,
+    steps: int = 20_000,
+    batch: int = 64,
+    lr: float = 1.5e-3,
+    ema: float = 0.998,
+    seed: int = 0,
+    resume: bool = True,
+    save_every: int = 1000,
+    prediction: str = "epsilon",
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    callback: Callable[[int, float], Any] | None = None,
+) -> Checkpoint:
+    """Return the checkpoint, in `folder`, of a model trained on the images; the weights are the running average.
+
+    Loss: mean of ‖model(x_t, t) − target‖² per pixel, x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Ho et al. 2020, Eq. 14), t
+    stratified over the batch, x_0 drawn with replacement. Adam, rate lr·(1 + cos(π k/steps))/2, gradient norm
+    clipped at 1. The folder holds a usable checkpoint from the first save on, and training/ the state of the run
+    until it is done: the same call again goes on from there.
+
+    Args:
+        images: (n, C, H, W) in about [−1, 1].
+        folder: created if need be.
+        model: trained in place, on its device; None: a `UNet` of default size, started from `seed`.
+        schedule: None: `Schedule.linear()`.
+        steps: optimiser steps in all.
+        batch: images per step.
+        lr: largest rate.
+        ema: decay per step of the running average of the weights, in [0, 1); shorter during the first steps.
+        seed: of images, time steps and noises.
+        resume: False: start again, whatever the folder holds.
+        save_every: steps between two saves.
+        prediction: what the model learns to return: "epsilon", "v" (√ᾱ ε − √(1−ᾱ) x_0) or "sample" (x_0).
+        dtype: type of the weights on disk; None: as trained.
+        progress: show a bar on stderr (tqdm), if that is a terminal.
+        callback: callback(step, loss) after each step; a true return saves and ends the run for now. Reading the
+            loss waits for the device.
+
+    Raises:
+        ValueError: an argument out of range, a run with other settings in the folder, or a loss that is not finite.
+        KeyboardInterrupt: passed on, after saving.
+    """
+    _check(images, steps, batch, lr, ema, save_every, prediction)
+    folder = Path(folder)
+    schedule = schedule or Schedule.linear()
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = UNet((images.shape[1], images.shape[2], images.shape[3]), timesteps=len(schedule))
+    _check_model(model, schedule)
+    settings = {
+        "steps": steps, "batch": batch, "lr": lr, "ema": ema, "seed": seed, "prediction": prediction,
+        "model": model.config, "schedule": schedule.to_config(),
+        "images": hashlib.sha256(images.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest(),
+    }  # fmt: skip
+    run = Run(images, folder, model, schedule, settings, dtype)
+    if resume and run.finished():
+        return load_checkpoint(folder)
+    if resume:
+        run.resume()
+    try:
+        for step in _counter(run.step, steps, progress):
+            loss = run.advance()
+            stop = callback is not None and callback(step, loss.item())
+            if stop:
+                break
+            if run.step % save_every == 0 and run.step < steps:
+                run.save()
+    except KeyboardInterrupt:
+        if not run.torn:  # else the last regular save is what a new call goes on from
+            run.save()
+        raise
+    run.save()
+    return load_checkpoint(folder)
+
+
+def _counter(start: int, steps: int, progress: bool) -> Iterable[int]:
+    if not progress:
+        return range(start, steps)
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True shows the bar of tqdm: pip install tqdm") from error
+    return tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)
+
+
+def _check(images: Tensor, steps: int, batch: int, lr: float, ema: float, save_every: int, prediction: str) -> None:
+    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+        raise ValueError(f"images: floating point (n, C, H, W) is required, got {tuple(images.shape)}, {images.dtype}")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images: finite values are required")
+    for name, value in {"steps": steps, "batch": batch, "save_every": save_every}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: an integer of at least 1 is required, got {value!r}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: a positive number is required, got {lr!r}")
+    if not 0 <= ema < 1:
+        raise ValueError(f"ema: a number in [0, 1) is required, got {ema!r}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
+
+
+def _check_model(model: nn.Module, schedule: Schedule) -> None:
+    """Refuse before training what could not be loaded after it, or does not know the schedule's last time step."""
+    if ARCHITECTURES.get(type(model).__name__) is not type(model):
+        raise TypeError(f"model: one of {', '.join(ARCHITECTURES)} is required, got {type(model).__name__}")
+    known = getattr(model, "config", {}).get("timesteps", len(schedule))
+    if known < len(schedule):
+        raise ValueError(f"model: {len(schedule)} timesteps are required, got {known}")
+
+
+def fit_digits(folder: str | Path, *, steps: int = 20_000, seed: int = 0, **options: Any) -> Checkpoint:
+    """Return the checkpoint of the 8×8 digits; about five minutes on one core. `options` go to `fit`."""
+    network = {"channels": 32, "multipliers": (1, 2), "blocks": (1, 3), "unshuffle": 2}
+    return _fit_dataset(digits(), folder, network, steps=steps, seed=seed, **options)
+
+
+def fit_fashion(folder: str | Path, *, steps: int = 9_000, seed: int = 0, **options: Any) -> Checkpoint:
+    """Return the checkpoint of Fashion-MNIST; about a quarter of an hour on one core. `options` go to `fit`."""
+    network = {"channels": 32, "multipliers": (1, 2, 4), "blocks": (1, 1, 1), "unshuffle": 2}
+    return _fit_dataset(fashion(), folder, network, steps=steps, seed=seed, **options)
+
+
+recipes: dict[str, Callable[..., Checkpoint]] = {"digits": fit_digits, "fashion": fit_fashion}
+
+
+def _fit_dataset(data: Dataset, folder: str | Path, network: dict[str, Any], **options: Any) -> Checkpoint:
+    save_images(folder, data.test[:32], data.levels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options["seed"])
+        model = UNet((data.train.shape[1], data.train.shape[2], data.train.shape[3]), **network)
+    return fit(data.train, folder, model=model, **{"dtype": torch.float16, **options})

@@ -170,6 +170,8 @@ PYDEQSOLVE_HD static inline int solve_general(int n, double* A, double* b, doubl
 // Relative size at which a pivot counts as zero: a little above the rounding of a double precision Gram.
 constexpr double kPivotCutoff = 1e-14;
 
+constexpr double kNoise = 16;  // units of rounding of f that a difference may consist of
+
 // Solves for the weights, which replace b; returns how many differences were left out. Differences carry the rounding
 // of f, about eps |f|; weights so large that they raise it to the size of the residual itself say nothing (a residual
 // that does not change leads there), and then all are left out. squares: of r and of f, summed as the system was.
@@ -179,7 +181,7 @@ PYDEQSOLVE_HD static inline int solve_system(Kind kind, int n, double* A, double
                                              : solve_general(n, A, b, scale, order, kPivotCutoff);
   double largest = 0;
   for (int i = 0; i < n; ++i) largest = magnitude(b[i]) <= largest ? largest : magnitude(b[i]);
-  const double noise = 2 * eps * largest;
+  const double noise = kNoise * eps * largest;
   if (noise * noise * squares[1] <= squares[0]) return n - rank;
   for (int i = 0; i < n; ++i) b[i] = 0;
   return n;

@@ -44,7 +44,11 @@ inline Mode judge(Record& s, double residual, double size, bool lost_rank, const
   if (s.flat >= kFlatSteps) s.status = kStalled;
   if (finite && residual > s.best / (rule.eps * rule.eps)) s.status = kDiverged;
   if (!finite && !blew_up) s.status = exploded ? kDiverged : kNonfinite;
-  if (finite && residual <= s.atol + s.rtol * size) s.status = kConverged;
+  if (finite && residual <= s.atol + s.rtol * size) {
+    s.status = kConverged;
+    s.improved = 1;  // what is returned is the iterate that met the tolerance, even where ||f|| was smaller before
+    s.best = residual;
+  }
   const bool running = s.status == kRunning;
   s.evaluations += 1;
   s.rejections += blew_up && running;

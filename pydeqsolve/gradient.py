@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -44,8 +44,8 @@ class Implicit:
     solver: a Krylov method (`GMRES`) or any forward solver. stop: the adjoint's tolerance, relative to ‖g‖ per sample,
     so that a scaled loss gives the scaled gradient. on_failure: what happens when a sample's adjoint does not converge:
     "warn" (a RuntimeWarning, the best u is used), "raise" (ConvergenceError) or "phantom" (that sample uses u = g).
-    The outcome is left in `Solution.adjoint`. Memory: the graph of one evaluation of fn, whatever the forward solve
-    took. Second derivatives and forward mode raise NotImplementedError.
+    The outcome is left in `Solution.adjoint`. Costs one more evaluation of fn in the forward pass, not counted in
+    `Solution.evaluations`, and keeps its graph, whatever the solve took. Second derivatives and forward mode raise NotImplementedError.
     """
 
     solver: Any = field(default_factory=GMRES)
@@ -204,7 +204,7 @@ class _Backward:
         """u (n, T, D) of u = g + Jᵀu."""
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "second derivatives through Implicit are not supported: use gradient=Unrolled() for double backward"
+                "second derivatives through Implicit are not supported: use solver=Picard() with gradient=Unrolled()"
             )
         good = self.at.good.mask_taken()[:, None, None]
         g = torch.where(good, g, 0.0)
@@ -222,18 +222,27 @@ class _Backward:
 
     def _solve(self, g: Tensor) -> tuple[Tensor, Adjoint]:
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
-        solver, stop = self.gradient.solver, self.gradient.stop
-        n = g.shape[0]
+        solver, stop = self.gradient.solver, self._stop(g)
 
         def transposed(u: Tensor) -> Tensor:
-            return self.at.transposed(u.reshape(g.shape)).to(wide).reshape(n, -1)
+            return self.at.transposed(u.reshape(g.shape)).to(wide).flatten(1)
 
-        rhs = g.to(wide).reshape(n, -1)
+        rhs = g.to(wide).flatten(1)
         if hasattr(solver, "solve"):
             u, outcome = solver.solve(transposed, rhs, stop)
         else:
             u, outcome = _by_fixed_point(solver, transposed, rhs, stop)
         return u.reshape(g.shape).to(g.dtype), outcome
+
+    def _stop(self, g: Tensor) -> Stop:
+        """The user's, for the samples at hand, and no tighter than Jᵀu can be computed in this dtype."""
+        stop, rows = self.gradient.stop, self.at.good.rows
+        tolerances = [
+            torch.as_tensor(t, dtype=torch.float64, device=g.device).expand(self.at.good.mask.shape[0])
+            for t in (stop.rtol, stop.atol)
+        ]
+        rtol, atol = (t if rows is None else t[rows] for t in tolerances)
+        return replace(stop, rtol=rtol.clamp_min(4 * torch.finfo(g.dtype).eps), atol=atol)
 
     def _report(self, outcome: Adjoint) -> None:
         solution, rows = self.solution(), self.at.good.rows
@@ -256,7 +265,8 @@ def _by_fixed_point(solver: Solver, A: Callable[[Tensor], Tensor], g: Tensor, st
     rhs = (g / scale[:, None])[:, None]
     layout = Layout.of(rhs, by_blocks=True)
     problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False)
-    l2 = Stop(stop.rtol, stop.atol, stop.max_steps, "l2", stop.check_every)
+    goal = torch.as_tensor(stop.rtol, device=g.device) + torch.as_tensor(stop.atol, device=g.device) / scale
+    l2 = Stop(0.0, goal.double(), stop.max_steps, "l2", stop.check_every)  # relative to ‖g‖, which is 1 here
     solved = iterate(problem, rhs, solver=solver, stop=l2)
     return solved.z[:, 0] * scale[:, None], Adjoint(solved.status, solved.residual, solved.evaluations)
 

@@ -186,9 +186,13 @@ class _Run:
         """Stores iterates whose successors were worse: a monotone solve copies nothing."""
         if self.best is None:
             self.best = self.full.clone()
-        left_behind = (self.monitor["left_behind"] != 0)[:, None, None]
-        before = self.before[self.origin].to(self.best.dtype)
-        self.best[self.rows] = torch.where(left_behind, before, self.best[self.rows])
+        left_behind = self.monitor["left_behind"] != 0
+        if self.z.device.type == "cpu":
+            at = left_behind.nonzero()[:, 0]
+            self.best[self.rows[at]] = self.before[self.origin[at]].to(self.best.dtype)
+            return
+        before = self.before[self.origin].to(self.best.dtype)  # choosing rows by number would wait for the device
+        self.best[self.rows] = torch.where(left_behind[:, None, None], before, self.best[self.rows])
 
     def retire(self, mode: Tensor) -> Tensor:
         """Lets finished samples leave; returns the mode (n', T) of those that stay."""
@@ -234,6 +238,8 @@ class _Run:
 
     def _spare(self) -> Tensor | None:
         """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
+        if self.z.device.type != "cpu":  # another stream may still read what Python has let go
+            return None
         for buffer in self.buffers:
             unused = buffer is not self.z and buffer is not self.before and _holders(buffer) <= _ALONE
             if unused and buffer.shape == self.z.shape:

@@ -96,6 +96,9 @@ class Monitor:
         status = torch.where(converged & finite, float(Status.CONVERGED), status)
         status = torch.where(running, status, self["status"])
         going = status == RUNNING
+        # What is returned is the iterate that met the tolerance, even where ‖f‖ was smaller before.
+        met = running & converged & finite
+        improved, best = improved | met, torch.where(met, residual, best)
         fresh = self["fresh"] != 0
         changes = {
             "best": best,

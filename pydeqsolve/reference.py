@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 KEEP, MIX, REJECT, PLAIN, ACCEPT = range(5)  # what becomes of a block; csrc/step.h, Mode
 PIVOT_CUTOFF = 1e-14
+NOISE = 16.0  # units of rounding of f that a difference may consist of; csrc/core.h
 
 
 def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
@@ -93,7 +94,7 @@ def weights(ring: Ring, mode: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     solver = _solve_positive if ring.kind == "anderson II" else _solve_general
     x, kept = solver(A, b, ring.ridge)
     x, kept = x.reshape(n, T, M - 1), kept.reshape(n, T)
-    noise = 2 * ring.eps * x.abs().amax(-1)
+    noise = NOISE * ring.eps * x.abs().amax(-1)
     sound = noise.square() * squares[..., 1] <= squares[..., 0]
     gamma[..., :-1] = torch.where(sound[..., None], x, 0.0)
     return gamma, torch.where(sound, size - kept, size).to(torch.int32)

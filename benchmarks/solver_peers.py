@@ -1,0 +1,215 @@
+"""pydeqsolve beside TorchDEQ and SciPy on the solver problems of the tests: evaluations, residuals, statuses.
+
+    python benchmarks/solver_peers.py
+
+Every solver gets the same map, start and goal ‖f(z) − z‖₂. An evaluation is counted where it happens, inside the map;
+"to goal" is the call at which the residual first met the goal, "-" if it never did. TorchDEQ and SciPy run with their
+own defaults but for memory, tolerance and budget. A peer that is not installed is said to be missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import problems
+
+from pydeqsolve import Anderson, Broyden, Implicit, Picard, Status, Stop, build_info, solve
+
+f64 = torch.float64
+
+
+def peer(name: str) -> Any:
+    """The module, or None when it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+torchdeq, scipy_optimize = peer("torchdeq"), peer("scipy.optimize")
+
+
+@dataclass
+class Counted:
+    """A map of one sample that keeps the residual of every evaluation."""
+
+    problem: problems.Map
+    residuals: list[float] = field(default_factory=list)
+
+    def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        f = self.problem.fn(z, *(inputs or self.problem.inputs))
+        self.residuals.append(float((f - z).detach().double().norm()))
+        return f
+
+    def line(self, goal: float, status: str) -> str:
+        first = next((str(k + 1) for k, r in enumerate(self.residuals) if r <= goal), "-")
+        finite = [r for r in self.residuals if r == r]
+        return f"{first:>8}{len(self.residuals):>8}{min(finite, default=float('nan')):>12.1e}  {status}"
+
+
+def ours(solver: Any) -> Callable[[Counted, float, int], str]:
+    def run(fn: Counted, goal: float, budget: int) -> str:
+        stop = Stop(rtol=0.0, atol=goal, norm="l2", max_steps=budget)
+        solution = solve(fn, fn.problem.start, fn.problem.inputs, solver=solver, stop=stop, gradient=None)
+        return Status(int(solution.status)).name
+
+    return run
+
+
+def of_torchdeq(name: str, **options: Any) -> Callable[[Counted, float, int], str]:
+    def run(fn: Counted, goal: float, budget: int) -> str:
+        module = importlib.import_module(f"torchdeq.solver.{name}")
+        with torch.no_grad():
+            getattr(module, f"{name}_solver")(fn, fn.problem.start, max_iter=budget, tol=goal, **options)
+        return "returned"
+
+    return run
+
+
+def of_scipy(name: str, **options: Any) -> Callable[[Counted, float, int], str]:
+    def run(fn: Counted, goal: float, budget: int) -> str:
+        def residual(z: Any) -> Any:
+            if len(fn.residuals) >= budget:
+                raise RuntimeError("budget spent")
+            z = torch.from_numpy(z)[None]
+            return (fn(z) - z)[0].numpy()
+
+        start = fn.problem.start[0].double().numpy()
+        method = getattr(scipy_optimize, name)
+        method(residual, start, f_tol=goal, maxiter=budget, tol_norm=lambda r: float((r**2).sum() ** 0.5), **options)
+        return "returned"
+
+    return run
+
+
+def attempt(run: Callable[[Counted, float, int], str], fn: Counted, goal: float, budget: int) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run(fn, goal, budget)
+    except Exception as error:  # a peer's failure is a result
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:50] if str(error) else ''}"
+
+
+def table() -> list[tuple[str, problems.Map, int, float, int]]:
+    """(name, map, memory, goal, budget)."""
+    sweep = problems.spectrum_sweep()
+    A, b = sweep.inputs
+
+    def scaled(s: float) -> problems.Map:
+        return problems.Map(sweep.fn, sweep.start, None, (A, b * s))
+
+    broyden = problems.spectrum_sweep(256)
+    return [
+        ("KINSOL analytic", problems.kinsol_analytic(), 2, 1.5e-6, 60),
+        ("KINSOL Roberts", problems.roberts(), 2, 1e-10, 60),
+        ("jaxopt geometric", problems.geometric(), 5, 1e-6, 10_000),
+        ("jaxopt rotation, m=10", problems.rotation(), 10, 1e-4, 500),
+        ("jaxopt rotation, m=14", problems.rotation(), 14, 1e-4, 500),
+        *[(f"spectrum [-.5, .97], scale {s:g}", scaled(s), 5, 1e-6 * s, 1000) for s in (1e-4, 1.0, 1e4)],
+        ("ill conditioned, n=40", problems.ill_conditioned(), 10, 1e-8, 2000),
+        ("rank deficient, n=50", problems.rank_deficient(), 15, 1e-9, 500),
+        ("linear, D=256, m=10", broyden, 10, 1e-8 * float(broyden.solution.norm()), 1000),
+        ("Chandrasekhar H, c=.99", problems.chandrasekhar(0.99), 5, 1e-10, 200),
+        ("discrete integral", problems.discrete_integral(), 5, 1e-12, 200),
+        ("nonlinear heat", problems.nonlinear_heat(step=2e-3), 5, 1e-10, 200),
+        ("EM means", problems.em_means()[0], 5, 1e-10, 500),
+    ]
+
+
+def compare() -> None:
+    print(f"{'problem / solver':<42}{'to goal':>8}{'total':>8}{'least ‖r‖':>12}  status")
+    for name, problem, memory, goal, budget in table():
+        print(f"{name}, goal {goal:.1e}")
+        contenders: dict[str, Any] = {
+            f"pydeqsolve Anderson({memory})": ours(Anderson(memory)),
+            f"pydeqsolve Anderson({memory}, I)": ours(Anderson(memory, kind="I")),
+            f"pydeqsolve Broyden({memory})": ours(Broyden(memory)),
+            "pydeqsolve Picard": ours(Picard()),
+            # Their m counts stored values, one more than differences.
+            f"TorchDEQ anderson(m={memory + 1})": of_torchdeq("anderson", m=memory + 1) if torchdeq else None,
+            f"TorchDEQ broyden(LBFGS_thres={memory})": of_torchdeq("broyden", LBFGS_thres=memory) if torchdeq else None,
+            f"SciPy anderson(M={memory})": of_scipy("anderson", M=memory) if scipy_optimize else None,
+            "SciPy broyden1": of_scipy("broyden1") if scipy_optimize else None,
+            "SciPy broyden2": of_scipy("broyden2") if scipy_optimize else None,
+        }
+        for label, run in contenders.items():
+            if run is not None:
+                fn = Counted(problem)
+                status = attempt(run, fn, goal, budget)
+                print(f"  {label:<40}{fn.line(goal, status)}")
+
+
+def compare_batches() -> None:
+    """64 samples of contraction .3 … .97: rows passed to fn, over the evaluations that pydeqsolve counts."""
+    problem, rows, tolerance = problems.mixed_batch(), [], 1e-3
+
+    def fn(z: Tensor, rate: Tensor, b: Tensor) -> Tensor:
+        rows.append(len(z))
+        return problem.fn(z, rate, b)
+
+    stop = Stop(rtol=0.0, atol=tolerance, norm="l2", max_steps=500)
+    solution = solve(fn, problem.start, problem.inputs, stop=stop, gradient=None)
+    needed = int(solution.evaluations.sum())
+    print(f"mixed batch of 64: pydeqsolve passes {sum(rows)} rows for {needed} evaluations, {sum(rows) / needed:.2f} ×")
+    if torchdeq:
+        module = importlib.import_module("torchdeq.solver.anderson")
+        rows.clear()
+        info = module.anderson_solver(lambda z: fn(z, *problem.inputs), problem.start, max_iter=500, tol=tolerance)[2]
+        ratio, worst = sum(rows) / needed, float(info["abs_lowest"].max())
+        print(
+            f"  TorchDEQ anderson passes {sum(rows)} rows, {ratio:.2f} × what pydeqsolve needs; worst ‖r‖ {worst:.1e}"
+        )
+
+
+def compare_adjoints() -> None:
+    """dL/dW of a tanh layer, ρ = .95, D = 256, mean-square loss, against dense linear algebra."""
+    print("relative error of dL/dW through a tanh layer, ρ = .95")
+    for scale in (1.0, 1e-8, 1e8):
+        problem, W = problems.tanh_layer()
+        (x,) = problem.inputs
+        z = solve(problem.fn, problem.start, (x,), stop=Stop(rtol=1e-13, max_steps=2000), gradient=Implicit()).z
+        g = scale * 2 * z.detach() / z.numel()
+        S = 1 - z.detach() ** 2
+        u = torch.stack(
+            [
+                torch.linalg.solve((torch.eye(256, dtype=f64) - s[:, None] * W.detach()).T, r)
+                for s, r in zip(S, g, strict=True)
+            ]
+        )
+        truth = (S * u).T @ z.detach()
+        (found,) = torch.autograd.grad(scale * z.square().mean(), W)
+        line = f"  loss × {scale:g}: pydeqsolve {float((found - truth).norm() / truth.norm()):.1e}"
+        if torchdeq:
+            deq = torchdeq.get_deq(ift=True, f_solver="anderson", b_solver="anderson", f_max_iter=200, f_tol=1e-12)
+            z = deq(lambda z, fn=problem.fn, x=x: fn(z, x), problem.start)[0][-1]
+            (found,) = torch.autograd.grad(scale * z.square().mean(), W)
+            line += f", TorchDEQ with its Anderson adjoint {float((found - truth).norm() / truth.norm()):.1e}"
+        print(line)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    versions = importlib.import_module("importlib.metadata").version
+    print(f"pydeqsolve {build_info()}")
+    print(f"torchdeq {versions('torchdeq') if torchdeq else 'missing: pip install torchdeq==0.1.0'}")
+    print(f"scipy {versions('scipy') if scipy_optimize else 'missing: pip install scipy'}; float64, one thread\n")
+    compare()
+    print()
+    compare_batches()
+    print()
+    compare_adjoints()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Laws that a fixed-point solver obeys, as functions for a solver or a map of your own. Needs neither pytest nor more.
+
+Each `check_…` runs `solve` and raises AssertionError that says which law was broken, where and by how much. Notation:
+z = f(z), f = fn(z, *inputs), z0 (B, …) one tensor, inputs a tuple of tensors (B, …), r = f − z.
+`bitwise=False` compares to `tolerance` instead of bit by bit, for maps whose rows are not computed as if alone (a
+matrix product over the batch rounds differently for another number of rows).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .anderson import Anderson
+from .gradient import Gradient, Implicit
+from .iterate import Solver
+from .solution import Solution
+from .solve import solve
+from .stop import Stop
+
+Fn = Callable[..., Tensor]
+NAN, EXPLODES, NO_FIXED_POINT, EXACT = range(1, 5)  # troubles of the samples added by `check_independence`
+
+
+def check_independence(
+    solver: Solver, fn: Fn, z0: Tensor, inputs: Sequence[Tensor] = (), *, stop: Stop | None = None,
+    bitwise: bool = True, tolerance: float = 1e-6, gradient: Gradient | None = None, parameters: Sequence[Tensor] = (),
+    seed: int = 0,
+) -> None:  # fmt: skip
+    """Every sample gives the same z, status and evaluations alone, permuted, and beside samples that go wrong.
+
+    With `gradient`, the derivatives of Σ z² with respect to floating inputs and to `parameters` are compared, to
+    `tolerance` relative to their largest entry.
+    """
+    B, stop, troubled = z0.shape[0], stop or Stop(), _with_troubles(fn)
+    none = torch.zeros(B, dtype=torch.int64, device=z0.device)
+
+    def run(rows: Tensor, trouble: Tensor) -> tuple[Solution, list[Tensor]]:
+        given = [x[rows].detach().requires_grad_(bool(gradient) and x.is_floating_point()) for x in inputs]
+        solution = solve(troubled, z0[rows], (*given, trouble), solver=solver, stop=stop, gradient=gradient)
+        leaves = [x for x in (*given, *parameters) if x.requires_grad]
+        if gradient is None or not leaves:
+            return solution, []
+        found = torch.autograd.grad(solution.z[trouble == 0].square().sum(), leaves, allow_unused=True)
+        return solution, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+    everyone = torch.arange(B, device=z0.device)
+    together, grads = run(everyone, none)
+    alone = [run(everyone[i : i + 1], none[i : i + 1]) for i in range(B)]
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(seed)).to(z0.device)
+    permuted, _ = run(order, none)
+    crowd = torch.cat([everyone[:1].expand(4), everyone])
+    crowded, crowded_grads = run(crowd, torch.cat([torch.arange(1, 5, device=z0.device), none]))
+    for i in range(B):
+        at = int((order == i).nonzero())
+        cases = [("alone", alone[i][0], 0), ("permuted", permuted, at), ("beside bad ones", crowded, i + 4)]
+        for where, other, j in cases:
+            _same_sample(f"sample {i} {where}", together, i, other, j, bitwise, tolerance)
+    split = len(grads) - sum(p.requires_grad for p in parameters)
+    for k, g in enumerate(grads):
+        pieces = [each[1][k] for each in alone]
+        expected = torch.cat(pieces) if k < split else torch.stack(pieces).sum(0)
+        _close(f"gradient {k} together and alone", g, expected, tolerance)
+        _close(f"gradient {k} beside bad ones", crowded_grads[k][4:] if k < split else crowded_grads[k], g, tolerance)
+
+
+def check_scale_invariance(
+    solver: Solver, fn: Fn, z0: Tensor, inputs: Sequence[Tensor] = (), *, stop: Stop | None = None,
+    exponents: Sequence[int] = (-30, -7, 12, 30),
+) -> None:  # fmt: skip
+    """s f(z / s) from s z0, s = 2^k, takes the same evaluations to s z, bit for bit. `stop.atol` must be 0."""
+    stop = stop or Stop()
+    plain = solve(fn, z0, inputs, solver=solver, stop=stop, gradient=None)
+    for k in exponents:
+        s = 2.0**k
+        scaled = solve(lambda z, *x, s=s: fn(z / s, *x) * s, z0 * s, inputs, solver=solver, stop=stop, gradient=None)
+        scaled.z, scaled.residual = scaled.z / s, scaled.residual / s
+        for i in range(z0.shape[0]):
+            _same_sample(f"sample {i} scaled by 2^{k}", plain, i, scaled, i, True, 0.0)
+
+
+def check_rotation_equivariance(
+    solver: Solver, fn: Fn, z0: Tensor, inputs: Sequence[Tensor] = (), *, stop: Stop | None = None,
+    tolerance: float = 1e-6, seed: int = 0,
+) -> None:  # fmt: skip
+    """Q f(Qᵀ z) from Q z0, Q orthogonal, ends at Q z with the same status after as many evaluations, give or take one
+    for rounding. `stop.norm` must not be "max"."""
+    B, stop = z0.shape[0], stop or Stop()
+    D = z0[0].numel()
+    noise = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    Q = torch.linalg.qr(noise).Q.to(z0)
+
+    def turn(z: Tensor, by: Tensor) -> Tensor:
+        return (z.reshape(len(z), -1) @ by.T).reshape(z.shape)
+
+    plain = solve(fn, z0, inputs, solver=solver, stop=stop, gradient=None)
+    turned = solve(
+        lambda z, *x: turn(fn(turn(z, Q.T), *x), Q), turn(z0, Q), inputs, solver=solver, stop=stop, gradient=None
+    )
+    back = turn(turned.z, Q.T)
+    for i in range(B):
+        _require(plain.status[i] == turned.status[i], f"sample {i} rotated: status {turned.status[i]}")
+        apart = int((plain.evaluations[i] - turned.evaluations[i]).abs())
+        _require(apart <= 1, f"sample {i} rotated: evaluations differ by {apart}")
+        _close(f"sample {i} rotated: z", back[i], plain.z[i], tolerance)
+
+
+def check_affine_exactness(
+    solver: Solver, *, D: int = 6, B: int = 3, dtype: torch.dtype = torch.float64, evaluations: int | None = None,
+    seed: int = 0,
+) -> None:  # fmt: skip
+    """f(z) = A z + b, with A of norm .9, is solved to rounding in D + 2 evaluations: the start, D differences and the
+    measurement of the answer. Needs memory ≥ D. `evaluations`: another bound, such as Broyden's 2 D + 1."""
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(B, D, D, dtype=torch.float64, generator=generator)
+    A = 0.9 * A / torch.linalg.matrix_norm(A, 2)[:, None, None]
+    b = torch.randn(B, D, dtype=torch.float64, generator=generator)
+    exact = torch.linalg.solve(torch.eye(D, dtype=torch.float64) - A, b)
+    rtol = torch.finfo(dtype).eps ** 0.75
+    most = D + 2 if evaluations is None else evaluations
+    solution = solve(
+        lambda z, A, b: (A @ z[..., None])[..., 0] + b, torch.zeros(B, D, dtype=dtype), (A.to(dtype), b.to(dtype)),
+        solver=solver, stop=Stop(rtol=rtol, max_steps=most), gradient=None,
+    )  # fmt: skip
+    _require(
+        bool(solution.converged.all()),
+        f"affine map of {D} unknowns not solved in {most} evaluations: residuals {solution.residual.tolist()}",
+    )
+    # ‖z − z*‖ ≤ ‖r‖ / (1 − .9), and the stop rule bounds ‖r‖ by rtol ‖f‖.
+    _close("affine solution", solution.z.double(), exact, 20 * rtol)
+
+
+def check_best_residual(
+    solver: Solver, fn: Fn, z0: Tensor, inputs: Sequence[Tensor] = (), *, stop: Stop | None = None
+) -> None:
+    """`residual` is the least of the trace, and is ‖f(z) − z‖ of exactly the z returned, to rounding of the sum; where
+    the status is CONVERGED that z meets the tolerance."""
+    stop, D = stop or Stop(), z0[0].numel()
+    solution = solve(fn, z0, inputs, solver=solver, stop=stop, gradient=None, trace=True)
+    assert solution.trace is not None
+    finite = torch.where(solution.trace.isfinite(), solution.trace, torch.inf)
+    with torch.no_grad():
+        f = fn(solution.z, *inputs).double().reshape(len(z0), -1)
+        r = f - solution.z.double().reshape(len(z0), -1)
+    norm = {"max": lambda x: x.abs().amax(1), "l2": lambda x: x.norm(dim=1), "rms": lambda x: x.norm(dim=1) / D**0.5}
+    measured, goal = norm[stop.norm](r), stop.atol + stop.rtol * norm[stop.norm](f)
+    for i in range(len(z0)):
+        least, said = float(finite[:, i].min()), float(solution.residual[i])
+        _require(said == least, f"sample {i}: residual {said}, least of the trace {least}")
+        true = float(measured[i])
+        if said < float("inf"):
+            _require(abs(true - said) <= 1e-9 * said, f"sample {i}: residual {said}, ‖f(z) − z‖ of its z {true}")
+        _require(
+            not solution.converged[i] or said <= goal[i] * (1 + 1e-9),
+            f"sample {i}: CONVERGED, but the residual of its z is {said} and the tolerance {float(goal[i])}",
+        )
+
+
+def check_evaluations(
+    solver: Solver, fn: Fn, z0: Tensor, inputs: Sequence[Tensor], *, stop: Stop | None = None
+) -> None:
+    """Compact: the rows passed to fn add up to `evaluations`, and its calls to `steps`."""
+    rows: list[int] = []
+
+    def counted(z: Tensor, *x: Tensor) -> Tensor:
+        rows.append(z.shape[0])
+        return fn(z, *x)
+
+    stop = replace(stop or Stop(), check_every=1)
+    solution = solve(counted, z0, inputs, solver=solver, stop=stop, gradient=None, compact=True)
+    _require(len(rows) == solution.steps, f"{len(rows)} calls of fn, but steps is {solution.steps}")
+    total = int(solution.evaluations.sum())
+    _require(sum(rows) == total, f"{sum(rows)} rows passed to fn, but evaluations add up to {total}")
+
+
+def check_gradient(
+    fn: Fn, z0: Tensor, inputs: Sequence[Tensor] = (), parameters: Sequence[Tensor] = (), *,
+    gradient: Gradient | None = None, solver: Solver | None = None, stop: Stop | None = None,
+    tolerance: float = 1e-5, seed: int = 0,
+) -> None:  # fmt: skip
+    """dL of L = Σ c z, c random, equals central differences along one random direction of each input and parameter
+    that requires a gradient. Use float64, and a `stop` tight enough to difference."""
+    generator = torch.Generator().manual_seed(seed)
+    c = torch.randn(z0.shape, dtype=torch.float64, generator=generator).to(z0)
+    solver, stop = solver or Anderson(), stop or Stop(rtol=1e-13, max_steps=1000)
+    leaves = [x for x in (*inputs, *parameters) if x.requires_grad]
+
+    def loss(how: Gradient | None) -> Tensor:
+        return (c * solve(fn, z0, inputs, solver=solver, stop=stop, gradient=how).z).sum()
+
+    grads = torch.autograd.grad(loss(gradient or Implicit(stop=Stop(rtol=1e-10))), leaves)
+    for k, (x, g) in enumerate(zip(leaves, grads, strict=True)):
+        v = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x)
+        h = 1e-5 * max(1.0, float(x.detach().abs().max()))
+        with torch.no_grad():
+            x.add_(v, alpha=h)
+            above = loss(None)
+            x.sub_(v, alpha=2 * h)
+            below = loss(None)
+            x.add_(v, alpha=h)
+        expected, found = float(above - below) / (2 * h), float((g * v).sum())
+        scale = float(g.norm() * v.norm())
+        _require(abs(found - expected) <= tolerance * scale, f"derivative {k}: {found}, central difference {expected}")
+
+
+def check_dtype(
+    solver: Solver, fn: Fn, z0: Tensor, *, ulps: float = 8.0,
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+) -> None:  # fmt: skip
+    """dtype and device of z0 are kept, and z is within `ulps` units of rounding, times max |z*|, of the float64 one.
+
+    fn must compute in the dtype of its argument and contract well: the error of any method grows as 1/(1 − ρ).
+    """
+    finest = Stop(rtol=torch.finfo(torch.float64).eps, max_steps=1000)
+    exact = solve(fn, z0.double(), solver=solver, stop=finest, gradient=None).z
+    for dtype in dtypes:
+        eps = torch.finfo(dtype).eps
+        z = solve(fn, z0.to(dtype), solver=solver, stop=Stop(rtol=2 * eps), gradient=None).z
+        _require(z.dtype == dtype, f"z0 is {dtype}, z is {z.dtype}")
+        _require(z.device == z0.device, f"z0 is on {z0.device}, z on {z.device}")
+        _close(f"{dtype} solution", z.double(), exact, ulps * eps)
+
+
+def check_constant_memory(
+    solver: Solver, fn: Fn, z0: Tensor, inputs: Sequence[Tensor] = (), *, early: int = 30, late: int = 120
+) -> None:
+    """Tensors alive after `late` steps take no more bytes than after `early` ones, which must exceed the memory."""
+    alive: dict[int, int] = {}
+
+    def count(step: int, z: Tensor, residual: Tensor) -> None:
+        if step in (early, late):
+            gc.collect()
+            alive[step] = _bytes_alive()
+
+    stop = Stop(rtol=0.0, atol=0.0, max_steps=late)
+    solve(fn, z0, inputs, solver=solver, stop=stop, gradient=None, callback=count)
+    _require(late in alive, "the solve ended before `late`: give a map that converges more slowly")
+    grown = alive[late] - alive[early]
+    _require(grown <= 0, f"{grown} bytes more are alive after {late} steps than after {early}")
+
+
+def _with_troubles(fn: Fn) -> Fn:
+    """fn with one more input, a code per sample: 0 leaves it alone, others make that sample go wrong."""
+
+    def troubled(z: Tensor, *rest: Tensor) -> Tensor:
+        *inputs, code = rest
+        f = fn(z, *inputs)
+        code = code.reshape(-1, *[1] * (z.dim() - 1))
+        f = torch.where(code == NAN, torch.nan, f)
+        f = torch.where(code == EXPLODES, 10 * z * z + 10, f)
+        f = torch.where(code == NO_FIXED_POINT, z + 1, f)
+        return torch.where(code == EXACT, z, f)
+
+    return troubled
+
+
+def _bytes_alive() -> int:
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) is Tensor:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _require(holds: bool | Tensor, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
+
+
+def _same_sample(what: str, one: Solution, i: int, other: Solution, j: int, bitwise: bool, tolerance: float) -> None:
+    for name in ("status", "evaluations"):
+        a, b = int(getattr(one, name)[i]), int(getattr(other, name)[j])
+        _require(a == b, f"{what}: {name} {b}, in the plain batch {a}")
+    if bitwise:
+        apart = (one.z[i].detach().double() - other.z[j].detach().double()).abs().max()
+        _require(torch.equal(one.z[i], other.z[j]), f"{what}: z differs by {float(apart)}")
+        _require(one.residual[i] == other.residual[j], f"{what}: residual {other.residual[j]}, not {one.residual[i]}")
+    else:
+        _close(f"{what}: z", other.z[j], one.z[i], tolerance)
+
+
+def _close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Largest error within tolerance × largest entry of `expected`; NaN nowhere."""
+    found, expected = found.detach(), expected.detach()
+    error, size = float((found - expected).abs().max()), float(expected.abs().max())
+    _require(error <= tolerance * size, f"{what}: off by {error}, largest entry {size}")

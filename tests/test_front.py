@@ -1,0 +1,206 @@
+"""Front: blocks of a causal chain finish from the front, and a finished block costs nothing."""
+
+import problems
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydeqsolve import Anderson, Front, Implicit, Picard, Status, Stop, solve
+
+f64 = torch.float64
+CAUSAL = Anderson(coupling="causal")
+
+
+class Watched:
+    """A causal map that records what was wanted: (n, T) per call."""
+
+    def __init__(self, problem: problems.Map) -> None:
+        self.problem = problem
+        self.wanted: list[torch.Tensor] = []
+
+    def __call__(self, z, *inputs, wanted):
+        self.wanted.append(wanted.clone())
+        return self.problem.fn(z, *inputs, wanted)
+
+    @property
+    def rows(self) -> int:
+        return sum(int(w.sum()) for w in self.wanted)
+
+
+def run(problem, front=None, stop=None, solver=CAUSAL, **keywords):
+    watched = Watched(problem)
+    solution = solve(watched, problem.start, problem.inputs, solver=solver, front=front or Front(),
+                     stop=stop or Stop(rtol=1e-10), gradient=None, **keywords)  # fmt: skip
+    return solution, watched
+
+
+def error(solution, problem) -> float:
+    return float((solution.z - problem.solution).abs().max())
+
+
+@pytest.mark.parametrize("solver", [CAUSAL, Picard(), Anderson(coupling="independent")], ids=str)
+@settings(max_examples=8)
+@given(T=st.integers(1, 15), gain=st.sampled_from([0.5, 1.5, 3.0]))
+def test_a_triangular_map_is_exact_after_as_many_rounds_as_blocks(solver, T, gain):
+    problem = problems.triangular(T, gain=gain)
+    solution, _ = run(problem, solver=solver, stop=Stop(rtol=0.0, max_steps=T))
+    assert solution.converged.all()
+    assert torch.equal(solution.z, problem.solution)
+
+
+def test_the_front_moves_one_block_a_round_at_least_and_never_back():
+    _, watched = run(problems.triangular(12), stop=Stop(rtol=1e-6))
+    for k, wanted in enumerate(watched.wanted):
+        assert not wanted[:, :k].any()
+        assert torch.equal(wanted, wanted.cummax(1).values)  # unwanted blocks are the leading ones
+    for before, after in zip(watched.wanted, watched.wanted[1:], strict=False):
+        if len(before) == len(after):
+            assert not (after & ~before).any()
+
+
+def test_a_contracting_chain_finishes_in_far_fewer_rounds_than_blocks():
+    problem = problems.triangular(40, gain=0.3)
+    solution, watched = run(problem, stop=Stop(rtol=1e-6))
+    assert solution.converged.all()
+    assert solution.steps <= 15
+    assert watched.rows < 0.35 * 40 * 40 * 2
+    assert error(solution, problem) < 1e-5
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_a_window_bounds_the_blocks_wanted_and_gives_the_same_answer(window):
+    problem = problems.triangular(12)
+    solution, watched = run(problem, Front(window=window), stop=Stop(rtol=1e-8, max_steps=200))
+    assert solution.converged.all()
+    assert max(int(w.sum(1).max()) for w in watched.wanted) == window
+    for wanted in watched.wanted:  # the first unfinished ones, in one piece
+        for row in wanted:
+            at = row.nonzero()[:, 0]
+            assert len(at) == 0 or torch.equal(at, torch.arange(int(at[0]), int(at[0]) + len(at)))
+    assert error(solution, problem) < 1e-6
+
+
+def test_a_window_of_one_is_forward_substitution():
+    problem = problems.triangular(9)
+    solution, watched = run(problem, Front(window=1))
+    assert torch.equal(solution.z, problem.solution)
+    assert solution.steps == 9
+    assert watched.rows == 9 * 2
+
+
+def test_blocks_may_have_tolerances_of_their_own():
+    problem = problems.triangular(10, gain=0.5)
+    tight, loose = torch.full((1, 10), 1e-9, dtype=f64), torch.full((1, 10), 1e-2, dtype=f64)
+    one, _ = run(problem, stop=Stop(rtol=tight))
+    other, _ = run(problem, stop=Stop(rtol=loose))
+    assert other.steps < one.steps
+    assert torch.equal(one.z, run(problem, stop=Stop(rtol=1e-9))[0].z)
+    assert torch.equal(one.z, run(problem, stop=Stop(rtol=tight.expand(2, 10)))[0].z)
+
+
+def test_samples_finish_at_their_own_pace_and_leave_the_batch():
+    g = problems.generator(0)
+    b = torch.randn(2, 10, 3, dtype=f64, generator=g)
+    gain = torch.tensor([0.1, 1.5], dtype=f64)[:, None, None]
+
+    def fn(z, b, gain, wanted):
+        return b + torch.nn.functional.pad(gain * torch.sin(z[:, :-1]), (0, 0, 1, 0))
+
+    together = solve(fn, b * 0, (b, gain), solver=CAUSAL, front=Front(), stop=Stop(rtol=1e-6), gradient=None)
+    assert together.evaluations[0] < together.evaluations[1]
+    for i in range(2):
+        alone = solve(fn, b[i : i + 1] * 0, (b[i : i + 1], gain[i : i + 1]), solver=CAUSAL, front=Front(),
+                      stop=Stop(rtol=1e-6), gradient=None)  # fmt: skip
+        assert torch.equal(alone.z[0], together.z[i])
+        assert alone.evaluations[0] == together.evaluations[i]
+
+
+def test_without_compaction_fn_sees_all_samples_and_wants_nothing_of_the_finished():
+    problem = problems.triangular(8, B=3)
+    part, _ = run(problem)
+    full, watched = run(problem, compact=False)
+    assert torch.equal(full.z, part.z)
+    assert {len(w) for w in watched.wanted} == {3}
+
+
+def test_how_often_the_host_reads_the_flags_changes_no_result():
+    problem = problems.triangular(10, gain=0.7)
+    often, seldom = (run(problem, stop=Stop(rtol=1e-7, check_every=k))[0] for k in (1, 6))
+    for name in ("z", "status", "evaluations", "residual"):
+        assert torch.equal(getattr(often, name), getattr(seldom, name)), name
+
+
+def true_residual(solution, problem):
+    return (problem.fn(solution.z, *problem.inputs) - solution.z).flatten(1).square().mean(1).sqrt()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("steps", [2, 5])
+def test_the_residual_of_an_unfinished_front_covers_every_block(window, steps):
+    problem = problems.triangular(10, gain=0.8)
+    solution, _ = run(problem, Front(window=window), stop=Stop(rtol=1e-6, max_steps=steps))
+    assert solution.status.tolist() == [Status.MAX_STEPS] * 2
+    assert (solution.residual >= 0.999 * true_residual(solution, problem)).all()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_residual_of_a_finished_front_is_that_of_the_z_returned(window):
+    problem = problems.triangular(10, gain=0.8)
+    solution, _ = run(problem, Front(window=window), stop=Stop(rtol=1e-6))
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.residual, true_residual(solution, problem), rtol=1e-9, atol=1e-15)
+
+
+def test_a_nan_block_ends_its_sample_as_nonfinite_and_leaves_the_other():
+    problem = problems.triangular(8, B=2)
+    b = problem.inputs[0].clone()
+    b[0, 4] = torch.nan
+    watched = Watched(problem)
+    solution = solve(watched, problem.start, (b,), solver=CAUSAL, front=Front(), stop=Stop(rtol=1e-10), gradient=None)
+    assert solution.status.tolist() == [Status.NONFINITE, Status.CONVERGED]
+    assert (solution.z[1] - problem.solution[1]).abs().max() < 1e-9
+    assert solution.z[0].isfinite().all()
+
+
+def test_a_block_that_is_nan_only_until_its_predecessors_are_right_is_solved():
+    # sqrt of the block before: NaN from the zero start is gone once the front arrives.
+    b = torch.full((1, 6, 1), 2.0, dtype=f64)
+
+    def fn(z, b, wanted=None):
+        return b + torch.nn.functional.pad(torch.sqrt(z[:, :-1] - 1), (0, 0, 1, 0))
+
+    expected = [2.0]
+    for _ in range(5):
+        expected.append(2 + (expected[-1] - 1) ** 0.5)
+    solution = solve(fn, b * 0, (b,), solver=CAUSAL, front=Front(), stop=Stop(rtol=1e-10), gradient=None)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.z[0, :, 0], torch.tensor(expected, dtype=f64), rtol=1e-9, atol=0)
+
+
+def test_the_budget_ends_a_front_with_max_steps_and_finite_values():
+    problem = problems.triangular(20)
+    solution, _ = run(problem, stop=Stop(rtol=1e-10, max_steps=4))
+    assert solution.status.tolist() == [Status.MAX_STEPS] * 2
+    assert solution.evaluations.tolist() == [4, 4]
+    assert solution.z.isfinite().all()
+    assert torch.equal(solution.z[:, :3], problem.solution[:, :3])
+
+
+def test_an_exploding_chain_is_still_exact_at_the_end():
+    # The residual grows by 4 a block before it vanishes: a guard against the best residual would give up.
+    problem = problems.triangular(12, gain=4.0)
+    solution, _ = run(problem, stop=Stop(rtol=1e-12))
+    assert solution.converged.all()
+    assert error(solution, problem) <= 1e-9 * float(problem.solution.abs().max())
+
+
+def test_implicit_gradients_pass_through_a_front():
+    problem = problems.triangular(6, B=1, D=1, gain=1.2)
+    b = problem.inputs[0].clone().requires_grad_()
+    z = solve(Watched(problem), problem.start, (b,), solver=CAUSAL, front=Front(), stop=Stop(rtol=1e-12),
+              gradient=Implicit(stop=Stop(rtol=1e-12))).z  # fmt: skip
+    (found,) = torch.autograd.grad(z[:, -1].sum(), b)
+    slope = 0.6 * (1 + torch.cos(problem.solution[0, :-1, 0]))
+    expected = torch.cat([slope.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=f64)])
+    torch.testing.assert_close(found[0, :, 0], expected, rtol=1e-9, atol=0)

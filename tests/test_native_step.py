@@ -1,0 +1,234 @@
+"""The native step against the PyTorch reference, on every instruction set; threads; installations without it."""
+
+import math
+
+import problems
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydeqsolve import Anderson, Broyden, build_info, ops, reference, solve
+from pydeqsolve.ring import COUPLINGS, KINDS, Method, Ring
+
+native = pytest.mark.skipif(not build_info()["native"], reason="no native module")
+f64 = torch.float64
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    """Runs the test on this instruction set, where the processor has it."""
+    before = ops._native.cpu_isa() if ops._native is not None else ""
+    if ops._native is None or not ops._native.choose_cpu_isa(request.param):
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    assert ops._native.choose_cpu_isa(before)
+
+
+@pytest.fixture
+def no_native(monkeypatch):
+    monkeypatch.setattr(ops, "_native", None)
+
+
+def twins(method: Method, B: int, T: int, D: int, dtype: torch.dtype) -> tuple[Ring, Ring]:
+    """Two equal rings, the first for the native step, the second for the reference."""
+    rings = Ring(method, B, T, D, dtype, torch.device("cpu")), Ring(method, B, T, D, dtype, torch.device("cpu"))
+    ops.start(rings[0])
+    for ring in rings:
+        ring.R.fill_(math.nan)  # what was never written must never be read
+        ring.F.fill_(math.nan)
+    return rings
+
+
+def reference_step(ring: Ring, f, z, rows, wanted, norm: str, modes):
+    ring.head = (ring.head + 1) % ring.slots
+    norms = reference.measure(ring, f, z, rows, wanted, norm)
+    mode = modes(ring)
+    count = ring.count[rows]
+    gamma, dropped = reference.weights(ring, mode, rows)
+    return norms, mode, reference.mix(ring, gamma, mode, z, rows, count), dropped, gamma
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 90))
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS), coupling=st.sampled_from(COUPLINGS), shape=shapes, memory=st.integers(0, 20),
+    damping=st.sampled_from([1.0, 0.6, 1.5]), ridge=st.sampled_from([0.0, 1e-6]), norm=st.sampled_from(["l2", "max"]),
+    steps=st.integers(1, 30), masked=st.booleans(), seed=st.integers(0, 9999),
+)  # fmt: skip
+def test_each_step_equals_the_reference(
+    dtype, kind, coupling, shape, memory, damping, ridge, norm, steps, masked, seed
+):
+    B, T, D = shape
+    D += 2 * memory  # more features than differences: the small systems keep their rank
+    method = Method(kind, memory, damping, ridge, coupling)
+    rings = twins(method, B, T, D, dtype)
+    g = problems.generator(seed)
+    rows = torch.randperm(B, generator=g)
+    for _ in range(steps):
+        rows = rows[torch.rand(len(rows), generator=g) < 0.97]  # samples leave for good
+        n = len(rows)
+        if n == 0:
+            break
+        f, z = (torch.randn(n, T, D, dtype=f64, generator=g).to(dtype) for _ in range(2))
+        wanted = torch.rand(n, T, generator=g) < 0.8 if masked else None
+        draw = torch.rand(n, T, generator=g)
+
+        def modes(ring, rows=rows, wanted=wanted, draw=draw):
+            mode = torch.full(draw.shape, ops.MIX, dtype=torch.uint8)
+            mode[draw < 0.15] = ops.PLAIN
+            mode[draw < 0.10] = ops.ACCEPT
+            mode[(draw < 0.05) & (ring.count[rows] >= 2)] = ops.REJECT
+            mode[draw > 0.95] = ops.KEEP
+            if wanted is not None:
+                mode[~wanted] = ops.KEEP
+            return mode
+
+        norms, mode, expected, dropped, gamma = reference_step(rings[1], f, z, rows, wanted, norm, modes)
+        torch.testing.assert_close(ops.measure(rings[0], f, z, rows, wanted, norm), norms, rtol=1e-12, atol=0)
+        found, found_dropped = ops.advance(rings[0], z, mode, rows)
+        assert torch.equal(rings[0].count, rings[1].count)
+        assert torch.equal(found_dropped, dropped)
+        if gamma.abs().max() < 30:  # larger weights tell of a nearly singular system, where rounding decides
+            tolerance = 1e-7 if dtype == f64 else 1e-4
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_each_instruction_set_gives_the_reference_solution(isa, kind, dtype):
+    A = problems.with_spectrum(torch.linspace(-0.5, 0.9, 70, dtype=f64)).to(dtype)
+    b = torch.randn(3, 70, dtype=f64, generator=problems.generator(1)).to(dtype)
+    rings = twins(Method(kind, 6), 3, 1, 70, dtype)
+    rows = torch.arange(3)
+    z = torch.zeros(3, 1, 70, dtype=dtype)
+    for _ in range(9):
+        f = z @ A.T + b[:, None]
+        _, mode, expected, _, _ = reference_step(
+            rings[1], f, z, rows, None, "l2", lambda ring: torch.zeros(3, 1, dtype=torch.uint8) + ops.MIX
+        )
+        ops.measure(rings[0], f, z, rows, None, "l2")
+        found, _ = ops.advance(rings[0], z, mode, rows)
+        size = expected.abs().max()
+        assert (found - expected).abs().max() <= (1e-8 if dtype == f64 else 1e-5) * size
+        z = expected
+
+
+@native
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(kind="I"), Broyden(), Anderson(coupling="causal")], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 200_000), (9, 4, 3_000), (4000, 2, 8)])
+def test_the_number_of_threads_changes_no_bit(solver, shape):
+    rate = torch.linspace(-0.5, 0.95, math.prod(shape)).reshape(shape)
+    b = torch.randn(shape, generator=problems.generator(0))
+    before = torch.get_num_threads()
+    solutions = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            solutions.append(solve(lambda z: rate * z + b, torch.zeros(shape), solver=solver, gradient=None))
+    finally:
+        torch.set_num_threads(before)
+    for other in solutions[1:]:
+        assert torch.equal(solutions[0].z, other.z)
+        assert torch.equal(solutions[0].residual, other.residual)
+
+
+@native
+@pytest.mark.parametrize("length", [1, 7, 15, 16, 17, 511, 512, 513, 1 << 14, (1 << 14) + 1, 40_001])
+def test_tails_of_every_length_are_summed(isa, length):
+    ring = Ring(Method(memory=1), 1, 1, length, f64, torch.device("cpu"))
+    ops.start(ring)
+    f, z = torch.randn(2, 1, 1, length, dtype=f64, generator=problems.generator(length))
+    squares = ops.measure(ring, f, z, torch.zeros(1, dtype=torch.int64), None, "l2")
+    torch.testing.assert_close(
+        squares[0, 0], torch.stack([(f - z).square().sum(), f.square().sum()]), rtol=1e-12, atol=0
+    )
+    largest = ops.measure(ring, f, z, torch.zeros(1, dtype=torch.int64), None, "max")
+    assert torch.equal(largest[0, 0], torch.stack([(f - z).abs().max(), f.abs().max()]))
+
+
+@native
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [0, 3, 599, 40_000])
+def test_nan_and_infinity_anywhere_reach_the_norms(isa, bad, position):
+    ring = Ring(Method(memory=1), 2, 1, 40_001, torch.float32, torch.device("cpu"))
+    ops.start(ring)
+    f, z = torch.ones(2, 2, 1, 40_001)
+    f[0, 0, position] = bad
+    for norm in ("l2", "max"):
+        norms = ops.measure(ring, f, z, torch.arange(2), None, norm)
+        assert not norms[0].isfinite().any()
+        assert norms[1, 0].tolist() == [0.0, 40_001.0 if norm == "l2" else 1.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("available", [True, False], ids=["native", "reference"])
+def test_a_repeated_difference_is_left_out_and_counted(kind, available, monkeypatch):
+    if available and not build_info()["native"]:
+        pytest.skip("no native module")
+    if not available:
+        monkeypatch.setattr(ops, "_native", None)
+    ring = Ring(Method(kind, 3), 1, 1, 6, f64, torch.device("cpu"))
+    ops.start(ring)
+    step, rows = torch.tensor([1.0, 2.0, 0.5, 0, 0, 0], dtype=f64), torch.zeros(1, dtype=torch.int64)
+    for k in range(4):  # all iterates and residuals on one line: three equal differences
+        z = k * step[None, None]
+        ops.measure(ring, 0.5 * z + 1, z, rows, None, "l2")
+    z_next, dropped = ops.advance(ring, z, torch.full((1, 1), ops.MIX, dtype=torch.uint8), rows)
+    # The "good" matrix SᵀY + striu(SᵀS) of parallel steps has full rank or loses one; the others keep one difference.
+    assert dropped.item() == 2 if kind.startswith("anderson") else z_next.isfinite().all()
+    assert z_next.isfinite().all()
+
+
+# Without the native module
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(kind="I"), Broyden(), Broyden(kind="bad")], ids=str)
+def test_without_the_native_module_the_answers_are_the_same(no_native, solver):
+    assert not build_info()["native"]
+    problem = problems.mixed_batch(6)
+    fallback = solve(problem.fn, problem.start, problem.inputs, solver=solver, gradient=None).check()
+    assert (fallback.z - problem.solution).abs().max() < 1e-2
+    again = solve(problem.fn, problem.start, problem.inputs, solver=solver, gradient=None)
+    assert torch.equal(again.z, fallback.z)
+
+
+@native
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(kind="I"), Broyden(), Broyden(kind="bad")], ids=str)
+def test_native_and_fallback_take_the_same_steps(solver, monkeypatch):
+    problem = problems.mixed_batch(6)
+    with_native = solve(problem.fn, problem.start, problem.inputs, solver=solver, gradient=None)
+    monkeypatch.setattr(ops, "_native", None)
+    without = solve(problem.fn, problem.start, problem.inputs, solver=solver, gradient=None)
+    assert torch.equal(with_native.evaluations, without.evaluations)
+    torch.testing.assert_close(with_native.z, without.z, rtol=1e-7, atol=1e-7)
+
+
+def test_a_memory_beyond_the_kernels_takes_the_reference():
+    problem = problems.mixed_batch(4)
+    long, short = (
+        solve(problem.fn, problem.start, problem.inputs, solver=Anderson(memory=memory), gradient=None)
+        for memory in (80, 60)  # neither fills up
+    )
+    assert torch.equal(long.evaluations, short.evaluations)
+    torch.testing.assert_close(long.z, short.z, rtol=1e-7, atol=1e-7)
+
+
+@native
+def test_tensors_the_kernel_cannot_read_are_refused():
+    ring = Ring(Method(memory=1), 2, 1, 4, f64, torch.device("cpu"))
+    ops.start(ring)
+    good, rows = torch.zeros(2, 1, 4, dtype=f64), torch.arange(2)
+    for f in (
+        good.float(),
+        good.transpose(0, 2),
+        torch.zeros(2, 1, 8, dtype=f64)[..., ::2],
+        good[..., :3].contiguous(),
+    ):
+        with pytest.raises(ValueError, match="must"):
+            ops.measure(ring, f, good, rows, None, "l2")

@@ -1,5 +1,8 @@
 // The one pybind11 file. Tensors arrive as addresses; pydeqsolve/ops.py has checked dtype, device and contiguity.
 #include <pybind11/pybind11.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -31,8 +34,17 @@ struct Ring {
 
   template <class Scalar>
   History<Scalar> history(int head) const {
-    return {slots, head, kind, at<Scalar>(R), at<Scalar>(F), at<double>(gram), at<double>(steps_gram), at<double>(rhs),
-            at<double>(squares), at<std::int32_t>(count), eps};
+    return {slots,
+            head,
+            kind,
+            at<Scalar>(R),
+            at<Scalar>(F),
+            at<double>(gram),
+            at<double>(steps_gram),
+            at<double>(rhs),
+            at<double>(squares),
+            at<std::int32_t>(count),
+            eps};
   }
   Rows rows(std::int64_t n, Address index, Address wanted) const {
     return {n, blocks, features, at<const std::int64_t>(index), at<const std::uint8_t>(wanted)};
@@ -46,6 +58,15 @@ void with_scalar(bool is_double, const Body& body) {
   } else {
     body(float{});
   }
+}
+
+// Asks for large pages under a long history: its rows are read side by side, a page table entry each.
+void use_large_pages([[maybe_unused]] Address address, [[maybe_unused]] std::uintptr_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t page = std::uintptr_t{1} << 21;
+  const std::uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+  if (last > first) madvise(at<void>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
 }
 
 void measure(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
@@ -117,17 +138,17 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
-  py::class_<Ring>(m, "Ring")
-      .def(py::init([](bool is_double, int slots, int kind, double eps, std::int64_t blocks, std::int64_t features,
-                       Address R, Address F, Address gram, Address steps_gram, Address rhs, Address squares,
-                       Address count) {
+  py::class_<Ring>(m, "Ring").def(
+      py::init([](bool is_double, int slots, int kind, double eps, std::int64_t blocks, std::int64_t features,
+                  Address R, Address F, Address gram, Address steps_gram, Address rhs, Address squares, Address count) {
         if (slots < 1 || slots > kMaxSlots) throw std::invalid_argument("slots out of range");
-        return Ring{is_double, slots, static_cast<Kind>(kind), eps, R, F, gram, steps_gram, rhs, squares, count, blocks,
-                    features};
+        return Ring{is_double, slots,   static_cast<Kind>(kind), eps, R, F, gram, steps_gram, rhs, squares, count,
+                    blocks,    features};
       }));
   m.attr("MAX_SLOTS") = kMaxSlots;
   m.def("measure", &measure);
   m.def("advance", &advance);
+  m.def("use_large_pages", &use_large_pages);
   m.def("judge", &judge_samples);
   m.attr("RECORD") = sizeof(Record) / sizeof(double);
   m.def("cpu_isa", &cpu_isa);

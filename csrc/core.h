@@ -36,7 +36,7 @@ PYDEQSOLVE_HD static inline double system_entry(Kind kind, int i, int j, int hea
 // Adds one block's contribution to the system of size n: A (n, n) row-major, b (n,). A block with fewer differences
 // than the system counts as zero in the others, which keeps a sum of positive matrices positive.
 PYDEQSOLVE_HD static inline void add_block(int n, int differences, int head, int slots, Kind kind, const double* gram,
-                                    const double* steps_gram, const double* rhs, double* A, double* b) {
+                                           const double* steps_gram, const double* rhs, double* A, double* b) {
   const int k = differences < n ? differences : n;
   for (int i = 0; i < k; ++i) {
     b[i] += rhs[i];
@@ -56,39 +56,35 @@ PYDEQSOLVE_HD static inline double square_root(double x) {
 // Solves the symmetric positive semidefinite A x = b by Cholesky, in place, newest difference first; returns the rank
 // kept. A is scaled to a unit diagonal first, so `ridge` and `cutoff` are relative: multiplying the problem by any
 // power of two changes no bit of the result. A difference that depends on newer ones (pivot <= cutoff) gets weight 0.
-PYDEQSOLVE_HD static inline int solve_positive(int n, double* A, double* b, double* scale, double ridge, double cutoff) {
+PYDEQSOLVE_HD static inline int solve_positive(int n, double* A, double* b, double* scale, double ridge,
+                                               double cutoff) {
   for (int i = 0; i < n; ++i) scale[i] = A[i * n + i] > 0 ? 1 / square_root(A[i * n + i]) : 0;
   for (int i = 0; i < n; ++i) {
     b[i] *= scale[i];
     for (int j = 0; j <= i; ++j) A[i * n + j] *= scale[i] * scale[j];
   }
+  // L replaces A row by row, with 1 / L_jj on the diagonal; a dropped row is all zeros and so takes no further part.
   int rank = 0;
-  for (int j = 0; j < n; ++j) {  // row j of L; a dropped row has L[j][j] = 0 and is passed over
-    for (int k = 0; k < j; ++k) {
-      if (A[k * n + k] == 0) continue;
-      double sum = A[j * n + k];
-      for (int i = 0; i < k; ++i) {
-        if (A[i * n + i] != 0) sum -= A[j * n + i] * A[k * n + i];
-      }
-      A[j * n + k] = sum / A[k * n + k];
-    }
+  for (int j = 0; j < n; ++j) {
     double pivot = A[j * n + j] + ridge;
     for (int k = 0; k < j; ++k) {
-      if (A[k * n + k] != 0) pivot -= A[j * n + k] * A[j * n + k];
+      double sum = A[j * n + k];
+      for (int i = 0; i < k; ++i) sum -= A[j * n + i] * A[k * n + i];
+      A[j * n + k] = sum * A[k * n + k];
+      pivot -= A[j * n + k] * A[j * n + k];
     }
     const bool kept = scale[j] > 0 && pivot > cutoff;  // false for NaN too
-    A[j * n + j] = kept ? square_root(pivot) : 0;
+    A[j * n + j] = kept ? 1 / square_root(pivot) : 0;
+    for (int k = 0; k < j && !kept; ++k) A[j * n + k] = 0;
+    double sum = kept ? b[j] : 0;
+    for (int k = 0; k < j; ++k) sum -= A[j * n + k] * b[k];
+    b[j] = sum * A[j * n + j];
     rank += kept;
-  }
-  for (int j = 0; j < n; ++j) {
-    double sum = b[j];
-    for (int k = 0; k < j; ++k) sum -= A[k * n + k] != 0 ? A[j * n + k] * b[k] : 0;
-    b[j] = A[j * n + j] != 0 ? sum / A[j * n + j] : 0;
   }
   for (int j = n - 1; j >= 0; --j) {
     double sum = b[j];
-    for (int k = j + 1; k < n; ++k) sum -= A[k * n + k] != 0 ? A[k * n + j] * b[k] : 0;
-    b[j] = A[j * n + j] != 0 ? sum / A[j * n + j] : 0;
+    for (int k = j + 1; k < n; ++k) sum -= A[k * n + j] * b[k];
+    b[j] = sum * A[j * n + j];
   }
   for (int j = 0; j < n; ++j) b[j] *= scale[j];
   return rank;

@@ -5,14 +5,16 @@
 
 namespace pydeqsolve {
 
-#define PYDEQSOLVE_DECLARE(isa)                                                                                   \
-  namespace isa {                                                                                                 \
-  template <class Scalar>                                                                                         \
-  void measure(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm, int);            \
-  template <class Scalar>                                                                                         \
-  void weights(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*, double*, std::int32_t*, int); \
-  template <class Scalar>                                                                                         \
-  void mix(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double, const Scalar*, Scalar*, int); \
+#define PYDEQSOLVE_DECLARE(isa)                                                                                     \
+  namespace isa {                                                                                                   \
+  template <class Scalar>                                                                                           \
+  void measure(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm, int);              \
+  template <class Scalar>                                                                                           \
+  void weights(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*, double*, std::int32_t*,  \
+               int);                                                                                                \
+  template <class Scalar>                                                                                           \
+  void mix(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double, const Scalar*, Scalar*, \
+           int);                                                                                                    \
   }
 PYDEQSOLVE_DECLARE(portable)
 #if defined(PYDEQSOLVE_X86)
@@ -36,9 +38,7 @@ Isa chosen = detect();
 
 }  // namespace
 
-const char* cpu_isa() {
-  return chosen == Isa::kAvx512 ? "avx512" : chosen == Isa::kAvx2 ? "avx2" : "portable";
-}
+const char* cpu_isa() { return chosen == Isa::kAvx512 ? "avx512" : chosen == Isa::kAvx2 ? "avx2" : "portable"; }
 
 // Takes a lower instruction set than the processor's, for tests; false when this build or processor lacks it.
 bool choose_cpu_isa(const char* name) {
@@ -55,7 +55,7 @@ bool choose_cpu_isa(const char* name) {
 }
 
 #if defined(PYDEQSOLVE_X86)
-#define PYDEQSOLVE_DISPATCH(call)                 \
+#define PYDEQSOLVE_DISPATCH(call)                  \
   if (chosen == Isa::kAvx512) return avx512::call; \
   if (chosen == Isa::kAvx2) return avx2::call;     \
   return portable::call
@@ -81,11 +81,12 @@ void mix_cpu(const Rows& rows, const History<Scalar>& history, const double* gam
   PYDEQSOLVE_DISPATCH(mix(rows, history, gamma, mode, beta, z, z_next, threads));
 }
 
-#define PYDEQSOLVE_INSTANTIATE(Scalar)                                                                               \
-  template void measure_cpu<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm, int); \
-  template void weights_cpu<Scalar>(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*,      \
-                                    double*, std::int32_t*, int);                                                    \
-  template void mix_cpu<Scalar>(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double,     \
+#define PYDEQSOLVE_INSTANTIATE(Scalar)                                                                                \
+  template void measure_cpu<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm, \
+                                    int);                                                                             \
+  template void weights_cpu<Scalar>(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*,       \
+                                    double*, std::int32_t*, int);                                                     \
+  template void mix_cpu<Scalar>(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double,      \
                                 const Scalar*, Scalar*, int);
 PYDEQSOLVE_INSTANTIATE(float)
 PYDEQSOLVE_INSTANTIATE(double)

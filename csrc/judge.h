@@ -10,8 +10,8 @@ namespace pydeqsolve {
 
 // A row of the monitor's table: doubles, in the order of `COLUMNS` in monitor.py.
 struct Record {
-  double best, previous, flat, steps, status, evaluations, rejections, rank_losses, judged, improved, fresh, left_behind,
-      residual, rtol, atol;
+  double best, previous, flat, steps, status, evaluations, rejections, rank_losses, judged, improved, fresh,
+      left_behind, residual, rtol, atol;
 };
 
 struct Judgement {

@@ -85,9 +85,19 @@ inline bool is_aligned(const Scalar* p) {
 
 constexpr int kMaxOlder = 10;  // differences kept in registers; more take the tiled kernel
 
+// Fetches the rows of the next sample in the order of their addresses. Short rows read side by side would hide from the
+// processor's own prefetching that the whole is one sequential stream.
+template <class Scalar>
+inline void prefetch(const Scalar* p, std::int64_t length) {
+  const char* const bytes = reinterpret_cast<const char*>(p);
+  for (std::int64_t i = 0; i < length * static_cast<std::int64_t>(sizeof(Scalar)); i += 64)
+    __builtin_prefetch(bytes + i);
+}
+constexpr std::int64_t kShortRow = 2048;  // entries
+
 // r = f - z over `length` entries, a multiple of kLanes: writes R0 = r and F0 = f, and with y_a = r_a - r_{a+1} adds
 // dots[a] += y_0.y_a, dots[C + a] += r.y_a, dots[2C] += r.r, dots[2C + 1] += f.f.
-template <class Scalar, int C, bool past_cache>
+template <class Scalar, int C>
 void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar* R0, Scalar* F0,
                   const Scalar* const* older, double* dots) {
   Lanes gram[C + 1], rhs[C + 1], rr = {}, ff = {};
@@ -95,8 +105,8 @@ void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar*
   for (int a = 0; a < C; ++a) gram[a] = rhs[a] = Lanes{};
   for (std::int64_t i = 0; i < length; i += kLanes) {
     const auto f_row = read(f + i), r_row = f_row - read(z + i);
-    write<past_cache>(R0 + i, r_row);
-    write<past_cache>(F0 + i, f_row);
+    write<false>(R0 + i, r_row);
+    write<false>(F0 + i, f_row);
     const Lanes r = widen(r_row), value = widen(f_row);
     rr += r * r;
     ff += value * value;
@@ -138,12 +148,12 @@ void mix_rows(std::int64_t length, const Scalar* const* rows, const double* weig
 }
 
 // The instances by number of differences C = 0 … kMaxOlder.
-template <class Scalar, bool past_cache, int C = 0>
+template <class Scalar, int C = 0>
 void measure_rows_of(int differences, std::int64_t length, const Scalar* f, const Scalar* z, Scalar* R0, Scalar* F0,
                      const Scalar* const* older, double* dots) {
-  if (differences == C) return measure_rows<Scalar, C, past_cache>(length, f, z, R0, F0, older, dots);
+  if (differences == C) return measure_rows<Scalar, C>(length, f, z, R0, F0, older, dots);
   if constexpr (C < kMaxOlder) {
-    measure_rows_of<Scalar, past_cache, C + 1>(differences, length, f, z, R0, F0, older, dots);
+    measure_rows_of<Scalar, C + 1>(differences, length, f, z, R0, F0, older, dots);
   }
 }
 

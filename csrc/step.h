@@ -16,11 +16,11 @@ enum class Norm : int { kSquares = 0, kMax = 1 };
 
 // What becomes of one block in this step.
 enum Mode : std::uint8_t {
-  kKeep = 0,      // z' = z: finished, or not wanted
-  kMix = 1,       // z' = f - sum_a gamma_a (f_a - f_{a+1}): the accelerated step
-  kReject = 2,    // z' = f of age 1: the newest row made the residual blow up
-  kPlain = 3,     // z' = f: Picard, also the start after a restart
-  kAccept = 4,    // z' = f without damping: a leading block that is done
+  kKeep = 0,    // z' = z: finished, or not wanted
+  kMix = 1,     // z' = f - sum_a gamma_a (f_a - f_{a+1}): the accelerated step
+  kReject = 2,  // z' = f of age 1: the newest row made the residual blow up
+  kPlain = 3,   // z' = f: Picard, also the start after a restart
+  kAccept = 4,  // z' = f without damping: a leading block that is done
 };
 
 // Which rows of the batch take part. `rows` maps the n samples at hand to the B samples of the history.
@@ -35,17 +35,17 @@ struct Rows {
 // The history of all samples. R and F hold raw rows, not differences: a row is written once and never moved.
 template <class Scalar>
 struct History {
-  int slots;           // M
-  int head;            // slot of the newest row
+  int slots;  // M
+  int head;   // slot of the newest row
   Kind kind;
-  Scalar* R;           // (B, M, T*D) residuals r = f - z
-  Scalar* F;           // (B, M, T*D) values f
-  double* gram;        // (B, T, M, M) w_a . y_b by slots, w = y for type II and bad, s for type I and good
-  double* steps_gram;  // (B, T, M, M) s_a . s_b by slots, kind good only, else null
-  double* rhs;         // (B, T, M) w_a . r_0 by age
-  double* squares;     // (B, T, 2) r_0 . r_0 and f . f of the newest row
-  std::int32_t* count; // (B, T) valid rows, the newest included
-  double eps;          // unit of rounding of the state's dtype
+  Scalar* R;            // (B, M, T*D) residuals r = f - z
+  Scalar* F;            // (B, M, T*D) values f
+  double* gram;         // (B, T, M, M) w_a . y_b by slots, w = y for type II and bad, s for type I and good
+  double* steps_gram;   // (B, T, M, M) s_a . s_b by slots, kind good only, else null
+  double* rhs;          // (B, T, M) w_a . r_0 by age
+  double* squares;      // (B, T, 2) r_0 . r_0 and f . f of the newest row
+  std::int32_t* count;  // (B, T) valid rows, the newest included
+  double eps;           // unit of rounding of the state's dtype
 };
 
 // Pass 1: r = f - z into the ring, the new Gram row, the right-hand side, the norms. f, z (n, T, D);
@@ -73,7 +73,8 @@ const char* measure_cuda(const Rows& rows, const History<Scalar>& history, const
                          double* norms, Norm norm, double* partial, void* stream);
 template <class Scalar>
 const char* weights_cuda(const Rows& rows, const History<Scalar>& history, Coupling coupling, double ridge,
-                         const std::uint8_t* mode, double* gamma, std::int32_t* dropped, double* workspace, void* stream);
+                         const std::uint8_t* mode, double* gamma, std::int32_t* dropped, double* workspace,
+                         void* stream);
 template <class Scalar>
 const char* mix_cuda(const Rows& rows, const History<Scalar>& history, const double* gamma, const std::uint8_t* mode,
                      double beta, const Scalar* z, Scalar* z_next, void* stream);
@@ -85,7 +86,7 @@ const char* advance_cuda(const Rows& rows, const History<Scalar>& history, Coupl
 std::int64_t partial_doubles(const Rows& rows, int slots);
 int cuda_device_count();  // 0 without a driver
 
-const char* cpu_isa();                   // "portable", "avx2" or "avx512"
+const char* cpu_isa();                  // "portable", "avx2" or "avx512"
 bool choose_cpu_isa(const char* name);  // for tests; false when this processor or build lacks it
 
 }  // namespace pydeqsolve

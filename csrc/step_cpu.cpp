@@ -63,10 +63,10 @@ inline void two_dots(int length, const double* x, const double* u, const double*
 struct Dots {
   int ages;  // capacity M
   double* row;
-  double& gram_row(int a) const { return row[a]; }                // w_0 . y_a
-  double& gram_column(int a) const { return row[ages + a]; }      // w_a . y_0
-  double& rhs(int a) const { return row[2 * ages + a]; }          // w_a . r_0
-  double& steps_row(int a) const { return row[3 * ages + a]; }    // s_0 . s_a
+  double& gram_row(int a) const { return row[a]; }              // w_0 . y_a
+  double& gram_column(int a) const { return row[ages + a]; }    // w_a . y_0
+  double& rhs(int a) const { return row[2 * ages + a]; }        // w_a . r_0
+  double& steps_row(int a) const { return row[3 * ages + a]; }  // s_0 . s_a
   double& squares(int which) const { return row[4 * ages + which]; }
   double& largest(int which) const { return row[4 * ages + 2 + which]; }
   static int size(int ages) { return 4 * ages + 4; }
@@ -131,17 +131,13 @@ void measure_tile(int length, int older, bool steps, Norm norm, const Scalar* f,
 
 // A whole piece by the register kernels: the part in whole vectors where it lies, the rest through padded copies.
 template <class Scalar>
-void measure_piece(std::int64_t length, int older, bool past_cache, const Scalar* f, const Scalar* z, Scalar* const* R,
-                   Scalar* F, const Dots& dots) {
+void measure_piece(std::int64_t length, int older, const Scalar* f, const Scalar* z, Scalar* const* R, Scalar* F,
+                   const Dots& dots) {
   double sums[2 * kMaxOlder + 2] = {};
   const std::int64_t whole = length / kLanes * kLanes;
   const Scalar* rows[kMaxOlder + 1];
   for (int a = 0; a < older; ++a) rows[a] = R[a + 1];
-  if (past_cache && is_aligned(R[0]) && is_aligned(F)) {
-    measure_rows_of<Scalar, true>(older, whole, f, z, R[0], F, rows, sums);
-  } else {
-    measure_rows_of<Scalar, false>(older, whole, f, z, R[0], F, rows, sums);
-  }
+  measure_rows_of<Scalar>(older, whole, f, z, R[0], F, rows, sums);
   if (whole < length) {
     Scalar padded[kMaxOlder + 5][kLanes] = {};
     const std::size_t bytes = (length - whole) * sizeof(Scalar);
@@ -151,8 +147,8 @@ void measure_piece(std::int64_t length, int older, bool past_cache, const Scalar
       std::memcpy(padded[a], rows[a] + whole, bytes);
       rows[a] = padded[a];
     }
-    measure_rows_of<Scalar, false>(older, kLanes, padded[kMaxOlder + 1], padded[kMaxOlder + 2], padded[kMaxOlder + 3],
-                                   padded[kMaxOlder + 4], rows, sums);
+    measure_rows_of<Scalar>(older, kLanes, padded[kMaxOlder + 1], padded[kMaxOlder + 2], padded[kMaxOlder + 3],
+                            padded[kMaxOlder + 4], rows, sums);
     std::memcpy(R[0] + whole, padded[kMaxOlder + 3], bytes);
     std::memcpy(F + whole, padded[kMaxOlder + 4], bytes);
   }
@@ -248,9 +244,10 @@ void measure(const Rows& rows, const History<Scalar>& h, const Scalar* f, const 
         R[a] = h.R + offset;
         F[a] = h.F + offset;
       }
+      if (T == 1 && D <= kShortRow && item + 1 < end) prefetch(h.R + sample_of(rows, i + 1) * M * D, M * D);
       const Scalar *f_here = f + block * D + first, *z_here = z + block * D + first;
       if (!steps && norm == Norm::kSquares && older <= kMaxOlder) {
-        measure_piece(last - first, older, bytes > kCache, f_here, z_here, R, F[0], dots);
+        measure_piece(last - first, older, f_here, z_here, R, F[0], dots);
       } else {
         for (std::int64_t k = 0; k < last - first; k += kTile) {
           const int length = last - first - k < kTile ? static_cast<int>(last - first - k) : kTile;
@@ -365,6 +362,7 @@ void mix(const Rows& rows, const History<Scalar>& h, const double* gamma, const 
       const double* weight = gamma + block * M;
       if (undamped == 0 && differences <= kMaxOlder) {
         const Scalar* F[kMaxOlder + 1];
+        if (T == 1 && D <= kShortRow && item + 1 < end) prefetch(h.F + sample_of(rows, i + 1) * M * D, M * D);
         for (int a = 0; a <= differences; ++a) {
           F[a] = h.F + ((sample * M + slot_of(h.head, newest + a, M)) * T + t) * D + first;
         }
@@ -403,11 +401,12 @@ void mix(const Rows& rows, const History<Scalar>& h, const double* gamma, const 
   });
 }
 
-#define PYDEQSOLVE_INSTANTIATE(Scalar)                                                                          \
-  template void measure<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm, int); \
-  template void weights<Scalar>(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*, double*,    \
-                                std::int32_t*, int);                                                             \
-  template void mix<Scalar>(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double,     \
+#define PYDEQSOLVE_INSTANTIATE(Scalar)                                                                               \
+  template void measure<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm,    \
+                                int);                                                                                \
+  template void weights<Scalar>(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*, double*, \
+                                std::int32_t*, int);                                                                 \
+  template void mix<Scalar>(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double,         \
                             const Scalar*, Scalar*, int);
 PYDEQSOLVE_INSTANTIATE(float)
 PYDEQSOLVE_INSTANTIATE(double)

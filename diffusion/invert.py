@@ -96,7 +96,7 @@ def invert(
         epochs, lr: of "naive" and "deq" (default 400, 0.01). optimizer: makes another one from [x_T].
         gradient: of "deq": Phantom(steps, damping), default Phantom(1, 0.1), or Implicit().
         stop: of "exact": atol bounds the change of ε per step; of "deq": of every epoch's solve, as in `sample`.
-        solver: of the fixed point, Anderson(10) for "exact", Anderson(3, coupling="causal") for "deq".
+        solver: of the fixed point, Anderson(10) for "exact", Anderson(2, coupling="causal") for "deq".
         generator: of the first x_T of "naive" and "deq".
         state: `Inversion.state` or an epoch's snapshot; the run goes on from there, bit for bit.
         callback: called with an `Epoch` after each epoch; a true return ends the run.

@@ -15,7 +15,7 @@ from .adjoint import through_chain, through_phantom
 from .chain import Chain, LinearChain, Splitting, interpolation
 from .remainder import PREDICTIONS, Model, Network, Remainders, move
 
-SOLVER = Anderson(memory=3, coupling="causal")
+SOLVER = Anderson(memory=2, coupling="causal")
 STOP = Stop(rtol=1e-4)
 # A block within this many times rtol, in units of ε (root mean square 1), leaves an error of about rtol in x_0.
 UNITS_PER_RTOL = 5.0
@@ -75,7 +75,7 @@ def sample(
         chain: from `Schedule.chain`.
         prediction: "epsilon", "v" or "sample".
         splitting: "v", "epsilon", "gaussian" (with `mean` and `variance`, the data's, of the shape of an image), or κ.
-        solver: of the fixed point; Anderson(3, coupling="causal").
+        solver: of the fixed point; Anderson(2, coupling="causal").
         stop: rtol is about the relative error of x_0 (default 1e-4); atol, if given, bounds the change of ε instead,
             root mean square per step. max_steps caps the rounds of a level (by default the number of steps, which
             always suffices).

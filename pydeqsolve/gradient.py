@@ -45,7 +45,8 @@ class Implicit:
     so that a scaled loss gives the scaled gradient. on_failure: what happens when a sample's adjoint does not converge:
     "warn" (a RuntimeWarning, the best u is used), "raise" (ConvergenceError) or "phantom" (that sample uses u = g).
     The outcome is left in `Solution.adjoint`. Costs one more evaluation of fn in the forward pass, not counted in
-    `Solution.evaluations`, and keeps its graph, whatever the solve took. Second derivatives and forward mode raise NotImplementedError.
+    `Solution.evaluations`, and keeps its graph, whatever the solve took. Second derivatives and forward mode raise
+    NotImplementedError.
     """
 
     solver: Any = field(default_factory=GMRES)

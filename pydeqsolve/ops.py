@@ -52,6 +52,9 @@ def start(ring: Ring) -> None:
             )  # fmt: skip
         except RuntimeError as error:  # tensors of torch.func have no memory of their own
             raise NotImplementedError("solve inside a torch.func transform is not supported") from error
+    if backend == "cpu":
+        for rows in (ring.R, ring.F):
+            _native.use_large_pages(rows.data_ptr(), rows.nbytes)
     ring.__dict__[_handles] = (backend, handle)
 
 

@@ -1,0 +1,238 @@
+"""The command deq-ddim: reads the options, runs a command, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)  # of what the user gave
+FAILURES = (OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)
+
+DESCRIPTION = """\
+Samples images from a diffusion model with all time steps of the DDIM chain in parallel, and finds
+the latent that a real image comes from."""
+EPILOG = """\
+examples:
+  deq-ddim demo                                    both shipped models, pictures and a table, in a few minutes
+  deq-ddim sample --model digits --count 16        16 images in parallel over time, into sample-output/
+  deq-ddim invert --model fashion --method exact   latents of the shipped test images, into invert-output/
+  deq-ddim fit --data digits --output my-digits    trains a model; then: deq-ddim sample --model my-digits
+
+An interrupted invert or fit goes on when the same command is given again.
+exit codes: 0 done, 1 the work failed, 2 wrong options or input, 130 interrupted (Ctrl-C)"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong option in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"deq-ddim: error: {message} (see {self.prog} --help)\n")
+        raise SystemExit(MISUSED)
+
+
+class Version(argparse.Action):
+    """Prints the version, which is only looked up then: that imports torch."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, help="print the version and exit", **options)
+
+    def __call__(self, *_: object) -> NoReturn:
+        from pydeqsolve import __version__
+
+        print(f"deq-ddim {__version__}")
+        raise SystemExit(OK)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return a reader of integers from `least` to 2^62."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if not least <= value <= 2**62:
+            raise argparse.ArgumentTypeError(f"an integer of at least {least} is required, got {text}")
+        return value
+
+    return integer
+
+
+def positive(text: str) -> float:
+    """Return the positive number that a text says."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a positive number is required, got {text}")
+    return value
+
+
+def step_counts(text: str) -> tuple[int, ...] | None:
+    """Return the levels that a text names: auto, none, or step counts with commas between."""
+    if text in ("auto", "none"):
+        return None if text == "auto" else ()
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"auto, none or step counts with commas between are required, got {text}")
+    return tuple(int(part) for part in text.split(","))
+
+
+def build_parser() -> Parser:
+    """Return the parser of all commands."""
+    layout = argparse.RawTextHelpFormatter
+    parser = Parser(prog="deq-ddim", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
+    parser.add_argument("--version", action=Version)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _add_demo(_command(commands, "demo", "sample and invert with both shipped models, compare, draw"))
+    _add_sample(_command(commands, "sample", "make images, all time steps in parallel or one after the other"))
+    _add_invert(_command(commands, "invert", "find the latents that real images come from"))
+    _add_fit(_command(commands, "fit", "train a model"))
+    return parser
+
+
+def _command(commands: Any, name: str, purpose: str) -> argparse.ArgumentParser:
+    example = next(line for line in EPILOG.splitlines() if line.startswith(f"  deq-ddim {name}")).split("   ")[0]
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example:{example}"
+    )
+    add = command.add_argument
+    add("--output", default=f"{name}-output", metavar="FOLDER", help="where files go (default %(default)s)")
+    add("--seed", type=whole(0), default=0, help="of everything random (default 0)")
+    add("--threads", type=whole(1), help="threads that torch uses (default: torch's own; demo measures which is best)")
+    add("--json", action="store_true", help="print the summary as JSON on standard output, all else on standard error")
+    add("--debug", action="store_true", help="show where an error arose")
+    return command
+
+
+def _add_chain(add: Callable[..., Any], steps: int) -> None:
+    add("--model", default="digits", metavar="NAME", help="digits, fashion or a checkpoint's folder (default digits)")
+    add("--steps", type=int, default=steps, help="T, the length of the chain (default %(default)s)")
+    add(
+        "--spacing",
+        default="linspace",
+        metavar="NAME",
+        help="of the time steps: linspace, leading, trailing or quadratic",
+    )
+    add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
+        "(default: gaussian if the checkpoint carries mean and variance of its data, else v)")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--no-pictures", dest="pictures", action="store_false", help="write no PNG files; needs no matplotlib")
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", default=None, metavar="NAME", help="digits, fashion or a folder (default: digits and fashion)")
+    add("--count", type=whole(1), default=16, help="images to sample (default 16); half as many are inverted")
+    add("--steps", type=whole(1), help="T of sampling (default: digits 1000, others 100)")
+    add("--invert-steps", type=whole(1), default=50, metavar="STEPS", help="T of inversion (default 50)")
+    add("--epochs", type=whole(1), default=12, help="of naive and deq (default 12)")
+    add("--lr", type=positive, default=0.1, help="of naive and deq (default 0.1)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+
+
+def _add_sample(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_chain(add, 100)
+    add("--count", type=whole(1), default=16, help="images (default 16)")
+    add("--method", default="parallel", metavar="NAME", help="parallel or sequential (default parallel)")
+    add("--eta", type=float, default=0.0, help="share of fresh noise: 0 is DDIM, 1 DDPM (default 0)")
+    add("--levels", type=step_counts, metavar="LIST", help="coarser chains solved first: auto, none or, say, 40,200")
+    add("--window", type=whole(1), help="time steps evaluated at once, at most (default: all)")
+    add("--rtol", type=positive, default=1e-4, help="relative error allowed in the images (default 1e-4)")
+    add("--batch", type=whole(1), default=16, help="images at a time (default 16)")
+
+
+def _add_invert(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_chain(add, 50)
+    add("--images", metavar="PATH", help="a picture or a folder of pictures (default: test images of the model)")
+    add("--count", type=whole(1), default=8, help="images, at most (default 8)")
+    add("--resize", action="store_true", help="cut and scale pictures of another size")
+    add("--method", default="exact", metavar="NAME", help="ddim, naive, deq or exact (default exact)")
+    add("--epochs", type=whole(1), help="of naive and deq (default 400)")
+    add("--lr", type=positive, default=0.01, help="learning rate of naive and deq (default 0.01)")
+    add("--gradient", choices=("phantom", "implicit"), default="phantom", help="of deq (default phantom)")
+    add("--batch", type=whole(1), default=8, help="images at a time (default 8)")
+    add("--restart", action="store_true", help="start again, whatever the folder holds")
+
+
+def _add_fit(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--data", required=True, metavar="NAME", help="digits, fashion, or a folder of PNG or JPEG files")
+    add("--shape", type=whole(1), nargs=3, default=(1, 28, 28), metavar=("C", "H", "W"),
+        help="what pictures of a folder are cut and scaled to (default 1 28 28)")  # fmt: skip
+    add("--steps", type=whole(1), help="optimiser steps (default: digits and folders 20000, fashion 16000)")
+    add("--lr", type=positive, help="largest learning rate (default 0.0015)")
+    add("--batch", type=whole(1), help="images per step (default 64)")
+    add("--save-every", type=whole(1), help="steps between two saves (default 1000)")
+    add("--restart", action="store_true", help="start again, whatever the folder holds")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; argv None is the command line."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as end:
+        return int(end.code or OK)
+    if argv is None and args.threads != 1:
+        _wait_passively()
+    try:
+        return _run(args)
+    except KeyboardInterrupt as interrupt:
+        return _end(f"interrupted {interrupt}".rstrip(), INTERRUPTED)
+    except BrokenPipeError:  # whoever read the summary is gone; nor can Python's own last flush write it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (*MISTAKES, *FAILURES) as error:
+        if args.debug:
+            raise
+        code = MISUSED if isinstance(error, MISTAKES) else FAILED
+        return _end(f"error: {_line(error)}", code)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .machine import threads
+    from .report import table
+
+    with threads(args.threads):
+        summary = _commands()[args.command](args)
+    from .output import finite
+
+    print(json.dumps(finite(summary), indent=1) if args.json else table(summary), flush=True)
+    if summary.get("agrees", True):
+        return OK
+    return _end("error: parallel and sequential sampling differ by more than they may", FAILED)
+
+
+def _commands() -> dict[str, Callable[[argparse.Namespace], dict[str, Any]]]:
+    """Return the commands by name; imported here, because they import torch."""
+    from .commands import run_fit, run_sample
+    from .demo import run_demo
+    from .inversion import run_invert
+
+    return {"demo": run_demo, "sample": run_sample, "invert": run_invert, "fit": run_fit}
+
+
+def _wait_passively() -> None:
+    """Have idle OpenMP threads sleep: those that spin starve other work, and on a busy machine each other.
+
+    The variable is read when torch is loaded. Where that has happened, the program starts once more in its place.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        if "torch" in sys.modules:
+            os.execv(sys.executable, sys.orig_argv)
+
+
+def _end(line: str, code: int) -> int:
+    sys.stderr.write(f"deq-ddim: {line}\n")
+    return code
+
+
+def _line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

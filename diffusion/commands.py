@@ -1,0 +1,134 @@
+"""What the commands `sample` and `fit` do, once their options are read; each returns its summary."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydeqsolve import ConvergenceError, Stop
+
+from . import pictures
+from .chain import Chain
+from .checkpoint import CONFIG, Checkpoint, load_checkpoint
+from .data import image_folder
+from .files import read_json, write_json, write_tensors
+from .fit import fit, recipes
+from .machine import device_of
+from .output import finite, say, writable
+from .sample import Sample, sample
+
+SHOWN = 64  # images in the picture of the samples, at most
+
+
+def load(name: str, device: torch.device) -> Checkpoint:
+    """Return a checkpoint whose parameters ask for no gradients."""
+    checkpoint = load_checkpoint(name, device)
+    checkpoint.model.requires_grad_(False)
+    return checkpoint
+
+
+def options_of(checkpoint: Checkpoint, splitting: str | None) -> dict[str, Any]:
+    """Return the arguments of `sample` and `invert` that the checkpoint decides, if the user does not."""
+    own = "v" if checkpoint.mean is None or checkpoint.variance is None else "gaussian"
+    return {
+        "prediction": checkpoint.prediction, "splitting": splitting or own,
+        "mean": checkpoint.mean, "variance": checkpoint.variance,
+    }  # fmt: skip
+
+
+def noise(seed: int, count: int, checkpoint: Checkpoint, device: torch.device) -> Tensor:
+    """Return latents (count, C, H, W), the same ones on every device."""
+    return torch.randn(count, *checkpoint.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def run_sample(args: Namespace) -> dict[str, Any]:
+    """Sample images and write them; return the summary."""
+    device = device_of(args.device)
+    checkpoint = load(args.model, device)
+    chain = checkpoint.schedule.chain(args.steps, args.spacing, args.eta)
+    if args.pictures:
+        pictures.require_matplotlib()
+    x_T = noise(args.seed, args.count, checkpoint, device)
+    with writable(args.output) as folder:
+        start = time.perf_counter()
+        parts = _sample_batches(args, checkpoint, x_T, chain)
+        seconds = time.perf_counter() - start
+        x_0 = torch.cat([part.x_0 for part in parts]).cpu()
+        bad = int((~x_0.flatten(1).isfinite().all(1)).sum())
+        if bad:
+            raise ArithmeticError(f"{bad} of {len(x_0)} images are not finite: the model returned NaN or infinity")
+        evaluations = torch.cat([part.evaluations for part in parts]).double()
+        summary: dict[str, Any] = {
+            "command": "sample", "model": checkpoint.name, "method": args.method, "images": len(x_0),
+            "steps": len(chain), "seed": args.seed, "device": str(device), "threads": torch.get_num_threads(),
+            "rounds": max(part.rounds for part in parts), "rows_per_image": evaluations.mean().item(),
+            "converged": sum(_converged(part) for part in parts), "seconds": seconds,
+            "output": str(folder), "files": ["samples.safetensors", "summary.json"],
+        }  # fmt: skip
+        write_tensors(folder / "samples.safetensors", {"x_T": x_T.cpu(), "x_0": x_0}, {"command": "deq-ddim sample"})
+        if args.pictures:
+            title = f"{checkpoint.name}: {args.method} DDIM, T = {len(chain)}"
+            pictures.draw_samples(folder / "samples.png", title, {"": x_0[:SHOWN]})
+            pictures.draw_latents(folder / "latents.png", title, parts[0].trajectory[:4], chain)
+            summary["files"] += ["samples.png", "latents.png"]
+        write_json(folder / "summary.json", finite(summary))
+    return summary
+
+
+def _converged(part: Sample) -> int:
+    return len(part.x_0) if part.solution is None else int(part.solution.converged.sum())
+
+
+def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> list[Sample]:
+    generator = torch.Generator().manual_seed(args.seed + 1) if args.eta else None
+    parts: list[Sample] = []
+    for part in x_T.split(args.batch):
+        out = sample(
+            checkpoint.model, part, chain, method=args.method, stop=Stop(rtol=args.rtol, max_steps=len(chain)),
+            window=args.window, levels=args.levels, generator=generator, progress=True,
+            **options_of(checkpoint, args.splitting),
+        )  # fmt: skip
+        if parts:  # only the first batch's is drawn
+            out.trajectory = out.trajectory[:0]
+        parts.append(out)
+        try:
+            if out.solution is not None:
+                out.solution.check()
+        except ConvergenceError as warning:
+            say(f"deq-ddim: warning: {warning}")
+    return parts
+
+
+def run_fit(args: Namespace) -> dict[str, Any]:
+    """Train a denoiser, from where an earlier run stopped; return the summary."""
+    chosen = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "save_every": args.save_every}
+    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    options.update(seed=args.seed, resume=not args.restart, progress=True)
+    images = None if args.data in recipes else image_folder(args.data, tuple(args.shape))
+    with writable(args.output) as folder:
+        start = time.perf_counter()
+        try:
+            trained = recipes[args.data](folder, **options) if images is None else fit(images, folder, **options)
+        except KeyboardInterrupt:
+            saved = f"after {steps_saved(folder)} steps, saved in {folder}"
+            raise KeyboardInterrupt(f"{saved}: the same command goes on from there") from None
+        except ValueError as error:
+            raise ValueError(str(error).replace("pass resume=False to replace it", "--restart replaces it")) from error
+    return {
+        "command": "fit", "data": args.data, "steps": trained.training["steps_done"], "loss": trained.training["loss"],
+        "parameters": trained.training["parameters"], "seed": args.seed, "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - start, "output": str(folder),
+    }  # fmt: skip
+
+
+def steps_saved(folder: Path) -> int:
+    """Return the number of training steps that the checkpoint in a folder has behind it, 0 without one."""
+    try:
+        return int(read_json(folder / CONFIG)["training"]["steps_done"])
+    except (OSError, KeyError, ValueError):
+        return 0

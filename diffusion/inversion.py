@@ -1,0 +1,156 @@
+"""What the command `invert` does, once its options are read; it returns its summary."""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydeqsolve import Implicit, Phantom, Status
+
+from . import pictures
+from .chain import Chain
+from .checkpoint import Checkpoint
+from .commands import load, options_of
+from .data import PICTURES
+from .files import write_json
+from .invert import EPOCHS, METHODS, Epoch, Inversion, invert
+from .machine import device_of
+from .output import finite, say, writable
+from .record import SETTINGS, TENSORS, Record
+from .sample import sample
+
+SHOWN = 16  # images in the picture of the reconstructions, at most
+GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}
+
+
+def read_images(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor:
+    """Return the picture, or the pictures of a folder in the order of their names, as (n, C, H, W) in [−1, 1].
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError("--images is read by Pillow: pip install 'pydeqsolve[data]'") from error
+    place, size = Path(path), (shape[2], shape[1])
+    if not place.exists():
+        raise FileNotFoundError(f"--images {path}: no such file or folder")
+    files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix.lower() in PICTURES)
+    if not files:
+        raise ValueError(f"--images {path}: holds no file named {', '.join(sorted(PICTURES))}")
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                found = picture.size
+                fitted = ImageOps.fit(picture.convert("L" if shape[0] == 1 else "RGB"), size)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file}: cannot be read as a picture") from error
+        if found != size and not resize:
+            raise ValueError(
+                f"{file}: {size[0]}x{size[1]} pixels are required, got {found[0]}x{found[1]}; --resize cuts and scales"
+            )
+        values = torch.from_numpy(np.array(fitted, dtype=np.float32)).reshape(*shape[1:], shape[0])
+        images.append(values.permute(2, 0, 1) * (2 / 255) - 1)
+    return torch.stack(images)
+
+
+def run_invert(args: Namespace) -> dict[str, Any]:
+    """Find the latents of images, from where an earlier run stopped; return the summary."""
+    if args.method not in METHODS:
+        raise ValueError(f"--method: one of {', '.join(METHODS)} is required, got {args.method!r}")
+    device = device_of(args.device)
+    checkpoint = load(args.model, device)
+    chain = checkpoint.schedule.chain(args.steps, args.spacing)
+    if args.images is not None:
+        images = read_images(args.images, checkpoint.shape, args.resize)
+    elif checkpoint.images is not None:
+        images = checkpoint.images.cpu()
+    else:
+        raise ValueError(f"--images: a picture or a folder is required, since {checkpoint.name} comes without images")
+    images = images[: args.count]
+    if args.pictures:
+        pictures.require_matplotlib()
+    with writable(args.output) as folder:
+        record = Record.open(folder, _settings(args, checkpoint, images, device), args.restart)
+        if record.done or record.state:
+            say(f"deq-ddim: goes on after {len(record)} of {len(images)} images and {record.epochs} epochs")
+        try:
+            record.run(images.to(device), args.batch, _inverter(args, checkpoint, chain))
+        except KeyboardInterrupt:
+            saved = f"after {len(record)} of {len(images)} images and {record.epochs} epochs, saved in {folder}"
+            raise KeyboardInterrupt(f"{saved}: the same command goes on from there") from None
+        return _write(args, checkpoint, chain, images, record)
+
+
+def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device) -> dict[str, Any]:
+    """Return all that the result depends on."""
+    weights = hashlib.sha256()
+    for value in checkpoint.model.state_dict().values():
+        weights.update(value.cpu().contiguous().numpy().tobytes())
+    iterated = args.method in EPOCHS
+    return {
+        "model": checkpoint.name, "weights": weights.hexdigest()[:16], "images": len(images),
+        "pixels": hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:16],
+        "method": args.method, "steps": args.steps, "spacing": args.spacing,
+        "splitting": options_of(checkpoint, args.splitting)["splitting"], "batch": args.batch, "device": device.type,
+        "epochs": (EPOCHS[args.method] if args.epochs is None else args.epochs) if iterated else None,
+        "lr": args.lr if iterated else None, "seed": args.seed if iterated else None,
+        "gradient": args.gradient if args.method == "deq" else None,
+    }  # fmt: skip
+
+
+def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain) -> Callable[..., Inversion]:
+    def invert_batch(
+        images: Tensor, number: int, state: dict[str, Tensor] | None, callback: Callable[[Epoch], Any]
+    ) -> Inversion:
+        return invert(
+            checkpoint.model, images, chain, args.method, epochs=args.epochs, lr=args.lr,
+            gradient=GRADIENTS[args.gradient], generator=torch.Generator().manual_seed(args.seed + number),
+            state=state, callback=callback, progress=True, **options_of(checkpoint, args.splitting),
+        )  # fmt: skip
+
+    return invert_batch
+
+
+def reconstruct(checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> Tensor:
+    """Return the images (n, C, H, W) that the chain makes of the latents, on the CPU."""
+    x_T = x_T.to(next(checkpoint.model.parameters()).device)
+    return sample(checkpoint.model, x_T, chain, checkpoint.prediction, "sequential").x_0.cpu()
+
+
+def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record) -> dict[str, Any]:
+    """Write pictures and summary; return the summary."""
+    done, folder = record.done, record.folder
+    summary: dict[str, Any] = {
+        "command": "invert", "settings": record.settings, "complete": True, "threads": torch.get_num_threads(),
+        "loss_median": done["loss"].median().item(), "loss_max": done["loss"].max().item(),
+        "rounds": int(done["rounds"].max()), "rows_per_image": done["evaluations"].double().mean().item(),
+        "loss": done["loss"].tolist(), "status": [Status(k).name for k in done["status"].tolist()],
+        "typicality": done["typicality"].tolist(), "seconds": record.seconds,
+        "output": str(folder), "files": [TENSORS, SETTINGS],
+    }  # fmt: skip
+    failed = len(images) - summary["status"].count("CONVERGED")
+    if args.method == "exact" and failed:
+        say(f"deq-ddim: warning: {failed} of {len(images)} images missed the tolerance, see their loss")
+    if args.pictures:
+        title = f"{checkpoint.name}: inversion by {args.method}, T = {len(chain)}"
+        shown = reconstruct(checkpoint, done["x_T"][:SHOWN], chain)
+        losses = [f"{loss:.1e}" for loss in done["loss"][:SHOWN].tolist()]
+        rows = {"real image": images[:SHOWN], "latent x_T": done["x_T"][:SHOWN] / 2, "sampled\nfrom it": shown}
+        pictures.draw_rows(folder / "reconstruction.png", title, rows, {"sampled\nfrom it": losses})
+        summary["files"] += ["reconstruction.png"]
+        if done["history"].shape[1]:
+            what = ("epoch", "loss") if args.method in EPOCHS else ("round", "residual")
+            pictures.draw_curves(folder / "history.png", title, {args.method: done["history"].T}, *what)
+            summary["files"] += ["history.png"]
+    write_json(folder / SETTINGS, finite(summary))
+    return summary

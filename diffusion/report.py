@@ -1,0 +1,104 @@
+"""The summary of a command as plain text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEADER = "{:<10} {:<11} {:>8} {:>11} {:>10} {:>8}"
+SAMPLING = "{:<10} {:<11} {:>8g} {:>11,.0f} {:>10.3f} {:>8d}"
+INVERSION_HEADER = "{:<10} {:>7} {:>7} {:>11} {:>12} {:>10} {:>9} {:>8}"
+INVERSION = "{:<10} {:>7} {:>7,d} {:>11,.0f} {:>12.1e} {:>10.1e} {:>9.1f} {:>8d}"
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Return the summary of a command, several lines."""
+    kinds = {"demo": _demo, "sample": _sample, "invert": _invert, "fit": _fit}
+    return "\n".join(kinds[summary["command"]](summary))
+
+
+def _sample(s: dict[str, Any]) -> list[str]:
+    return [
+        f"{s['images']} images from {s['model']}, T = {s['steps']}, {s['method']}, seed {s['seed']}",
+        f"{s['rounds']} rounds, {s['rows_per_image']:,.0f} model rows per image, {s['seconds']:.2f} s, "
+        f"{s['converged']} of {s['images']} converged",
+        _files(s),
+    ]
+
+
+def _invert(s: dict[str, Any]) -> list[str]:
+    settings = s["settings"]
+    exact = settings["method"] == "exact"  # the others do not aim at a tolerance
+    lines = [
+        f"{len(s['loss'])} images, {settings['model']}, T = {settings['steps']}, {settings['method']}",
+        f"{s['rounds']} rounds, {s['rows_per_image']:,.0f} model rows per image, {s['seconds']:.2f} s",
+        f"image         loss   |x_T|²/D{'   status' if exact else ''}",
+    ]
+    columns = zip(s["loss"], s["typicality"], s["status"], strict=True)
+    lines += [
+        f"{i:>5} {loss:>12.3e} {size:>10.3f}{f'   {status}' * exact}"
+        for i, (loss, size, status) in enumerate(columns, 1)
+    ]
+    return [*lines, _files(s)]
+
+
+def _fit(s: dict[str, Any]) -> list[str]:
+    return [
+        f"{s['data']}: {s['steps']} steps, {s['parameters']:,} parameters, loss {s['loss']:.4f}, {s['seconds']:.0f} s",
+        f"next: deq-ddim sample --model {s['output']}",
+    ]
+
+
+def _demo(s: dict[str, Any]) -> list[str]:
+    lines = [f"{s['device']}, torch {s['torch']}, seed {s['seed']}, {s['seconds']:.0f} s in all"]
+    for model in s["models"]:
+        lines += ["", *_sampling(model), "", *_inversion(model)]
+    return [*lines, "", _files(s)]
+
+
+def _sampling(m: dict[str, Any]) -> list[str]:
+    size = "x".join(map(str, m["shape"][1:]))
+    lines = [
+        f"{m['model']} {size}: sampling, T = {m['steps']}, {m['splitting']} splitting",
+        HEADER.format("images", "method", "rounds", "rows/image", "seconds", "threads"),
+    ]
+    for timing in (m["single"], m["batch"]):
+        for side in ("sequential", "parallel"):
+            t = timing[side]
+            line = SAMPLING.format(
+                timing["images"] if side == "sequential" else "", side, t["rounds"], t["rows_per_image"], t["seconds"],
+                t["threads"],
+            )  # fmt: skip
+            lines.append(f"{line}   {_ratio(timing['speedup'])}" if side == "parallel" else line)
+    verdict = "agrees" if m["agrees"] else "DISAGREES"
+    worst = max(m["single"]["error_max"], m["batch"]["error_max"])
+    return [
+        *lines,
+        f"parallel {verdict} with sequential: relative error of the images at most {worst:.1e}",
+        "threads: each side at the count that was fastest; seconds: medians",
+    ]
+
+
+def _ratio(speedup: float) -> str:
+    return f"{speedup:.2f} x as fast" if speedup >= 1 else f"{1 / speedup:.2f} x as slow"
+
+
+def _inversion(m: dict[str, Any]) -> list[str]:
+    inversion = m["inversion"]
+    lines = [
+        f"{m['model']}: inversion of {inversion['images']} real images, T = {inversion['steps']}, lr {inversion['lr']}",
+        INVERSION_HEADER.format(
+            "method", "epochs", "rounds", "rows/image", "loss, median", "worst", "seconds", "threads"
+        ),
+    ]
+    for method, r in inversion["methods"].items():
+        lines.append(
+            INVERSION.format(
+                method, r["epochs"] or "-", r["rounds"], r["rows_per_image"], r["loss_median"], r["loss_max"],
+                r["seconds"], r["threads"],
+            )
+        )  # fmt: skip
+    return lines
+
+
+def _files(s: dict[str, Any]) -> str:
+    return f"in {s['output']}: {', '.join(s['files'])}"

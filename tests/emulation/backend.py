@@ -1,0 +1,168 @@
+"""The CUDA kernels on the CPU: builds csrc/step_cuda.cu under the emulator and calls it on CPU tensors.
+
+`emulated_backend()` makes every solve inside it run on the emulated kernels instead of the native CPU step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from pydeqsolve import ops, reference
+from pydeqsolve.ring import COUPLINGS, KINDS, Ring
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+MAX_SLOTS = 65  # csrc/step.h, kMaxSlots
+# Sums keep their order and aliasing is as nvcc has it; the kernels ask for fused multiply-adds by name.
+FLAGS = ("-std=gnu++17", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+
+
+class Call(ctypes.Structure):
+    """Rows and History of one call; `Call` of emulated.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n", "blocks", "features")),
+        *((name, ctypes.c_void_p) for name in ("rows", "wanted")),
+        *((name, ctypes.c_int32) for name in ("is_double", "slots", "head", "kind")),
+        *((name, ctypes.c_void_p) for name in ("R", "F", "gram", "steps_gram", "rhs", "squares", "count")),
+        ("eps", ctypes.c_double),
+    )
+
+
+def compiler() -> str:
+    return os.environ.get("CXX") or shutil.which("g++") or "c++"
+
+
+def compile_emulated(sources: Sequence[Path], output: Path, flags: Sequence[str], csrc: Path = CSRC) -> Path:
+    """Compiles C++ `sources` that include the kernels of the folder `csrc` into `output`."""
+    arguments = [compiler(), *FLAGS, *flags, f"-I{csrc}", f"-I{HERE}", "-o", str(output), *map(str, sources)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}\n{done.stderr}")
+    return output
+
+
+class Emulator:
+    """The emulated step; arguments and results are those of `pydeqsolve.ops`, but `ring.head` is already that of f."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        for name in ("measure", "weights", "mix", "advance"):
+            getattr(self._library, f"emulated_{name}").restype = ctypes.c_char_p
+        self._library.emulated_workspace_doubles.restype = ctypes.c_int64
+        self._library.emulated_launches.restype = ctypes.c_int64
+
+    def choose_schedule(self, schedule: int) -> None:
+        """In which order threads run: 0 first to last, 1 last to first, others random with this seed."""
+        self._library.emulated_choose_schedule(schedule)
+
+    @property
+    def launches(self) -> int:
+        """Kernels launched so far."""
+        return int(self._library.emulated_launches())
+
+    def measure(
+        self, ring: Ring, f: Tensor, z: Tensor, rows: Tensor | None, wanted: Tensor | None, norm: str
+    ) -> Tensor:
+        """Pass 1: norms (n, T, 2) of f, z (n, T, D)."""
+        norms = torch.zeros(*f.shape[:2], 2, dtype=torch.float64)
+        call = _call(ring, len(f), rows, wanted)
+        partial = self._workspace(call)
+        self._run("measure", call, _at(f), _at(z), _at(norms), int(norm == "max"), _at(partial))
+        return norms
+
+    def weights(self, ring: Ring, mode: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """gamma (n, T, M) and dropped (n, T) of mode (n, T)."""
+        gamma, dropped = _outputs(ring, mode)
+        call = _call(ring, len(mode), rows, None)
+        workspace = self._workspace(call)
+        self._run("weights", call, COUPLINGS.index(ring.coupling), ctypes.c_double(ring.ridge), _at(mode), _at(gamma),
+                  _at(dropped), _at(workspace))  # fmt: skip
+        return gamma, dropped
+
+    def mix(self, ring: Ring, gamma: Tensor, mode: Tensor, z: Tensor, rows: Tensor | None) -> Tensor:
+        """The next iterate (n, T, D)."""
+        z_next = torch.full_like(z, torch.nan)
+        call = _call(ring, len(z), rows, None)
+        self._run("mix", call, _at(gamma), _at(mode), ctypes.c_double(ring.damping), _at(z), _at(z_next))
+        return z_next
+
+    def advance(
+        self, ring: Ring, z: Tensor, mode: Tensor, rows: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass 2: the next iterate (n, T, D), in `out` if given, dropped (n, T) and gamma (n, T, M)."""
+        gamma, dropped = _outputs(ring, mode)
+        z_next = torch.full_like(z, torch.nan) if out is None else out
+        call = _call(ring, len(z), rows, None)
+        workspace = self._workspace(call)
+        self._run("advance", call, COUPLINGS.index(ring.coupling), ctypes.c_double(ring.ridge), _at(mode), _at(gamma),
+                  _at(dropped), ctypes.c_double(ring.damping), _at(z), _at(z_next), _at(workspace))  # fmt: skip
+        return z_next, dropped, gamma
+
+    def _workspace(self, call: Call) -> Tensor:
+        doubles = self._library.emulated_workspace_doubles(ctypes.byref(call))
+        return torch.full((max(1, doubles),), torch.nan, dtype=torch.float64)
+
+    def _run(self, name: str, call: Call, *arguments: object) -> None:
+        error = getattr(self._library, f"emulated_{name}")(ctypes.byref(call), *arguments)
+        if error:
+            raise RuntimeError(f"{name}: {error.decode()}")
+
+
+def _outputs(ring: Ring, mode: Tensor) -> tuple[Tensor, Tensor]:
+    gamma = torch.zeros(*mode.shape, ring.slots, dtype=torch.float64)
+    return gamma, torch.full(mode.shape, -99, dtype=torch.int32)
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    assert tensor is None or tensor.is_contiguous()
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _call(ring: Ring, n: int, rows: Tensor | None, wanted: Tensor | None) -> Call:
+    tensors = (ring.R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
+    return Call(n, *ring.R.shape[2:], _at(rows), _at(wanted), ring.dtype == torch.float64, ring.slots, ring.head,
+                KINDS.index(ring.kind), *map(_at, tensors), ring.eps)  # fmt: skip
+
+
+@functools.cache
+def emulator() -> Emulator:
+    """The emulated step, built at the first call."""
+    with tempfile.TemporaryDirectory(prefix="pydeqsolve-emulated-") as folder:
+        library = compile_emulated([HERE / "emulated.cpp"], Path(folder) / "emulated.so", ["-O1", "-fPIC", "-shared"])
+        return Emulator(library)  # once loaded it needs no file
+
+
+@contextmanager
+def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
+    """Inside it `pydeqsolve.ops` takes its steps on the emulated CUDA kernels, where the native ones would be taken."""
+    kernels = emulator()
+    kernels.choose_schedule(schedule)
+
+    def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
+        ring.head = (ring.head + 1) % ring.slots
+        step = reference.measure if ring.slots > MAX_SLOTS else kernels.measure
+        return step(ring, f, z, rows, None if wanted is None else wanted.contiguous(), norm)
+
+    def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if ring.slots > MAX_SLOTS:
+            count = ring.count[rows]
+            gamma, dropped = reference.weights(ring, mode, rows)
+            return reference.mix(ring, gamma, mode, z, rows, count), dropped
+        z_next, dropped, _ = kernels.advance(ring, z, mode, rows, out)
+        return z_next, dropped
+
+    with mock.patch.object(ops, "measure", measure), mock.patch.object(ops, "advance", advance):
+        yield kernels

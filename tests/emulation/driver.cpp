@@ -1,0 +1,150 @@
+// Runs the emulated CUDA step beside the CPU step over shapes that reach every path, for the sanitizers: they cannot be
+// loaded into a Python that was built without them. Every array has exactly the size the step may touch.
+// Usage: driver [schedule]; exits with 1 when results differ.
+#include "cuda_emu.h"
+// After the emulator, which stands in for the language.
+#include "step_cuda.cu"
+
+EMULATION_DEFINE_SWITCH
+
+using namespace pydeqsolve;
+
+namespace {
+
+struct Case {
+  std::int64_t B, T, D;
+  int memory;
+  Kind kind;
+  Coupling coupling;
+  Norm norm;
+  double beta;
+  bool misaligned;  // by one element: the path without 16-byte loads
+};
+
+// A warp owns a block up to 1024 features, a thread block a chunk of 4096 beyond; memory 4, 8 and 16 are the sizes of
+// the groups of ages; small systems are solved in the mix kernel up to memory 8 or 16; sums over time take 32 segments.
+const Case kCases[] = {
+    {3, 1, 40, 3, Kind::kAndersonII, Coupling::kJoint, Norm::kSquares, 1, false},
+    {9, 1, 41, 5, Kind::kAndersonII, Coupling::kIndependent, Norm::kMax, 0.8, false},
+    {2, 1, 96, 5, Kind::kAndersonII, Coupling::kJoint, Norm::kMax, 1, true},
+    {2, 3, 64, 4, Kind::kAndersonI, Coupling::kIndependent, Norm::kSquares, 0.5, false},
+    {2, 35, 24, 3, Kind::kAndersonII, Coupling::kCausal, Norm::kSquares, 1, false},
+    {2, 4, 30, 9, Kind::kBroydenGood, Coupling::kCausal, Norm::kMax, 1, false},
+    {2, 3, 60, 6, Kind::kBroydenBad, Coupling::kJoint, Norm::kSquares, 1, true},
+    {2, 1, 2048, 10, Kind::kBroydenGood, Coupling::kJoint, Norm::kSquares, 1, false},
+    {2, 1, 1030, 12, Kind::kAndersonII, Coupling::kJoint, Norm::kMax, 0.7, true},
+    {1, 2, 4104, 5, Kind::kAndersonII, Coupling::kIndependent, Norm::kMax, 1, false},
+    {2, 1, 4099, 3, Kind::kAndersonI, Coupling::kJoint, Norm::kSquares, 1, false},
+    {1, 1, 150, 20, Kind::kAndersonII, Coupling::kJoint, Norm::kSquares, 1, false},
+};
+
+std::uint64_t state = 1;
+double uniform() {  // in [-1, 1)
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return static_cast<double>(state >> 11) / static_cast<double>(1ull << 52) - 1;
+}
+
+template <class T>
+struct Array {
+  std::vector<T> memory;
+  bool shifted;
+  explicit Array(std::int64_t size, bool misaligned = false, T value = T(0))
+      : memory(static_cast<std::size_t>(size) + misaligned, value), shifted(misaligned) {}
+  T* data() { return memory.data() + shifted; }
+  void fill() {
+    for (T& x : memory) x = static_cast<T>(uniform());
+  }
+};
+
+template <class Scalar>
+struct Store {
+  Array<Scalar> R, F;
+  Array<double> gram, steps_gram, rhs, squares;
+  Array<std::int32_t> count;
+  Store(const Case& c, std::int64_t M)
+      : R(c.B * M * c.T * c.D, c.misaligned),
+        F(c.B * M * c.T * c.D, c.misaligned),
+        gram(c.B * c.T * M * M),
+        steps_gram(c.kind == Kind::kBroydenGood ? c.B * c.T * M * M : 0),
+        rhs(c.B * c.T * M),
+        squares(c.B * c.T * 2),
+        count(c.B * c.T) {}
+  History<Scalar> history(const Case& c, int head) {
+    double* const steps = c.kind == Kind::kBroydenGood ? steps_gram.data() : nullptr;
+    return {c.memory + 1, head,       c.kind,         R.data(),     F.data(), gram.data(),
+            steps,        rhs.data(), squares.data(), count.data(), 1.2e-7};
+  }
+};
+
+int failures = 0;
+
+template <class T>
+void expect_equal(const char* what, const Case& c, const Array<T>& a, const Array<T>& b, double tolerance) {
+  for (std::size_t i = 0; i < a.memory.size(); ++i) {
+    const double x = static_cast<double>(a.memory[i]), y = static_cast<double>(b.memory[i]);
+    if (std::abs(x - y) <= tolerance * (1 + std::abs(x))) continue;
+    std::fprintf(stderr, "%s: %g, on the CPU %g, at %zu; B %ld T %ld D %ld memory %d kind %d coupling %d\n", what, x, y,
+                 i, static_cast<long>(c.B), static_cast<long>(c.T), static_cast<long>(c.D), c.memory,
+                 static_cast<int>(c.kind), static_cast<int>(c.coupling));
+    ++failures;
+    return;
+  }
+}
+
+void expect_launched(const char* error) {
+  if (!error) return;
+  std::fprintf(stderr, "launch: %s\n", error);
+  ++failures;
+}
+
+template <class Scalar>
+void run(const Case& c) {
+  const int M = c.memory + 1;
+  const std::int64_t blocks = c.B * c.T, size = blocks * c.D;
+  Store<Scalar> cuda(c, M), cpu(c, M);
+  Array<std::int64_t> index(c.B);
+  for (std::int64_t i = 0; i < c.B; ++i) index.data()[i] = c.B - 1 - i;
+  for (int step = 0; step < M + 2; ++step) {
+    Array<Scalar> f(size, c.misaligned), z(size, c.misaligned), next(size, c.misaligned), next_cpu = next;
+    Array<double> norms(2 * blocks), norms_cpu = norms, gamma(blocks * M), gamma_cpu = gamma;
+    Array<std::int32_t> dropped(blocks), dropped_cpu = dropped;
+    Array<std::uint8_t> wanted(blocks, false, 1), mode(blocks, false, kMix);
+    f.fill();
+    z.fill();
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      if (uniform() > 0.8) wanted.data()[b] = 0, mode.data()[b] = kKeep;
+      if (wanted.data()[b] && uniform() > 0.7) mode.data()[b] = step % 2 ? kAccept : step > 1 ? kPlain : kReject;
+    }
+    const Rows rows{c.B, c.T, c.D, step % 2 ? index.data() : nullptr, wanted.data()};
+    const History<Scalar> on_cuda = cuda.history(c, step % M), on_cpu = cpu.history(c, step % M);
+    Array<double> workspace(partial_doubles(rows, M), false, NAN);
+    expect_launched(
+        measure_cuda<Scalar>(rows, on_cuda, f.data(), z.data(), norms.data(), c.norm, workspace.data(), nullptr));
+    measure_cpu<Scalar>(rows, on_cpu, f.data(), z.data(), norms_cpu.data(), c.norm, 1);
+    expect_equal("norms", c, norms, norms_cpu, 1e-12);
+    expect_equal("R", c, cuda.R, cpu.R, 0);
+    expect_equal("F", c, cuda.F, cpu.F, 0);
+    expect_equal("squares", c, cuda.squares, cpu.squares, 1e-12);
+    expect_equal("gram", c, cuda.gram, cpu.gram, 1e-12 * static_cast<double>(c.D));
+    expect_launched(advance_cuda<Scalar>(rows, on_cuda, c.coupling, 1e-3, mode.data(), gamma.data(), dropped.data(),
+                                         c.beta, z.data(), next.data(), workspace.data(), nullptr));
+    weights_cpu<Scalar>(rows, on_cpu, c.coupling, 1e-3, mode.data(), gamma_cpu.data(), dropped_cpu.data(), 1);
+    mix_cpu<Scalar>(rows, on_cpu, gamma_cpu.data(), mode.data(), c.beta, z.data(), next_cpu.data(), 1);
+    expect_equal("gamma", c, gamma, gamma_cpu, 1e-8);
+    expect_equal("dropped", c, dropped, dropped_cpu, 0);
+    expect_equal("count", c, cuda.count, cpu.count, 0);
+    expect_equal("z", c, next, next_cpu, 1e-5);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1) emulation::schedule = std::atoi(argv[1]);
+  for (const Case& c : kCases) {
+    run<float>(c);
+    if (c.D < 1000) run<double>(c);
+  }
+  std::printf("%ld launches, %d failures\n", static_cast<long>(emulation::launches), failures);
+  return failures != 0;
+}

@@ -1,0 +1,254 @@
+"""The program: its results, and one line and an exit code for each failure."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from program import program, run, write_pictures
+from safetensors.torch import load_file
+
+import diffusion
+from diffusion import load_checkpoint, pictures, sample
+from diffusion.unet import UNet
+
+
+def test_sampled_images_are_those_of_the_library(tmp_path, capsys):
+    code, out, _ = run("sample", "--steps", 12, "--count", 3, "--seed", 7, "--batch", 2, "--output", tmp_path,
+                       "--method", "sequential", "--no-pictures", "--json", capsys=capsys)  # fmt: skip
+    digits = load_checkpoint("digits")
+    x_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        expected = sample(digits.model, x_T, digits.schedule.chain(12), method="sequential").x_0
+    assert code == 0
+    torch.testing.assert_close(load_file(tmp_path / "samples.safetensors")["x_0"], expected, rtol=0, atol=1e-5)
+    summary = json.loads(out)
+    assert (summary["rounds"], summary["rows_per_image"]) == (12, 12)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_parallel_and_sequential_commands_agree(tmp_path, capsys):
+    images = []
+    for method in ("parallel", "sequential"):
+        argv = ["sample", "--steps", 30, "--count", 2, "--method", method, "--no-pictures"]
+        assert run(*argv, "--output", tmp_path / method, capsys=capsys)[0] == 0
+        images.append(load_file(tmp_path / method / "samples.safetensors")["x_0"].double())
+    assert (images[0] - images[1]).norm() / images[1].norm() < 1e-3
+
+
+def test_inversion_reads_the_pictures_of_a_folder_and_reports_each(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "pictures")
+    argv = ["invert", "--method", "ddim", "--images", folder, "--steps", 10, "--batch", 2, "--json"]
+    code, out, _ = run(*argv, "--output", tmp_path / "out", capsys=capsys)
+    summary = json.loads(out)
+    assert code == 0
+    assert len(summary["loss"]) == len(summary["status"]) == 5
+    one = run(*argv[:4], folder / "3.png", *argv[5:], "--output", tmp_path / "one", capsys=capsys)
+    assert json.loads(one[1])["loss"] == pytest.approx(summary["loss"][3:4], rel=1e-3)
+    names = {"inversion.json", "inversion.safetensors", "reconstruction.png"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+
+
+def test_the_demonstration_writes_its_pictures_and_a_summary(tmp_path, capsys):
+    argv = ["demo", "--model", "digits", "--steps", 20, "--invert-steps", 5, "--epochs", 2, "--count", 4]
+    code, out, _ = run(*argv, "--threads", 1, "--output", tmp_path, capsys=capsys)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert code == 0
+    assert sorted(summary["files"]) == sorted(file.name for file in tmp_path.iterdir())
+    (model,) = summary["models"]
+    assert max(model["single"]["error_max"], model["batch"]["error_max"]) < 1e-3
+    assert model["single"]["sequential"]["rows_per_image"] == 20
+    assert list(model["inversion"]["methods"]) == ["ddim", "naive", "deq", "exact"]
+    for words in ("rows/image", "agrees with sequential", "exact"):
+        assert words in out
+    assert all(file.stat().st_size < 300_000 for file in tmp_path.glob("*.png"))
+
+
+def test_a_demonstration_that_disagrees_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("diffusion.demo.AGREEMENT", 0.0)
+    argv = ["demo", "--model", "digits", "--steps", 5, "--invert-steps", 2, "--epochs", 1, "--count", 1]
+    code, _, err = run(*argv, "--threads", 1, "--output", tmp_path, capsys=capsys)
+    assert code == 1
+    assert "differ" in err[-1]
+
+
+def test_a_trained_folder_can_be_sampled_from(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "pictures")
+    argv = ["fit", "--data", folder, "--shape", 1, 8, 8, "--steps", 2, "--batch", 2, "--output", tmp_path / "m"]
+    code, out, _ = run(*argv, "--json", capsys=capsys)
+    assert (code, json.loads(out)["steps"]) == (0, 2)
+    argv = ["sample", "--model", tmp_path / "m", "--steps", 3, "--count", 1, "--output", tmp_path / "s"]
+    assert run(*argv, capsys=capsys)[0] == 0
+    assert {file.name for file in (tmp_path / "s").glob("*.png")} == {"samples.png", "latents.png"}
+
+
+def test_an_image_is_drawn_as_squares_of_its_own_pixels(tmp_path):
+    image = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    pictures.draw_samples(tmp_path / "one.png", "", {"": image})
+    drawn = np.asarray(Image.open(tmp_path / "one.png").convert("L")).astype(int)
+    top, left = pictures.MARGIN + pictures.TITLE, pictures.MARGIN
+    expected = ((image[0, 0] + 1) / 2 * 255).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
+    assert np.abs(drawn[top : top + 64, left : left + 64] - expected).max() <= 1
+    assert (drawn[:top] == 255).all()
+
+
+def test_threads_are_restored(tmp_path, capsys, monkeypatch):
+    seen, calls = [], torch.get_num_threads()
+    monkeypatch.setattr("diffusion.machine.cores", lambda: 3)
+    monkeypatch.setattr("diffusion.commands.run_sample", lambda args: seen.append(torch.get_num_threads()) or 1 / 0)
+    assert run("sample", "--threads", 2, "--output", tmp_path, capsys=capsys)[0] == 1
+    assert (seen, torch.get_num_threads()) == ([2], calls)
+
+
+def test_help_has_an_example_for_every_command(capsys):
+    _, out, _ = run("--help", capsys=capsys)
+    for command in ("demo", "sample", "invert", "fit"):
+        assert f"deq-ddim {command}" in out
+        assert f"example: deq-ddim {command}" in run(command, "--help", capsys=capsys)[1]
+
+
+WRONG = {
+    "no command": ([], "required: command"),
+    "unknown command": (["simple"], "invalid choice"),
+    "unknown option": (["sample", "--bogus"], "--bogus"),
+    "no steps": (["sample", "--steps", "0"], "got 0"),
+    "a demonstration of no steps": (["demo", "--steps", "0"], "got 0"),
+    "a demonstration of too many steps": (["demo", "--invert-steps", "1001"], "got 1001"),
+    "too many steps": (["invert", "--steps", "1001"], "got 1001"),
+    "unknown sampler": (["sample", "--method", "fast"], "'fast'"),
+    "unknown inversion": (["invert", "--method", "fast"], "'fast'"),
+    "unknown spacing": (["sample", "--spacing", "odd"], "'odd'"),
+    "unknown splitting": (["sample", "--splitting", "odd"], "'odd'"),
+    "levels": (["sample", "--levels", "5,x"], "5,x"),
+    "no images": (["sample", "--count", "0"], "got 0"),
+    "eta": (["sample", "--eta", "1.5"], "1.5"),
+    "learning rate": (["invert", "--method", "deq", "--lr", "nan"], "nan"),
+    "threads": (["sample", "--threads", "100000"], "100000"),
+    "unknown device": (["sample", "--device", "abacus"], "'abacus'"),
+    "absent device": (["sample", "--device", "cuda:99"], "cuda:99"),
+    "no checkpoint": (["sample", "--model", "nowhere"], "nowhere"),
+    "no pictures": (["invert", "--images", "nowhere"], "nowhere"),
+    "no data": (["fit", "--data", "nowhere"], "nowhere"),
+    "no training": (["fit", "--data", "digits", "--steps", "0"], "got 0"),
+}
+
+
+@pytest.mark.parametrize(("argv", "words"), WRONG.values(), ids=WRONG)
+def test_bad_options_give_one_line_and_leave_nothing(argv, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*argv, capsys=capsys)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("deq-ddim: error: ")
+    assert words in err[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_checkpoint_is_refused(name, damage, tmp_path, capsys):
+    source, model = Path(diffusion.__file__).parent / "checkpoints" / "digits", tmp_path / "model"
+    model.mkdir()
+    for file in source.glob("*.*"):
+        (model / file.name).write_bytes(file.read_bytes())
+    if damage == "missing":
+        (model / name).unlink()
+    else:
+        (model / name).write_bytes((source / name).read_bytes()[:-100])
+    code, _, err = run("sample", "--model", model, "--output", tmp_path / "out", capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert name in err[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["sample"], ["invert"], ["fit", "--data", "digits"], ["demo"]])
+def test_a_file_in_place_of_the_folder_is_found_out_before_the_work(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(UNet, "forward", None)
+    unwritable = [Path("/proc")] if Path("/proc/self").exists() else []  # there, not even root may write
+    for place in (tmp_path / "file", tmp_path / "file" / "below", *unwritable):
+        code, _, err = run(*command, "--output", place, capsys=capsys)
+        assert (code, len(err)) == (2, 1)
+        assert str(place) in err[0]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_picture_of_another_size_is_refused_unless_it_may_be_resized(tmp_path, capsys):
+    Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    argv = ["invert", "--images", tmp_path / "wide.png", "--steps", 4, "--method", "ddim", "--output", tmp_path / "out"]
+    code, _, err = run(*argv, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "8x8 pixels are required, got 9x8" in err[0]
+    assert not (tmp_path / "out").exists()
+    assert run(*argv, "--resize", "--no-pictures", capsys=capsys)[0] == 0
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    code, _, err = run("invert", "--images", tmp_path, "--output", tmp_path / "out", capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "text.png" in err[0]
+
+
+def test_a_missing_matplotlib_is_named_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(UNet, "forward", None)
+    code, _, err = run("sample", "--output", tmp_path / "out", capsys=capsys)
+    assert (code, len(err)) == (1, 1)
+    assert "pip install 'pydeqsolve[viz]'" in err[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_returns_nan_fails_without_writing_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(UNet, "forward", lambda self, x, t: torch.full_like(x, torch.nan))
+    argv = ["sample", "--steps", 3, "--count", 2, "--method", "sequential", "--output", tmp_path / "out"]
+    code, _, err = run(*argv, capsys=capsys)
+    assert (code, len(err)) == (1, 1)
+    assert "2 of 2 images are not finite" in err[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_written_in_full_is_not_left_behind(tmp_path):
+    # a limit on the size of files stands for a full disk: the write itself fails, whoever runs the test
+    script = (
+        "import resource, sys; from diffusion.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
+        f"sys.exit(main(['sample', '--steps', '3', '--no-pictures', '--output', {str(tmp_path / 'out')!r}]))"
+    )
+    process = program("-c", script)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines() == ["deq-ddim: error: File too large"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_progress_bar_where_standard_error_is_no_terminal(tmp_path):
+    argv = ["sample", "--steps", 5, "--count", 2, "--output", tmp_path, "--json", "--no-pictures"]
+    process = program("-m", "diffusion", *argv)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out)["images"] == 2
+
+
+def test_a_program_that_has_loaded_torch_starts_again_with_its_wait_policy(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    script = tmp_path / "policy.py"
+    script.write_text(
+        "import os, sys\nprint(os.environ.get('OMP_WAIT_POLICY'), flush=True)\n"
+        "import diffusion.commands\nfrom diffusion.cli import main\n"
+        "diffusion.commands.run_sample = lambda args: print(os.environ['OMP_WAIT_POLICY']) or sys.exit(5)\n"
+        "sys.exit(main())\n"
+    )
+    process = program(script, "sample")
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (5, "None\nPASSIVE\nPASSIVE\n")
+
+
+def test_a_reader_that_goes_away_makes_no_noise(tmp_path):
+    argv = ["sample", "--steps", 2, "--count", 1, "--output", tmp_path, "--no-pictures", "--threads", 1]
+    process = program("-m", "diffusion", *argv)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 1
+    process.stderr.close()

@@ -1,0 +1,158 @@
+"""Inversion and training that are interrupted: what is kept, and that the same command ends with the same result."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from program import program, run, write_pictures
+from safetensors.torch import load_file
+
+from diffusion.unet import UNet
+
+DESCENT = ["invert", "--method", "deq", "--steps", "8", "--count", "3", "--batch", "2", "--lr", "0.1", "--no-pictures"]
+
+# A shell that runs the tests in the background has them, and their children, ignore Ctrl-C.
+INTERRUPTIBLE = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def interrupt_when(process, condition):
+    """Send Ctrl-C to a process once a condition holds; its standard error."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return err.splitlines()
+
+
+def assert_same_tensors(first, second):
+    first, second = load_file(first), load_file(second)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value.nan_to_num(-1.0), second[name].nan_to_num(-1.0)), name
+
+
+def test_an_interrupted_inversion_goes_on_to_the_same_result(tmp_path, capsys):
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    argv = [*DESCENT, "--epochs", "150", "--threads", "1"]
+    process = program("-c", INTERRUPTIBLE, *argv, "--output", cut)
+    err = interrupt_when(process, (cut / "inversion.safetensors").exists)
+    assert process.returncode == 130
+    assert len(err) == 1
+    assert err[0].startswith("deq-ddim: interrupted after 0 of 3 images and ")
+    assert "the same command goes on" in err[0]
+    assert json.loads((cut / "inversion.json").read_text())["complete"] is False
+    assert 0 < len(load_file(cut / "inversion.safetensors")["state.history"]) < 150
+
+    code, _, err = run(*argv, "--output", cut, capsys=capsys)
+    assert code == 0
+    assert "goes on after 0 of 3 images" in err[0]
+    assert run(*argv, "--output", whole, capsys=capsys)[0] == 0
+    assert_same_tensors(cut / "inversion.safetensors", whole / "inversion.safetensors")
+    first, second = (json.loads((folder / "inversion.json").read_text()) for folder in (cut, whole))
+    assert {**first, "seconds": 0, "output": ""} == {**second, "seconds": 0, "output": ""}
+
+
+@pytest.mark.parametrize("method", ["naive", "deq", "ddim", "exact"])
+def test_an_inversion_interrupted_anywhere_goes_on_to_the_same_result(method, tmp_path, capsys, monkeypatch):
+    argv = [*DESCENT, "--epochs", "4", "--method", method]
+    forward, calls = UNet.forward, []
+
+    def counted(self, x, t):
+        calls.append(1)
+        if len(calls) in stops:
+            raise KeyboardInterrupt
+        return forward(self, x, t)
+
+    monkeypatch.setattr(UNet, "forward", counted)
+    stops = set()
+    assert run(*argv, "--output", tmp_path / "whole", capsys=capsys)[0] == 0
+    total = len(calls)
+    calls.clear()
+    stops = {total // 5, total // 2, total * 4 // 5}  # calls of the interrupted runs count as well
+    codes = [run(*argv, "--output", tmp_path / "cut", capsys=capsys)[0] for _ in range(4)]
+    assert codes == [130, 130, 130, 0]
+    assert_same_tensors(tmp_path / "cut" / "inversion.safetensors", tmp_path / "whole" / "inversion.safetensors")
+
+
+def test_a_later_batch_goes_on_from_its_own_epochs(tmp_path, capsys, monkeypatch):
+    forward, calls = UNet.forward, []
+
+    def single(self, x, t):  # the chain of 8 steps is called on one image in the second batch, on two in the first
+        calls.append(len(x) == 1)
+        if sum(calls) == 8 * 4 + 3:
+            raise KeyboardInterrupt
+        return forward(self, x, t)
+
+    monkeypatch.setattr(UNet, "forward", single)
+    argv = [*DESCENT, "--epochs", "6", "--method", "naive", "--output", tmp_path]
+    _, _, err = run(*argv, capsys=capsys)
+    assert "after 2 of 3 images and 4 epochs" in err[-1]
+    calls.clear()
+    calls.append(8 * 4 + 3)
+    assert run(*argv, "--no-pictures", capsys=capsys)[0] == 0
+    assert sum(calls[1:]) == 8 * 2 + 8  # two epochs, and the sampling that measures the loss
+
+
+def test_a_finished_inversion_is_not_repeated(tmp_path, capsys, monkeypatch):
+    argv = [*DESCENT, "--epochs", "2", "--output", tmp_path]
+    assert run(*argv, capsys=capsys)[0] == 0
+    before = (tmp_path / "inversion.safetensors").read_bytes()
+    monkeypatch.setattr(UNet, "forward", None)
+    assert run(*argv, capsys=capsys)[0] == 0
+    assert (tmp_path / "inversion.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change", [("--steps", "9"), ("--seed", "1"), ("--lr", "0.2"), ("--method", "naive"), ("--count", "2")]
+)
+def test_other_settings_are_refused_unless_asked_to_restart(change, tmp_path, capsys):
+    argv = [*DESCENT, "--epochs", "1", "--output", tmp_path]
+    assert run(*argv, capsys=capsys)[0] == 0
+    before = (tmp_path / "inversion.safetensors").read_bytes()
+    code, _, err = run(*argv, *change, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert f"{change[0][2:] if change[0] != '--count' else 'images'} = " in err[0]
+    assert "--restart" in err[0]
+    assert (tmp_path / "inversion.safetensors").read_bytes() == before
+    assert run(*argv, *change, "--restart", capsys=capsys)[0] == 0
+
+
+def test_a_damaged_record_is_refused(tmp_path, capsys):
+    argv = [*DESCENT, "--epochs", "1", "--output", tmp_path]
+    assert run(*argv, capsys=capsys)[0] == 0
+    file = tmp_path / "inversion.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    code, _, err = run(*argv, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "--restart" in err[0]
+
+
+def test_an_interrupted_training_goes_on_to_the_same_result(tmp_path, capsys):
+    argv = [
+        "fit", "--data", write_pictures(tmp_path / "pictures"), "--shape", 1, 8, 8, "--steps", 120, "--batch", 2,
+        "--save-every", 3,
+    ]  # fmt: skip
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = program("-c", INTERRUPTIBLE, *argv, "--threads", "1", "--output", cut)
+    err = interrupt_when(process, (cut / "training" / "state.safetensors").exists)
+    assert process.returncode == 130
+    assert len(err) == 1
+    assert err[0].startswith("deq-ddim: interrupted after ")
+    steps = json.loads((cut / "config.json").read_text())["training"]["steps_done"]
+    assert f" {steps} steps" in err[0]
+    assert 3 <= steps < 120
+
+    for folder in (cut, whole):
+        assert run(*argv, "--output", folder, capsys=capsys)[0] == 0
+    assert_same_tensors(cut / "model.safetensors", whole / "model.safetensors")
+    code, _, err = run(*argv[:-1], 4, "--output", cut, "--seed", 3, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "--restart" in err[0]

@@ -122,10 +122,9 @@ void advance_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, 
     using S = decltype(scalar);
     const Rows rows = ring.rows(n, index, 0);
     const History<S> history = ring.history<S>(head);
-    check(weights_cuda<S>(rows, history, static_cast<Coupling>(coupling), ridge, at<const std::uint8_t>(mode),
-                          at<double>(gamma), at<std::int32_t>(dropped), at<double>(workspace), at<void>(stream)));
-    check(mix_cuda<S>(rows, history, at<const double>(gamma), at<const std::uint8_t>(mode), damping, at<const S>(z),
-                      at<S>(z_next), at<void>(stream)));
+    check(advance_cuda<S>(rows, history, static_cast<Coupling>(coupling), ridge, at<const std::uint8_t>(mode),
+                          at<double>(gamma), at<std::int32_t>(dropped), damping, at<const S>(z), at<S>(z_next),
+                          at<double>(workspace), at<void>(stream)));
   });
 }
 

@@ -253,6 +253,10 @@ class Sampler:
         """The same problem for other latents (B, D)."""
         return Sampler(self.map, x_T, self.conditioning, self.drift)
 
+    def pick(self, images: Tensor) -> Sampler:
+        """The same problem for some of the images, by position (k,)."""
+        return Sampler(self.map, self.x_T[images], [c[images] for c in self.conditioning], self.drift)
+
     def check(self, N: Tensor | None, stop: Stop) -> tuple[Tensor, int, Tensor]:
         """x_0 (B, D) to a tight tolerance, from a guess of the remainders; rounds and rows (B,)."""
         if N is None:

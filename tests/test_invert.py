@@ -5,7 +5,7 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Schedule, invert, load_checkpoint, sample
-from pydeqsolve import Implicit, Phantom, Status
+from pydeqsolve import Implicit, Phantom, Status, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 
@@ -40,6 +40,17 @@ def test_real_digits_come_back_from_their_latents():
     found = invert(checkpoint.model, x_0, chain)
     assert found.loss.max() <= 1e-6
     assert found.x_T.dtype == torch.float32
+
+
+def test_an_image_that_exact_inversion_misses_is_never_worse_than_one_pass():
+    checkpoint = load_checkpoint("fashion")
+    x_0, chain = checkpoint.images[8:9], checkpoint.schedule.chain(20)
+    options = {"splitting": "gaussian", "mean": checkpoint.mean, "variance": checkpoint.variance}
+    with torch.no_grad():
+        exact = invert(checkpoint.model, x_0, chain, "exact", **options, stop=Stop(0.0, 2e-6, max_steps=4))
+        rough = invert(checkpoint.model, x_0, chain, "ddim")
+    assert exact.status.item() == Status.MAX_STEPS
+    assert exact.loss.item() <= rough.loss.item() * (1 + 1e-6)
 
 
 def test_one_pass_inversion_is_rough_and_costs_one_row_a_step():

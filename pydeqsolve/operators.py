@@ -1,0 +1,67 @@
+"""The two passes of a step as torch.library operators, `torch.ops.pydeqsolve.measure` and `.advance`.
+
+For programs that write a loop of their own and want it traced by torch.compile or export: schema, fake implementation
+and mutated arguments are declared, so nothing breaks the graph. `solve` calls the same passes directly (`ops`), which
+costs less per call. The tensors are those of `ring.Ring`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ring import COUPLINGS, KINDS, Method, Ring
+
+_HISTORY = ("R", "F", "gram", "steps_gram", "rhs", "squares", "count")
+
+
+def _ring(
+    R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor, squares: Tensor, count: Tensor,
+    head: int, method: Method,
+) -> Ring:  # fmt: skip
+    """A `Ring` over tensors that exist already."""
+    B, M, T, _ = R.shape
+    tensors = (R, F, gram, rhs, squares, count, *(() if steps_gram is None else (steps_gram,)))
+    if not all(x.is_contiguous() for x in tensors) or F.shape != R.shape or gram.shape != (B, T, M, M):
+        raise ValueError("the history must be contiguous: R, F (B, M, T, D), gram (B, T, M, M)")
+    if method.kind == "broyden good" and steps_gram is None:
+        raise ValueError("steps_gram is required for Broyden good")
+    ring = Ring.__new__(Ring)
+    ring.kind, ring.coupling, ring.damping, ring.ridge = method.kind, method.coupling, method.damping, method.ridge
+    ring.slots, ring.head, ring.eps, ring.dtype = M, head, torch.finfo(R.dtype).eps, R.dtype
+    ring.R, ring.F, ring.gram, ring.steps_gram = R, F, gram, steps_gram
+    ring.rhs, ring.squares, ring.count = rhs, squares, count
+    ops.start(ring)
+    return ring
+
+
+@torch.library.custom_op("pydeqsolve::measure", mutates_args=_HISTORY)
+def measure(
+    f: Tensor, z: Tensor, R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor, squares: Tensor,
+    count: Tensor, rows: Tensor, wanted: Tensor | None, head: int, kind: int, is_max: bool,
+) -> Tensor:  # fmt: skip
+    """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `ops.measure`. kind is in `KINDS`."""
+    M = R.shape[1]
+    ring = _ring(R, F, gram, steps_gram, rhs, squares, count, (head - 1) % M, Method(KINDS[kind], M - 1))
+    return ops.measure(ring, f, z, rows, wanted, "max" if is_max else "rms")
+
+
+@measure.register_fake
+def _(f: Tensor, z: Tensor, R: Tensor, *rest: object) -> Tensor:
+    return f.new_empty(f.shape[0], f.shape[1], 2, dtype=torch.float64)
+
+
+@torch.library.custom_op("pydeqsolve::advance", mutates_args=("count",))
+def advance(
+    z: Tensor, modes: Tensor, R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
+    squares: Tensor, count: Tensor, rows: Tensor, head: int, kind: int, coupling: int, ridge: float, damping: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pass 2: the next iterate (n, T, D) and the differences dropped (n, T); see `ops.advance`."""
+    method = Method(KINDS[kind], R.shape[1] - 1, damping, ridge, COUPLINGS[coupling])
+    return ops.advance(_ring(R, F, gram, steps_gram, rhs, squares, count, head, method), z, modes, rows)
+
+
+@advance.register_fake
+def _(z: Tensor, modes: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), modes.new_empty(modes.shape, dtype=torch.int32)

@@ -257,7 +257,6 @@ void measure(const Rows& rows, const History<Scalar>& h, const Scalar* f, const 
       }
       if (pieces == 1) finish(block, at, dots);
     }
-    fence();
   });
   if (pieces == 1) return;
 

@@ -181,12 +181,6 @@ class LinearChain:
         self.P = products  # (T+1, 1 or D)
         self.w = c / products[1:] if self.safe else c
 
-    def to(self, device: torch.device) -> LinearChain:
-        moved = object.__new__(LinearChain)
-        moved.A, moved.c, moved.P, moved.w = (x.to(device) for x in (self.A, self.c, self.P, self.w))
-        moved.safe = self.safe
-        return moved
-
     def base(self, x: Tensor, d: Tensor | None) -> Tensor:
         """The trajectory (B, T+1, D) with N = 0, from x (B, D); d (B or 1, T, D) or None."""
         if not self.safe:

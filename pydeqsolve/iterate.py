@@ -216,10 +216,10 @@ class _Run:
         z = self.z.to(self.full.dtype)
         if self.front is not None and mode is not None:
             z = ops.advance(self.ring, self.z, mode, self.rows)[0].to(self.full.dtype)
-        elif self.front is None and self.best is not None:
-            z = torch.where((self.monitor["fresh"] != 0)[:, None, None], z, self.best[self.rows])
-        elif self.front is None:  # nothing was ever left behind, but a sample may have had no finite residual at all
-            z = torch.where((self.monitor["fresh"] != 0)[:, None, None], z, self.full[self.rows])
+        elif self.front is None:
+            # Where nothing was ever left behind, a sample may still have had no finite residual at all: it keeps z0.
+            kept = self.full if self.best is None else self.best
+            z = torch.where((self.monitor["fresh"] != 0)[:, None, None], z, kept[self.rows])
         at = self.rows[leaving]
         self.full[at] = z[leaving]
         self.result.table[at] = self.monitor.table[leaving]

@@ -149,6 +149,13 @@ def progress_bar(progress: bool, what: str, unit: str) -> Any:
     return tqdm(desc=what, unit=unit, disable=None, leave=False)
 
 
+def _forward(network: Network, chain: Chain, split: Splitting) -> tuple[Remainders, Tensor | None]:
+    """The map of the chain read from noise to image, and its drift c_k b_k (1, T, D) or None."""
+    a, c = chain.a[:, None], chain.c[:, None]
+    drift = None if split.offset is None else (c * split.offset)[None]
+    return Remainders(network, chain, split, LinearChain(a + c * split.kappa, c)), drift
+
+
 @dataclass(eq=False)
 class Sampler:
     """The problem of one call of `sample` or `invert`, its arguments checked and moved to float64."""
@@ -169,17 +176,15 @@ class Sampler:
         if split.kappa.shape[1] not in (1, D):
             raise ValueError(f"splitting: κ must be (steps, 1) or (steps, {D}), got {tuple(split.kappa.shape)}")
         chain, split = move(chain, split, x_T.device)
-        a, c = chain.a[:, None], chain.c[:, None]
-        linear = LinearChain(a + c * split.kappa, c)
         flat = x_T.detach().double().flatten(1)
         network = Network(model, prediction, x_T.shape[1:], model_dtype(model, x_T.dtype), rows, group)
-        drift = None if split.offset is None else (c * split.offset)[None]
+        forward, drift = _forward(network, chain, split)
         if chain.eta > 0:
             noise = torch.randn(len(x_T), len(chain), D, dtype=torch.float64, generator=generator,
                                 device=generator.device if generator is not None else x_T.device)  # fmt: skip
             noise = chain.sigma[:, None] * noise.to(x_T.device)
             drift = noise if drift is None else drift + noise
-        return Sampler(Remainders(network, chain, split, linear), flat, [c.detach() for c in inputs], drift)
+        return Sampler(forward, flat, [c.detach() for c in inputs], drift)
 
     def sequential(self, bar: Any) -> tuple[Tensor, None, int, Tensor]:
         """The reference: T model calls, each on B rows."""
@@ -222,11 +227,8 @@ class Sampler:
         m = self.map
         chain, at = m.chain.coarsen(steps)
         offset = None if m.splitting.offset is None else m.splitting.offset[at]
-        split = Splitting(m.splitting.kappa[at], offset)
-        a, c = chain.a[:, None], chain.c[:, None]
-        linear = LinearChain(a + c * split.kappa, c)
-        drift = None if offset is None else (c * offset)[None]
-        return Sampler(Remainders(m.network, chain, split, linear), self.x_T, self.conditioning, drift), at
+        forward, drift = _forward(m.network, chain, Splitting(m.splitting.kappa[at], offset))
+        return Sampler(forward, self.x_T, self.conditioning, drift), at
 
     def _solve(
         self, guess: Tensor, solver: Any, stop: Stop, window: int | None, bar: Any, callback: Any
@@ -278,11 +280,15 @@ class Sampler:
             trajectory, solution, rounds, rows = self._solve(
                 N, solver or SOLVER, _block_stop(stop), None, _Silent(), None
             )
+        T = len(self.map.chain)
         if isinstance(gradient, Implicit):
             trajectory = through_chain(self.map, trajectory, x_T, self.conditioning)
+            rows, rounds = rows + T, rounds + T  # the backward sweep
+            rows[:1] += 1  # and the row that shows what the model depends on
         else:
             trajectory = through_phantom(self.map, trajectory, x_T, self.conditioning, self.drift, gradient)
-            rows = rows + (gradient.steps - 1) * len(self.map.chain)
+            applications = gradient.steps if gradient.steps > 1 else 0  # one step reads no model
+            rows, rounds = rows + applications * T, rounds + applications
         return trajectory[:, -1], solution.z, rounds, rows
 
     def levels(self, levels: Sequence[int] | None) -> Sequence[int]:

@@ -126,10 +126,12 @@ def test_a_nan_image_harms_no_other(method):
 def test_evaluations_are_the_rows_the_model_saw():
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
     x_0 = images(model, chain)
-    for method, options in (("ddim", {}), ("exact", {}), ("naive", {"epochs": 3}), ("deq", {"epochs": 3})):
+    cases = [("ddim", {}), ("exact", {}), ("naive", {"epochs": 3}), ("deq", {"epochs": 3})]
+    cases += [("deq", {"epochs": 3, "gradient": gradient}) for gradient in (Phantom(1), Phantom(3, 0.5), Implicit())]
+    for method, options in cases:
         model.rows = 0
         found = invert(model, x_0, chain, method, **options)
-        assert int(found.evaluations.sum()) == model.rows, method
+        assert int(found.evaluations.sum()) == model.rows, (method, options)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import Phantom
+from pydeqsolve import Phantom, leaves
 
 from .remainder import Remainders
 
@@ -23,8 +23,8 @@ def through_chain(chain_map: Remainders, trajectory: Tensor, x_T: Tensor, condit
     """The trajectory (B, T+1, D) with the exact gradient to x_T, conditioning and whatever else the model reads."""
     if not torch.is_grad_enabled():
         return trajectory
-    leaves = _leaves(chain_map, trajectory, conditioning)
-    attached = _ChainFunction.apply(chain_map, trajectory, len(conditioning), x_T, *conditioning, *leaves)
+    parameters = _leaves(chain_map, trajectory, conditioning)
+    attached = _ChainFunction.apply(chain_map, trajectory, len(conditioning), x_T, *conditioning, *parameters)
     return attached
 
 
@@ -41,18 +41,7 @@ def _leaves(chain_map: Remainders, trajectory: Tensor, conditioning: Sequence[Te
     with torch.enable_grad():
         x = trajectory[:1, -2].detach()
         eps = _epsilon(chain_map, x, len(chain_map.chain) - 1, [c[:1].detach() for c in conditioning])
-    found: list[Tensor] = []
-    seen, stack = set(), [eps.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and not any(leaf is other for other in found):
-            found.append(leaf)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return found
+    return leaves(eps)
 
 
 class _ChainFunction(torch.autograd.Function):

@@ -13,6 +13,7 @@ from .deq import DEQ
 from .diagnostics import jacobian_penalty, spectral_radius
 from .gmres import GMRES
 from .gradient import Implicit, Phantom, Unrolled
+from .leaves import leaves
 from .ops import build_info
 from .picard import Picard
 from .solution import Adjoint, ConvergenceError, Solution, Status
@@ -36,6 +37,7 @@ __all__ = [
     "Unrolled",
     "build_info",
     "jacobian_penalty",
+    "leaves",
     "solve",
     "spectral_radius",
 ]

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from .gmres import GMRES
 from .iterate import Problem, Solver, call, iterate
+from .leaves import leaves
 from .solution import Adjoint, ConvergenceError, Solution, describe_failures
 from .stop import Stop, check_count
 from .structure import Layout
@@ -167,7 +168,7 @@ class _Linearised:
         good = Good.of(problem, solution)
         z = good.take(solution.z).detach().clone().requires_grad_()
         f = evaluate(problem, z, good.inputs)
-        if not _has_other_leaf(f, z) and forward_ad.unpack_dual(f).tangent is None:
+        if all(leaf is z for leaf in leaves(f)) and forward_ad.unpack_dual(f).tangent is None:
             return None
         return _Linearised(z, f, good)
 
@@ -176,21 +177,6 @@ class _Linearised:
         u = torch.where(self.good.mask_taken()[:, None, None], u, 0.0).to(self.f.dtype)
         (product,) = torch.autograd.grad(self.f, self.z, u, retain_graph=True, allow_unused=True)
         return torch.zeros_like(self.z) if product is None else product
-
-
-def _has_other_leaf(f: Tensor, z: Tensor) -> bool:
-    """Some leaf other than z requires a gradient of f."""
-    seen, stack = set(), [f.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not z:
-            return True
-        stack.extend(parent for parent, _ in node.next_functions)
-    return False
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ from .diagnostics import jacobian_penalty, spectral_radius
 from .gmres import GMRES
 from .gradient import Implicit, Phantom, Unrolled
 from .leaves import leaves
+from .neumann import Neumann
 from .ops import build_info
 from .picard import Picard
 from .solution import Adjoint, ConvergenceError, Solution, Status
@@ -29,6 +30,7 @@ __all__ = [
     "ConvergenceError",
     "Front",
     "Implicit",
+    "Neumann",
     "Phantom",
     "Picard",
     "Solution",

@@ -18,14 +18,20 @@ class Broyden:
       bad:  H = −I + (S + Y) U⁻¹ Yᵀ, U the upper part of YᵀY.
     When the memory is full the oldest pair is left out, which gives exactly Broyden's matrix from the newest pairs; the
     newest secant equation H y = s always holds. safeguard as in `Anderson`.
+
+    line_search: halvings of a step whose residual grows, at most, each one evaluation of fn (Li & Fukushima 2000); 0 is
+    none. It takes the place of the safeguard and keeps the history where that restarts. A trial at which fn is NaN or
+    infinite is halved too, but forgets the history.
     """
 
     memory: int = 10
     kind: str = "good"
     safeguard: float = 10.0
+    line_search: int = 0
 
     def __post_init__(self) -> None:
         check_count("memory", self.memory, least=1)
+        check_count("line_search", self.line_search, least=0)
         if self.kind not in ("good", "bad"):
             raise ValueError(f'kind must be "good" or "bad", got {self.kind!r}')
         if not self.safeguard > 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .solution import Adjoint, Status
-from .stop import Stop, check_count
+from .stop import Stop, check_count, relative_goal
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,8 @@ class GMRES:
 
         A maps (B, N) to (B, N), row by row; g (B, N) float32 or float64. `stop.max_steps` counts calls of A.
         """
-        norm_g = torch.linalg.vector_norm(g.double(), dim=1)
-        scale = torch.where((norm_g > 0) & norm_g.isfinite(), norm_g, 1.0).to(g.dtype)
-        goal = torch.as_tensor(stop.rtol, dtype=torch.float64, device=g.device) + (
-            torch.as_tensor(stop.atol, dtype=torch.float64, device=g.device) / scale
-        )
+        norm, goal = relative_goal(g, stop)
+        scale = norm.to(g.dtype)
         rhs = g / scale[:, None]
         u = torch.zeros_like(rhs)
         best = torch.linalg.vector_norm(rhs.double(), dim=1)

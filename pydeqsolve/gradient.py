@@ -20,7 +20,7 @@ from .gmres import GMRES
 from .iterate import Problem, Solver, call, iterate
 from .leaves import leaves
 from .solution import Adjoint, ConvergenceError, Solution, describe_failures
-from .stop import Stop, check_count
+from .stop import Stop, check_count, relative_goal
 from .structure import Layout
 
 
@@ -42,7 +42,7 @@ class Gradient(Protocol):
 class Implicit:
     """Exact gradients by the implicit function theorem: u = g + Jᵀ u is solved in the backward pass.
 
-    solver: a Krylov method (`GMRES`) or any forward solver. stop: the adjoint's tolerance, relative to ‖g‖ per sample,
+    solver: a Krylov method (`GMRES`), a Neumann series of bounded cost (`Neumann`) or any forward solver. stop: the adjoint's tolerance, relative to ‖g‖ per sample,
     so that a scaled loss gives the scaled gradient. on_failure: what happens when a sample's adjoint does not converge:
     "warn" (a RuntimeWarning, the best u is used), "raise" (ConvergenceError) or "phantom" (that sample uses u = g).
     The outcome is left in `Solution.adjoint`. Costs one more evaluation of fn in the forward pass, not counted in
@@ -58,7 +58,7 @@ class Implicit:
         if self.on_failure not in ("warn", "raise", "phantom"):
             raise ValueError(f'on_failure must be "warn", "raise" or "phantom", got {self.on_failure!r}')
         if not (hasattr(self.solver, "solve") or hasattr(self.solver, "method")):
-            raise TypeError(f"solver must be GMRES() or a forward solver, got {type(self.solver).__name__}")
+            raise TypeError(f"solver must be GMRES(), Neumann() or a forward solver, got {type(self.solver).__name__}")
 
     def attach(self, problem: Problem, solution: Solution) -> Tensor:
         at = _Linearised.of(problem, solution)
@@ -247,13 +247,12 @@ class _Backward:
 
 def _by_fixed_point(solver: Solver, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
     """u = g + A u by a forward solver, each sample scaled by its ‖g‖."""
-    norm = torch.linalg.vector_norm(g.double(), dim=1)
-    scale = torch.where((norm > 0) & norm.isfinite(), norm, 1.0).to(g.dtype)
+    norm, goal = relative_goal(g, stop)
+    scale = norm.to(g.dtype)
     rhs = (g / scale[:, None])[:, None]
     layout = Layout.of(rhs, by_blocks=True)
     problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False)
-    goal = torch.as_tensor(stop.rtol, device=g.device) + torch.as_tensor(stop.atol, device=g.device) / scale
-    l2 = Stop(0.0, goal.double(), stop.max_steps, "l2", stop.check_every)  # relative to ‖g‖, which is 1 here
+    l2 = Stop(0.0, goal, stop.max_steps, "l2", stop.check_every)  # relative to ‖g‖, which is 1 here
     solved = iterate(problem, rhs, solver=solver, stop=l2)
     return solved.z[:, 0] * scale[:, None], Adjoint(solved.status, solved.residual, solved.evaluations)
 

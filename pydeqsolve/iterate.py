@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .monitor import FrontMonitor, Monitor
 from .ring import Method, Ring
+from .search import LineSearch
 from .solution import Solution
 from .stop import Front, Stop
 from .structure import Layout
@@ -107,7 +108,9 @@ class _Run:
         self.problem, self.stop, self.front = problem, stop, front
         self.ring = Ring(solver.method(), B, T, D, z0.dtype, z0.device)
         ops.start(self.ring)
-        safeguard = solver.safeguard if solver.method().memory else 0.0
+        line_search = getattr(solver, "line_search", 0)
+        # A line search goes back along the step, where the safeguard would throw the history away.
+        safeguard = (torch.inf if line_search else solver.safeguard) if solver.method().memory else 0.0
         self.monitor: Monitor | FrontMonitor
         if front is None:
             self.monitor = Monitor(B, stop, z0.dtype, z0.device, safeguard)
@@ -117,6 +120,7 @@ class _Run:
         self.rows = torch.arange(B, device=z0.device)  # (n,)
         self.inputs = list(problem.inputs)  # (n, …) each, when compact
         self.z = z0.to(self.ring.dtype).contiguous()  # (n, T, D)
+        self.search = LineSearch(line_search, self.z) if line_search else None
         self.full = z0.clone()  # (B, T, D): finished samples, and the last iterate of the others
         self.best: Tensor | None = None  # (B, T, D): iterates of least residual that have been left behind
         self.before = self.z  # the previous iterate, at positions `origin` (n,)
@@ -175,6 +179,8 @@ class _Run:
         self.dropped = None
         if left_behind is None or left_behind > 0:
             self._keep_best()
+        if self.search is not None:
+            self.search.judge(self.monitor, self.z)
         return mode
 
     def _root(self, norms: Tensor, entries: int) -> Tensor:
@@ -207,6 +213,8 @@ class _Run:
         self.rows, self.z = self.rows[stay], self.z[stay]
         self.before, self.origin = self.z, torch.arange(stay.numel(), device=stay.device)
         self.monitor.select(stay)
+        if self.search is not None:
+            self.search.select(stay)
         if self.problem.compact:
             self.inputs = [x[stay] for x in self.inputs]
         return mode[stay].contiguous()
@@ -227,6 +235,8 @@ class _Run:
     def advance(self, mode: Tensor) -> None:
         """The next iterate of the samples at hand."""
         z, self.dropped = ops.advance(self.ring, self.z, mode, self.rows, self._spare())
+        if self.search is not None:
+            z = self.search.redirect(self.z, z)
         self.before, self.origin = self.z, self._everyone()
         self.z = z if z.dtype == self.problem.layout.dtype else z.to(self.problem.layout.dtype).to(z.dtype)
 

@@ -1,0 +1,97 @@
+"""Broyden's line search: when steps are halved, what it costs, and what it solves that plain steps do not."""
+
+import problems
+import pytest
+import torch
+
+from pydeqsolve import Broyden, Stop, solve, testing
+
+f64 = torch.float64
+
+
+def cubic(B: int = 100, D: int = 6):
+    """z − F(z), F = z³ + z + .3 W z − b strongly monotone: one root each, and steps from afar that overshoot."""
+    g = problems.generator(0)
+    W = 0.3 * torch.randn(B, D, D, dtype=f64, generator=g) / D**0.5
+    b, z0 = torch.randn(B, D, dtype=f64, generator=g), torch.randn(B, D, dtype=f64, generator=g)
+    return problems.Map(lambda z, W, b: z - (z**3 + z + (W @ z[..., None])[..., 0] - b), z0, None, (W, b))
+
+
+@pytest.mark.parametrize("kind", ["good", "bad"])
+def test_steps_that_overshoot_a_monotone_root_are_mended(kind):
+    problem = cubic()
+    stop = Stop(rtol=0.0, atol=1e-9, norm="l2", max_steps=200)
+    plain, searched = (
+        solve(problem.fn, problem.start, problem.inputs, solver=Broyden(kind=kind, line_search=k), stop=stop,
+              gradient=None) for k in (0, 8)
+    )  # fmt: skip
+    assert searched.converged.all()
+    assert plain.converged.sum() <= 90
+    F = searched.z - problem.fn(searched.z, *problem.inputs)
+    assert F.abs().max() < 1e-9
+
+
+def test_a_trial_that_grows_the_residual_is_halved_towards_the_iterate_before():
+    seen, values = [], []
+
+    def fn(z):
+        f = 0.5 * torch.sin(z) + 1 + (100.0 if len(values) in (3, 4) else 0.0)
+        values.append(f)
+        return f
+
+    solve(fn, torch.zeros(1, 3, dtype=f64), solver=Broyden(line_search=3), stop=Stop(rtol=1e-10), gradient=None,
+          callback=lambda step, z, residual: seen.append(z)).check()  # fmt: skip
+    base, trial = seen[2], seen[3]
+    torch.testing.assert_close(seen[4], base + (trial - base) / 2, rtol=1e-14, atol=0)
+    torch.testing.assert_close(seen[5], base + (trial - base) / 4, rtol=1e-14, atol=0)
+
+
+def test_the_last_trial_is_taken_as_it_is():
+    seen, count = [], []
+
+    def fn(z):
+        count.append(1)
+        return 0.5 * torch.sin(z) + 1 + 100.0 * (len(count) > 3)
+
+    solve(fn, torch.zeros(1, 3, dtype=f64), solver=Broyden(line_search=2), stop=Stop(rtol=1e-10, max_steps=7),
+          gradient=None, callback=lambda step, z, residual: seen.append(z))  # fmt: skip
+    base, trial = seen[2], seen[3]
+    torch.testing.assert_close(seen[5], base + (trial - base) / 4, rtol=1e-14, atol=0)
+    halfway = base + (trial - base) / 8
+    assert not torch.allclose(seen[6], halfway, rtol=1e-6)
+
+
+def test_a_trial_outside_the_domain_is_halved_until_it_is_inside():
+    # ln z = c: a step that overshoots to z < 0 finds NaN.
+    g = problems.generator(3)
+    c, start = 3 * torch.rand(300, 1, dtype=f64, generator=g), 0.1 + torch.rand(300, 1, dtype=f64, generator=g)
+    stop = Stop(rtol=1e-12, max_steps=60)
+    outcomes = [
+        solve(lambda z, c: z - 3 * (torch.log(z) - c), start, (c,), solver=Broyden(line_search=k, safeguard=1e30),
+              stop=stop, gradient=None) for k in (0, 12)
+    ]  # fmt: skip
+    assert outcomes[1].converged.sum() > outcomes[0].converged.sum()
+    assert outcomes[1].rejections.sum() > 0
+    solved = outcomes[1].converged
+    torch.testing.assert_close(outcomes[1].z[solved], c[solved].exp(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("check_every", [1, 5])
+def test_a_search_of_one_sample_changes_no_other(check_every):
+    problem = cubic(8)
+    testing.check_independence(
+        Broyden(line_search=6), problem.fn, problem.start, problem.inputs,
+        stop=Stop(rtol=1e-9, max_steps=80, check_every=check_every), bitwise=False,
+    )  # fmt: skip
+
+
+def test_searching_is_invariant_to_scale():
+    problem = cubic(6)
+    testing.check_scale_invariance(
+        Broyden(line_search=6), problem.fn, problem.start, problem.inputs, stop=Stop(rtol=1e-9, max_steps=80)
+    )
+
+
+def test_a_negative_number_of_halvings_is_refused_by_name():
+    with pytest.raises(ValueError, match="line_search must be at least 0"):
+        Broyden(line_search=-1)

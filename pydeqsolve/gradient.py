@@ -42,9 +42,10 @@ class Gradient(Protocol):
 class Implicit:
     """Exact gradients by the implicit function theorem: u = g + Jᵀ u is solved in the backward pass.
 
-    solver: a Krylov method (`GMRES`), a Neumann series of bounded cost (`Neumann`) or any forward solver. stop: the adjoint's tolerance, relative to ‖g‖ per sample,
-    so that a scaled loss gives the scaled gradient. on_failure: what happens when a sample's adjoint does not converge:
-    "warn" (a RuntimeWarning, the best u is used), "raise" (ConvergenceError) or "phantom" (that sample uses u = g).
+    solver: a Krylov method (`GMRES`), a Neumann series of bounded cost (`Neumann`) or any forward solver. stop: the
+    adjoint's tolerance, relative to ‖g‖ per sample, so that a scaled loss gives the scaled gradient. on_failure: what
+    happens when a sample's adjoint does not converge: "warn" (a RuntimeWarning, the best u is used), "raise"
+    (ConvergenceError) or "phantom" (that sample uses u = g).
     The outcome is left in `Solution.adjoint`. Costs one more evaluation of fn in the forward pass, not counted in
     `Solution.evaluations`, and keeps its graph, whatever the solve took. Second derivatives and forward mode raise
     NotImplementedError.
@@ -86,17 +87,21 @@ class Phantom:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 
     def attach(self, problem: Problem, solution: Solution) -> Tensor:
+        return self.attach_at(problem, solution.residual.isfinite(), solution.z)
+
+    def attach_at(self, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
+        """z (B, T, D), any iterate, with the graph of the steps from it, for the samples that are `finite` (B,)."""
         if not torch.is_grad_enabled():
-            return solution.z
-        good = Good.of(problem, solution)
-        start = good.take(solution.z).detach()
-        z = start
+            return z
+        good = Good.of(problem, finite)
+        start = good.take(z).detach()
+        moved = start
         for _ in range(self.steps):
-            z = self.damping * evaluate(problem, z, good.inputs) + (1 - self.damping) * z
-        if not z.requires_grad and forward_ad.unpack_dual(z).tangent is None:
-            return solution.z
-        # z is near z*, not equal to it: the value returned is the one whose residual was measured.
-        return good.put(_Replace.apply(z, start), solution.z)
+            moved = self.damping * evaluate(problem, moved, good.inputs) + (1 - self.damping) * moved
+        if not moved.requires_grad and forward_ad.unpack_dual(moved).tangent is None:
+            return z
+        # The value stays that of z, whose residual was measured.
+        return good.put(_Replace.apply(moved, start), z)
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,7 @@ class Good:
     inputs: list[Tensor]  # of those samples
 
     @staticmethod
-    def of(problem: Problem, solution: Solution) -> Good:
-        good = solution.residual.isfinite()
+    def of(problem: Problem, good: Tensor) -> Good:
         if not problem.compact or bool(good.all()):
             return Good(good, None, list(problem.inputs))
         rows = good.nonzero()[:, 0]
@@ -165,7 +169,7 @@ class _Linearised:
         """None when no gradient is asked for: grad mode off, or fn depends on nothing that requires one."""
         if not torch.is_grad_enabled():
             return None
-        good = Good.of(problem, solution)
+        good = Good.of(problem, solution.residual.isfinite())
         z = good.take(solution.z).detach().clone().requires_grad_()
         f = evaluate(problem, z, good.inputs)
         if all(leaf is z for leaf in leaves(f)) and forward_ad.unpack_dual(f).tangent is None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .history import History
 from .monitor import FrontMonitor, Monitor
 from .ring import Method, Ring
 from .search import LineSearch
-from .solution import Solution
+from .solution import Solution, Status
 from .stop import Front, Stop
 from .structure import Layout
 
@@ -58,15 +59,20 @@ def iterate(
     front: Front | None = None,
     trace: bool = False,
     callback: Callback | None = None,
+    history: History | None = None,
+    keep_history: bool = False,
+    snapshots: Sequence[int] = (),
 ) -> Solution:
     """Solves z = fn(z) from z0 (B, T, D) for every sample by itself; `Solution.z` is flat, (B, T, D).
 
     One step: fn at the unfinished samples, `ops.measure`, the monitor's judgement, `ops.advance`. Finished samples
     leave the batch at the next reading of the flags (`Stop.check_every`); until then they are frozen.
     """
-    run = _Run(problem, z0, solver, stop, front)
+    run = _Run(problem, z0, solver, stop, front, history, keep_history)
     interval = stop.interval(z0.device)
-    history: list[Tensor] = []
+    residuals: list[Tensor] = []
+    seen: dict[int, Tensor] = {}
+    mode = torch.full(z0.shape[:2], ops.KEEP, dtype=torch.uint8, device=z0.device)
     steps = 0
     while steps < stop.max_steps and run.rows.numel():
         wanted = run.wanted()
@@ -74,16 +80,20 @@ def iterate(
         steps += 1
         mode = run.measure(f, wanted)
         if trace:
-            history.append(run.residual())
-        if callback is not None and callback(steps, run.current(), run.residual()):
+            residuals.append(run.residual())
+        if steps in snapshots:
+            seen[steps] = run.current()
+        if callback is not None and callback(steps, problem.layout.unpack(run.current()), run.residual()):
             break
         last = steps == stop.max_steps
         if last or steps % interval == 0:
             mode = run.retire(mode)
         if not last and run.rows.numel():
             run.advance(mode)
-    run.finish()
-    return run.solution(steps, torch.stack(history) if history else residual_rows(trace, z0))
+    run.finish(mode)
+    solution = run.solution(steps, torch.stack(residuals) if residuals else residual_rows(trace, z0))
+    solution.snapshots = [seen.get(k, solution.z) for k in snapshots]
+    return solution
 
 
 def _holders(x: Tensor) -> int:
@@ -103,23 +113,30 @@ def residual_rows(trace: bool, z0: Tensor) -> Tensor | None:
 class _Run:
     """The state of one solve. Tensors marked (n, …) hold the samples at hand, which `rows` maps to the B of all."""
 
-    def __init__(self, problem: Problem, z0: Tensor, solver: Solver, stop: Stop, front: Front | None) -> None:
+    def __init__(
+        self, problem: Problem, z0: Tensor, solver: Solver, stop: Stop, front: Front | None, history: History | None,
+        keep_history: bool,
+    ) -> None:  # fmt: skip
         B, T, D = z0.shape
-        self.problem, self.stop, self.front = problem, stop, front
-        self.ring = Ring(solver.method(), B, T, D, z0.dtype, z0.device)
+        self.problem, self.stop, self.front, self.method = problem, stop, front, solver.method()
+        self.earlier = history  # until the first measurement has been compared with it
+        self.ring = Ring(self.method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
         ops.start(self.ring)
         line_search = getattr(solver, "line_search", 0)
         # A line search goes back along the step, where the safeguard would throw the history away.
-        safeguard = (torch.inf if line_search else solver.safeguard) if solver.method().memory else 0.0
+        safeguard = (torch.inf if line_search else solver.safeguard) if self.method.memory else 0.0
         self.monitor: Monitor | FrontMonitor
         if front is None:
             self.monitor = Monitor(B, stop, z0.dtype, z0.device, safeguard)
         else:
             self.monitor = FrontMonitor(B, T, front, stop, z0.dtype, z0.device, safeguard)
         self.result = Monitor(B, stop, z0.dtype, z0.device, safeguard)  # what finished samples leave behind
+        self.history = History.begin(self.method, self.ring, z0.clone()) if keep_history else None
         self.rows = torch.arange(B, device=z0.device)  # (n,)
         self.inputs = list(problem.inputs)  # (n, …) each, when compact
-        self.z = z0.to(self.ring.dtype).contiguous()  # (n, T, D)
+        self.z = z0.to(self.ring.dtype).contiguous() if history is None else history.z.clone()  # (n, T, D)
+        if history is not None:
+            self.monitor["steps"] = (history.since - 1).clamp_min(0)
         self.search = LineSearch(line_search, self.z) if line_search else None
         self.full = z0.clone()  # (B, T, D): finished samples, and the last iterate of the others
         self.best: Tensor | None = None  # (B, T, D): iterates of least residual that have been left behind
@@ -167,6 +184,9 @@ class _Run:
 
     def measure(self, f: Tensor, wanted: Tensor | None) -> Tensor:
         """Mode (n, T) after taking f in; keeps the best iterate."""
+        if self.earlier is not None:
+            self.earlier.shift(self.ring, f)
+            self.earlier = None
         norms = ops.measure(self.ring, f, self.z, self.rows, wanted, self.stop.norm)
         if isinstance(self.monitor, FrontMonitor):
             assert wanted is not None
@@ -219,10 +239,10 @@ class _Run:
             self.inputs = [x[stay] for x in self.inputs]
         return mode[stay].contiguous()
 
-    def _leave(self, leaving: Tensor, mode: Tensor | None) -> None:
-        """Stores z and the records of the samples `leaving` (n,) bool."""
+    def _leave(self, leaving: Tensor, mode: Tensor, ended: bool = False) -> None:
+        """Stores z and the records of the samples `leaving` (n,) bool; `ended`: as they are, their budget is spent."""
         z = self.z.to(self.full.dtype)
-        if self.front is not None and mode is not None:
+        if self.front is not None and not ended:
             z = ops.advance(self.ring, self.z, mode, self.rows)[0].to(self.full.dtype)
         elif self.front is None:
             # Where nothing was ever left behind, a sample may still have had no finite residual at all: it keeps z0.
@@ -231,6 +251,19 @@ class _Run:
         at = self.rows[leaving]
         self.full[at] = z[leaving]
         self.result.table[at] = self.monitor.table[leaving]
+        if self.history is not None:
+            self._remember(leaving, mode)
+
+    def _remember(self, leaving: Tensor, mode: Tensor) -> None:
+        """Puts samples into the history: where they are, or where a refused step takes them back to."""
+        assert self.history is not None
+        refused = (mode == ops.REJECT) & leaving[:, None]
+        z = ops.advance(self.ring, self.z, torch.where(refused, ops.REJECT, ops.KEEP).to(mode.dtype), self.rows)[0]
+        status = self.monitor["status"]
+        lost = (status == int(Status.NONFINITE)) | (status == int(Status.DIVERGED))
+        at = self.rows[leaving]
+        z = torch.where(lost[:, None, None], self.full[self.rows].to(z.dtype), z)
+        self.history.take(at, z[leaving], self.monitor["steps"][leaving], lost[leaving])
 
     def advance(self, mode: Tensor) -> None:
         """The next iterate of the samples at hand."""
@@ -258,11 +291,11 @@ class _Run:
         self.buffers = [*self.buffers[-2:], buffer]
         return buffer
 
-    def finish(self) -> None:
-        """Ends what is still running when the budget is spent or the callback said so."""
+    def finish(self, mode: Tensor) -> None:
+        """Ends what is still running when the budget is spent or the callback said so. mode (n, T) was still to do."""
         if self.rows.numel():
             self.monitor.expire()
-            self._leave(torch.ones_like(self.rows, dtype=torch.bool), None)
+            self._leave(torch.ones_like(self.rows, dtype=torch.bool), mode, ended=True)
 
     def residual(self) -> Tensor:
         """(B,) as last measured, NaN for the samples that have finished before."""
@@ -270,14 +303,19 @@ class _Run:
         out[self.rows] = torch.where(self.monitor["judged"] != 0, self.monitor["residual"], torch.nan)
         return out
 
-    def current(self) -> Any:
-        """The current iterate of all samples, in the user's structure."""
+    def current(self) -> Tensor:
+        """The current iterate of all samples, (B, T, D)."""
         self.full[self.rows] = self.z.to(self.full.dtype)
-        return self.problem.layout.unpack(self.full.clone())
+        return self.full.clone()
 
     def solution(self, steps: int, trace: Tensor | None) -> Solution:
         r = self.result
         evaluations, status, rejections, rank_losses = (
             r[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")
         )
-        return Solution(self.full, r["best"].clone(), evaluations, status, steps, rejections, rank_losses, trace)
+        history = None if self.history is None else self.history.seal()
+        if history is not None:
+            ops.release(history.ring)
+        return Solution(
+            self.full, r["best"].clone(), evaluations, status, steps, rejections, rank_losses, trace, history=history
+        )

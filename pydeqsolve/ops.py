@@ -58,6 +58,11 @@ def start(ring: Ring) -> None:
     ring.__dict__[_handles] = (backend, handle)
 
 
+def release(ring: Ring) -> None:
+    """Lets go of what `start` made: the ring is plain tensors again, to be copied or pickled."""
+    ring.__dict__.pop(_handles, None)
+
+
 def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
     """Pass 1. f, z (n, T, D) in the ring's dtype, contiguous; rows (n,) int64; wanted (n, T) bool or None.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -47,3 +48,11 @@ class Ring:
     def by_steps(self) -> bool:
         """The left vectors of the small system are iterate differences s (else residual differences y)."""
         return self.kind in ("anderson I", "broyden good")
+
+    def clone(self) -> Ring:
+        """A ring with tensors of its own; `ops.start` prepares it for steps."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(other, name, value.clone())
+        return other

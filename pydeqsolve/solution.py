@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .history import History
 
 
 class Status(IntEnum):
@@ -57,7 +60,7 @@ class Adjoint:
     evaluations: Tensor  # (B,) int64
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Solution:
     """The result of `solve`, per sample.
 
@@ -76,11 +79,22 @@ class Solution:
     rank_losses: Tensor  # (B,) int64
     trace: Tensor | None = None  # (steps, B) residuals, NaN where a sample had finished
     adjoint: Adjoint | None = None  # set by a backward pass through z
+    snapshots: list[Any] = field(default_factory=list)  # z, in the structure of z0, at the steps asked for
+    history: History | None = None  # when asked for: what a later solve may go on from
 
     @property
     def converged(self) -> Tensor:
         """(B,) bool: the sample met its tolerance."""
         return self.status == int(Status.CONVERGED)
+
+    def __repr__(self) -> str:
+        """One line: samples per status, evaluations, largest residual. Waits for the device."""
+        counts = {s.name: int((self.status == int(s)).sum()) for s in Status}
+        ended = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "no samples"
+        if not self.status.numel():
+            return f"Solution({ended})"
+        least, most = int(self.evaluations.min()), int(self.evaluations.max())
+        return f"Solution({ended}; {least} to {most} evaluations; residual at most {float(self.residual.max()):.1e})"
 
     def check(self) -> Solution:
         """Returns self, or raises ConvergenceError that counts the samples of each status and says what to change."""

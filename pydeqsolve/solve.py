@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .anderson import Anderson
-from .gradient import Gradient, Implicit, Unrolled
+from .gradient import Gradient, Implicit, Phantom, Unrolled
 from .iterate import Callback, Problem, Solver, iterate
 from .solution import Solution
-from .stop import Front, Stop
-from .structure import Layout
+from .stop import Front, Stop, check_count
+from .structure import Layout, detached
 from .unroll import unroll
 
 ANDERSON, STOP, IMPLICIT = Anderson(), Stop(), Implicit()
@@ -32,6 +32,8 @@ def solve(
     trace: bool = False,
     callback: Callback | None = None,
     front: Front | None = None,
+    keep_history: bool = False,
+    snapshots: Sequence[int] = (),
 ) -> Solution:
     """Solves z = fn(z, *inputs) for each of B samples by itself and returns a `Solution`.
 
@@ -39,7 +41,7 @@ def solve(
         fn: the map; takes the state of n samples and returns their new state, same structure and shapes. It must treat
             samples independently and must not change its argument in place.
         z0: first guess: a tensor (B, …), or a nested tuple, list or dict of tensors that share B, dtype (float64,
-            float32, bfloat16, float16) and device.
+            float32, bfloat16, float16) and device. Or an earlier `Solution`: its z, and its history if that was kept.
         inputs: tensors (B, …), the input injection, handed to fn after the state.
         solver: `Anderson`, `Broyden` or `Picard`.
         stop: tolerance, budget, norm.
@@ -49,6 +51,11 @@ def solve(
         trace: keep the residual of every step in `Solution.trace`, (steps, B).
         callback: called as callback(step, z, residual) after each measured step, z in the structure of z0; a true
             return stops the solve.
+        keep_history: keep what the solver has learnt in `Solution.history`, for a solve that starts from this Solution:
+            of the same map it goes on as if it had never stopped, of a map that has changed a little it saves steps.
+        snapshots: steps, from 1, whose iterates are kept in `Solution.snapshots`, for losses along the trajectory; a
+            sample that has finished before has its final z there. Their gradient is that of `Phantom`, with the steps
+            and damping of `gradient` if that is one: off the fixed point there is no implicit gradient.
         front: the map is causal over dimension 1 of the state, (B, T, …), and its blocks finish one by one (`Front`).
 
     Returns:
@@ -60,12 +67,27 @@ def solve(
     A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
     Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps.
     """
+    history = None
+    if isinstance(z0, Solution):
+        z0, history = detached(z0.z), z0.history
     problem, flat = _prepare(fn, z0, inputs, solver, stop, compact, front)
+    if history is not None:
+        history.check(solver.method(), flat)
+    if front is not None and (keep_history or history is not None):
+        raise ValueError("front must be None with a history: its blocks finish at places of their own")
     if gradient is not None and not hasattr(gradient, "attach"):
         raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {gradient!r}")
+    for k in snapshots:
+        check_count("snapshots", k, least=1)
+    if isinstance(gradient, Unrolled) and snapshots:
+        raise NotImplementedError("snapshots are not unrolled: use gradient=Implicit() or Phantom()")
     if isinstance(gradient, Unrolled) and flat.shape[0] and (front is not None or solver.method().coupling != "joint"):
         raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
-    solution = iterate(problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback)
+    solution = iterate(
+        problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback, history=history,
+        keep_history=keep_history, snapshots=snapshots,
+    )  # fmt: skip
+    solution.snapshots = _with_phantom(problem, solution, gradient)
     if isinstance(gradient, Unrolled):
         if torch.is_grad_enabled() and flat.shape[0]:
             solution.z = unroll(problem, flat, solver, solution)
@@ -108,6 +130,17 @@ def _prepare(
     compact = bool(inputs) if compact is None else compact
     layout = replace(layout, template=_skeleton(z0))
     return Problem(fn, tuple(inputs), layout, compact, by_front=front is not None), flat
+
+
+def _with_phantom(problem: Problem, solution: Solution, gradient: Gradient | None) -> list[Any]:
+    """The snapshots in the user's structure, with a phantom gradient when there is to be any."""
+    phantom = gradient if isinstance(gradient, Phantom) else Phantom()
+    found = []
+    for z in solution.snapshots:
+        if gradient is not None:
+            z = phantom.attach_at(problem, solution.residual.isfinite() & z.isfinite().flatten(1).all(1), z)
+        found.append(problem.layout.unpack(z))
+    return found
 
 
 def _skeleton(tree: Any) -> Any:

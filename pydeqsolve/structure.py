@@ -53,6 +53,12 @@ def rebuild(tree: Any, leaves: Callable[[], Tensor]) -> Any:
     return type(tree)(parts)
 
 
+def detached(tree: Any) -> Any:
+    """`tree` with its tensors detached."""
+    leaves = iter([leaf.detach() for leaf in leaves_of(tree, "z")])
+    return rebuild(tree, lambda: next(leaves))
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """How a state of B samples lies in one tensor (B, T, D): T blocks (1 unless the solver couples blocks)."""

@@ -177,6 +177,30 @@ def check_evaluations(
     _require(sum(rows) == total, f"{sum(rows)} rows passed to fn, but evaluations add up to {total}")
 
 
+def check_resume(
+    solver: Solver, fn: Fn, z0: Tensor, inputs: Sequence[Tensor] = (), *, stop: Stop | None = None,
+    interrupt: Sequence[int] = (1, 2, 5),
+) -> None:  # fmt: skip
+    """A solve that is interrupted after so many steps and goes on from its `Solution`, history kept, ends at the same
+    z and residual, bit for bit, as one that is not; a sample still running is evaluated once more, where it was.
+    `stop.max_steps` must suffice; maps that only stall may stall later."""
+    stop = stop or Stop(max_steps=1000)
+    whole = solve(fn, z0, inputs, solver=solver, stop=stop, gradient=None)
+    for k in interrupt:
+        short = replace(stop, max_steps=k)
+        first = solve(fn, z0, inputs, solver=solver, stop=short, gradient=None, keep_history=True)
+        rest = solve(fn, first, inputs, solver=solver, stop=stop, gradient=None)
+        _require(bool(whole.converged.all()), "the uninterrupted solve did not converge: raise stop.max_steps")
+        for i in range(len(z0)):
+            what = f"sample {i} interrupted after {k} steps"
+            _require(bool(rest.converged[i]), f"{what}: did not converge")
+            apart = (rest.z[i].double() - whole.z[i].double()).abs().max()
+            _require(torch.equal(rest.z[i], whole.z[i]), f"{what}: z differs by {float(apart)}")
+            _require(rest.residual[i] == whole.residual[i], f"{what}: residual {rest.residual[i]}")
+            extra = int(first.evaluations[i] + rest.evaluations[i] - whole.evaluations[i])
+            _require(extra in (0, 1), f"{what}: {extra} evaluations more")
+
+
 def check_gradient(
     fn: Fn, z0: Tensor, inputs: Sequence[Tensor] = (), parameters: Sequence[Tensor] = (), *,
     gradient: Gradient | None = None, solver: Solver | None = None, stop: Stop | None = None,

@@ -17,7 +17,7 @@ def unroll(problem: Problem, z0: Tensor, solver: Solver, solution: Solution) -> 
 
     Refusals and restarts are not replayed; samples without a finite residual keep their z, without a graph.
     """
-    good = Good.of(problem, solution)
+    good = Good.of(problem, solution.residual.isfinite())
     steps = solution.evaluations if good.rows is None else solution.evaluations[good.rows]
     z = good.take(z0)
     values: list[Tensor] = []

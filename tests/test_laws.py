@@ -118,6 +118,13 @@ def test_evaluations_count_the_rows_passed_to_fn(solver, seed):
     testing.check_evaluations(solver, bent, *draw(seed))
 
 
+@EVERY
+@few
+@given(seed=seeds, dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_an_interrupted_solve_goes_on_as_if_it_had_not_been(solver, seed, dtype):
+    testing.check_resume(solver, bent, *draw(seed, dtype=dtype), stop=Stop(rtol=1e-5, max_steps=1000))
+
+
 @pytest.mark.parametrize("solver", [Anderson(), Broyden(), Picard()], ids=str)
 @few
 @given(seed=seeds)
@@ -182,6 +189,17 @@ def test_affine_exactness_fails_for_picard_short_memory_and_a_large_ridge():
     for solver in (Picard(), Anderson(memory=2), Ridged()):
         with pytest.raises(AssertionError, match="not solved in"):
             testing.check_affine_exactness(solver, D=5)
+
+
+def test_resume_check_fails_for_a_map_that_is_another_each_time():
+    calls = []
+
+    def drifting(z, rate, b):
+        calls.append(1)
+        return bent(z, rate, b + 1e-3 * len(calls))
+
+    with pytest.raises(AssertionError, match="interrupted after"):
+        testing.check_resume(Anderson(), drifting, *draw(1), stop=Stop(rtol=1e-2, max_steps=1000))
 
 
 def test_gradient_check_fails_for_a_phantom_gradient():

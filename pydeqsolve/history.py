@@ -1,0 +1,84 @@
+"""What a solver has learnt of a map, kept from one solve for the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ring import Method, Ring
+
+
+@dataclass(eq=False)
+class History:
+    """The rows of a solve that has ended, per sample aligned to one head; made by `solve(..., keep_history=True)`.
+
+    A solve that starts from it evaluates fn at `z` once more. What the map has changed there, δ = f_new(z) − f(z), is
+    added to every stored row, which leaves the differences (the estimate of the Jacobian) as they are. Where nothing
+    has changed, δ = 0 and the solve goes on bit for bit as if it had never stopped. Takes 2 (memory + 1) + 1 words per
+    entry of the state.
+    """
+
+    method: Method
+    ring: Ring
+    z: Tensor  # (B, T, D) last iterate, dtype of the ring
+    since: Tensor  # (B,) float64, steps since the last restart
+    heads: Tensor  # (B,) slot of each sample's newest row
+
+    @staticmethod
+    def begin(method: Method, ring: Ring, z0: Tensor) -> History:
+        """The history of a solve that is about to start from z0 (B, T, D); samples are put into it as they leave."""
+        B = z0.shape[0]
+        since = torch.zeros(B, dtype=torch.float64, device=z0.device)
+        heads = torch.full((B,), ring.head, dtype=torch.int64, device=z0.device)
+        return History(method, ring, z0.to(ring.dtype), since, heads)
+
+    def take(self, at: Tensor, z: Tensor, since: Tensor, lost: Tensor) -> None:
+        """Puts in the samples `at` (k,): their iterates z (k, T, D) and steps since (k,); `lost` (k,) have no rows."""
+        self.z[at], self.since[at] = z, since
+        self.heads[at] = self.ring.head
+        self.ring.count[at] = torch.where(lost[:, None], 0, self.ring.count[at])
+
+    def seal(self) -> History:
+        """Itself, after turning every sample's rows so that the newest is at the head of the ring."""
+        ring, M = self.ring, self.ring.slots
+        turn = (torch.arange(M, device=self.heads.device) + self.heads[:, None] - ring.head) % M  # (B, M) old slots
+        if bool((self.heads != ring.head).any()):
+            each = torch.arange(len(self.heads), device=self.heads.device)[:, None]
+            ring.R, ring.F = ring.R[each, turn], ring.F[each, turn]
+            down, across = turn[:, None, :, None], turn[:, None, None, :]
+            for name in ("gram", "steps_gram"):
+                matrices = getattr(ring, name)  # (B, T, M, M)
+                if matrices is not None:
+                    turned = torch.take_along_dim(torch.take_along_dim(matrices, down, 2), across, 3)
+                    setattr(ring, name, turned)
+            self.heads = torch.full_like(self.heads, ring.head)
+        return self
+
+    def check(self, method: Method, z0: Tensor) -> None:
+        """Raises ValueError unless a solve by `method` of states like z0 (B, T, D) can go on from here."""
+        if method != self.method:
+            raise ValueError(f"z0 holds the history of {self.method}, which {method} cannot use")
+        wide = torch.float64 if z0.dtype == torch.float64 else torch.float32
+        if self.z.shape != z0.shape or self.z.dtype != wide or self.z.device != z0.device:
+            raise ValueError(
+                f"z0 holds a history of shape {tuple(self.z.shape)} on {self.z.device}, "
+                f"but the state has {tuple(z0.shape)} on {z0.device}"
+            )
+
+    def fork(self) -> Ring:
+        """A ring of its own for the next solve, with the newest row left out: it is about to be measured again."""
+        ring = self.ring.clone()
+        ring.head = (ring.head - 1) % ring.slots
+        ring.count.sub_(1).clamp_(min=0)
+        return ring
+
+    def shift(self, ring: Ring, f: Tensor) -> None:
+        """Adds what the map has changed at `z`, where its value is now f (B, T, D), to the rows of `ring`, a fork."""
+        newest = (ring.head + 1) % ring.slots
+        known = (self.ring.count > 0)[..., None]  # (B, T, 1)
+        change = torch.where(known, f - ring.F[:, newest], 0.0)
+        if bool((change != 0).any()):
+            ring.R += change[:, None]
+            ring.F += change[:, None]

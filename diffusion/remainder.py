@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .chain import Chain, LinearChain, Splitting
+from .ranks import evaluate_shared
 
 PREDICTIONS = ("epsilon", "v", "sample")
 CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
@@ -38,7 +38,12 @@ class Network:
     def epsilon(self, x: Tensor, t: Tensor, alpha: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """ε (n, D) in the dtype of x (n, D). t, alpha (n,): time steps and ᾱ there; conditioning (n, …) each."""
         self.calls += 1
-        out = self._distributed(x, t, conditioning) if self.group is not None else self._local(x, t, conditioning)
+        shared = self.group is not None and not torch.is_grad_enabled()
+        out = (
+            evaluate_shared(self._local, [x, t, *conditioning], self.group)
+            if shared
+            else self._local(x, t, *conditioning)
+        )
         out = out.to(x.dtype)
         if self.prediction == "epsilon":
             return out
@@ -47,7 +52,8 @@ class Network:
             return root * out + sigma * x
         return (x - root * out) / sigma
 
-    def _local(self, x: Tensor, t: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
+    def _local(self, x: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
+        """The model's own prediction (n, D), in the dtype it answers in."""
         most = self.rows or (CPU_ROWS if x.device.type == "cpu" else max(1, len(x)))
         parts = []
         for at in range(0, len(x), most):
@@ -59,18 +65,6 @@ class Network:
                 raise ValueError(f"model: a tensor of the shape of x, {tuple(image.shape)}, is required, got {got}")
             parts.append(value.flatten(1))
         return torch.cat(parts) if parts else x.new_empty(x.shape)
-
-    def _distributed(self, x: Tensor, t: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
-        """Every rank evaluates its share of the rows; all get all."""
-        ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        share = -(-len(x) // ranks)
-        mine = slice(rank * share, (rank + 1) * share)
-        local = self._local(x[mine], t[mine], [c[mine] for c in conditioning])
-        padded = local.new_zeros(share, x.shape[1])
-        padded[: len(local)] = local
-        gathered = [torch.empty_like(padded) for _ in range(ranks)]
-        dist.all_gather(gathered, padded, group=self.group)
-        return torch.cat(gathered)[: len(x)]
 
 
 @dataclass(eq=False)

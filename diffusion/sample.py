@@ -13,6 +13,7 @@ from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
 
 from .adjoint import through_chain, through_phantom
 from .chain import Chain, LinearChain, Splitting, interpolation
+from .ranks import check_alike, check_group
 from .remainder import PREDICTIONS, Model, Network, Remainders, move
 
 SOLVER = Anderson(memory=2, coupling="causal")
@@ -81,7 +82,8 @@ def sample(
             always suffices).
         window: time steps evaluated at once, at most; None is all.
         generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead.
-        group: torch.distributed process group whose ranks share the model rows of every round.
+        group: torch.distributed process group whose ranks share the model rows of every round; every rank passes the
+            same latents, inputs and generator seed, and gets the result. See `diffusion.ranks`.
         inputs: per-image conditioning (B, …), gathered for the rows that are evaluated.
         gradient: None; Implicit() for the exact gradient of the chain with respect to x_T, inputs and parameters;
             Phantom(steps, damping) for the approximate one. See `diffusion.adjoint`.
@@ -94,6 +96,7 @@ def sample(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, by name.
+        RuntimeError: a rank of `group` failed, died or did not answer within the group's time limit.
 
     The states are float64 whatever the model's dtype: in float32 a frozen step leaves an error which the rest inherits.
     """
@@ -184,7 +187,15 @@ class Sampler:
                                 device=generator.device if generator is not None else x_T.device)  # fmt: skip
             noise = chain.sigma[:, None] * noise.to(x_T.device)
             drift = noise if drift is None else drift + noise
-        return Sampler(forward, flat, [c.detach() for c in inputs], drift)
+        conditioning = [c.detach() for c in inputs]
+        if group is not None:
+            check_group(group)
+            check_alike(group, "x_T", flat, "draw them from a generator seeded alike")
+            if drift is not None:
+                check_alike(group, "noises", drift, "pass a generator seeded alike")
+            for i, c in enumerate(conditioning):
+                check_alike(group, f"inputs[{i}]", c, "every rank holds the whole batch")
+        return Sampler(forward, flat, conditioning, drift)
 
     def sequential(self, bar: Any) -> tuple[Tensor, None, int, Tensor]:
         """The reference: T model calls, each on B rows."""

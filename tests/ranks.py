@@ -1,0 +1,182 @@
+"""Processes that form a gloo group, and the cases each of them runs: what tests/test_distributed.py starts."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mixture import Mixture, latents, means
+from torch import nn
+
+from diffusion import Schedule, load_checkpoint, sample
+from pydeqsolve import Implicit, Stop
+
+SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+TIGHT = Stop(rtol=1e-9, max_steps=1000)
+SILENCE = 10.0  # seconds
+
+
+def start(folder: Path, seconds: float = 200) -> tuple[dict[str, list[dict[str, Any]]], list[int]]:
+    """What each of three processes found, by phase, and their exit codes."""
+    context = torch.multiprocessing.get_context("spawn")
+    children = [context.Process(target=_child, args=(rank, folder)) for rank in range(3)]
+    for child in children:
+        child.start()
+    end = time.monotonic() + seconds
+    for child in children:
+        child.join(max(0.0, end - time.monotonic()))
+    hanging = [rank for rank, child in enumerate(children) if child.is_alive()]
+    for rank in hanging:
+        children[rank].kill()
+        children[rank].join()
+    assert not hanging, f"ranks {hanging} were still running after {seconds} s"
+    phases = {phase: sorted(folder.glob(f"{phase}-*.pt")) for phase in ("pair", "three", "lost")}
+    found = {phase: [torch.load(path, weights_only=True) for path in paths] for phase, paths in phases.items()}
+    return found, [child.exitcode for child in children]
+
+
+def _child(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3, timeout=timedelta(seconds=60)
+    )
+    pair, short = dist.new_group([0, 1]), dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    if rank < 2:
+        torch.save(agreeing(rank, pair), folder / f"pair-{rank}.pt")
+    torch.save(agreeing(rank, dist.group.WORLD), folder / f"three-{rank}.pt")
+    torch.save(losing_a_rank(rank, short), folder / f"lost-{rank}.pt")
+    os._exit(0)  # a group that has lost a rank would wait for it when it is taken down
+
+
+class Fails(nn.Module):
+    """A model that calls `fail` instead of answering its third call, on one rank."""
+
+    def __init__(self, fail: Any, on: int) -> None:
+        super().__init__()
+        self.model, self.fail, self.on, self.calls = Mixture(SCHEDULE, means()), fail, on, 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 3 and dist.get_rank() == self.on:
+            self.fail()
+        return self.model(x, t)
+
+
+class Normed(nn.Module):
+    """A model with buffers, which DDP broadcasts before every forward pass, and parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.norm = Mixture(SCHEDULE, means()), nn.BatchNorm1d(6, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.model(x, t) + 0.1 * self.norm(x)
+
+
+class SampledLoss(nn.Module):
+    """A loss of sampled images, differentiable in the model's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Mixture(SCHEDULE, means())
+
+    def forward(self, x_T: torch.Tensor) -> torch.Tensor:
+        out = sample(self.model, x_T, SCHEDULE.chain(8), stop=TIGHT, gradient=Implicit())
+        return (out.x_0 * torch.arange(1, 7)).sin().mean()
+
+
+def run(group: Any, model: Any = None, count: int = 2, steps: int = 30, eta: float = 0.0, **options: Any) -> Any:
+    """A sample of the mixture; the same call on every rank and, with group=None, on none."""
+    model = Mixture(SCHEDULE, means()) if model is None else model
+    generator = torch.Generator().manual_seed(3)
+    chain = SCHEDULE.chain(steps, eta=eta)
+    return sample(model, latents(count, 6), chain, group=group, generator=generator, **options)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "parallel": {},
+    "sequential": {"method": "sequential"},
+    "one row for many ranks": {"count": 1, "window": 1},
+    "window and noise": {"window": 7, "eta": 0.5},
+    "levels and small calls": {"steps": 60, "levels": (6, 20), "rows_per_call": 5},
+    "conditioning": {"inputs": (latents(2, 6, seed=5),)},
+}
+
+
+def digits(group: Any) -> torch.Tensor:
+    """Images of the shipped float32 model."""
+    checkpoint = load_checkpoint("digits")
+    x_T = latents(2, *checkpoint.shape).float()
+    return sample(checkpoint.model, x_T, checkpoint.schedule.chain(50), group=group, stop=Stop(rtol=1e-6)).x_0
+
+
+def message(action: Any) -> str:
+    """Kind and text of the error that action() raises, or nothing."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _give_up() -> None:
+    raise MemoryError("no room for the rows")
+
+
+@torch.no_grad()
+def agreeing(rank: int, group: Any) -> dict[str, Any]:
+    """Every case that must end well or in an error on all ranks."""
+    found = {}
+    for name, options in CASES.items():
+        model = Mixture(SCHEDULE, means())
+        out = run(group, model, **options)
+        found[name] = {
+            "trajectory": out.trajectory, "rounds": out.rounds, "evaluations": out.evaluations, "rows": model.rows,
+        }  # fmt: skip
+    found["digits"] = digits(group)
+    found["model fails"] = message(lambda: run(group, Fails(_give_up, on=1)))
+    found["other latents"] = message(
+        lambda: sample(Mixture(SCHEDULE, means()), latents(2, 6, seed=rank), SCHEDULE.chain(5), group=group)
+    )
+    noises = torch.Generator().manual_seed(rank)
+    chain = SCHEDULE.chain(5, eta=1.0)
+    found["other noises"] = message(
+        lambda: sample(Mixture(SCHEDULE, means()), latents(2, 6), chain, group=group, generator=noises)
+    )
+    found["other steps"] = message(lambda: run(group, steps=10 + rank))
+    found["after errors"] = run(group).trajectory
+    wrapped = nn.parallel.DistributedDataParallel(Normed().eval(), process_group=group)
+    found["DDP shared"] = run(group, wrapped, count=1, window=1).x_0
+    found["DDP alone"] = run(None, wrapped, count=1, steps=40 + 60 * rank).rounds
+    with torch.enable_grad():
+        loss = nn.parallel.DistributedDataParallel(SampledLoss(), process_group=group)
+        loss(latents(2, 6, seed=rank)).backward()
+        found["sampling in DDP"] = loss.module.model.means.grad
+        found["DDP in sampling"] = [sampled_gradient(wrapped, rank, turn) for turn in range(2)]
+    return found
+
+
+def sampled_gradient(model: nn.Module, rank: int, turn: int) -> torch.Tensor:
+    """The gradient of a model's own parameters from one sampled batch; every rank and turn has another."""
+    model.zero_grad()
+    x_T = latents(2, 6, seed=10 * turn + rank)
+    sample(model, x_T, SCHEDULE.chain(6 + turn), stop=TIGHT, gradient=Implicit()).x_0.sin().sum().backward()
+    return next(p.grad.clone() for name, p in model.named_parameters() if name.endswith("norm.weight"))
+
+
+@torch.no_grad()
+def losing_a_rank(rank: int, short: Any) -> dict[str, Any]:
+    """Rank 1 keeps rank 0 waiting for longer than their group's limit; then rank 2 dies."""
+    found: dict[str, Any] = {}
+    if rank < 2:
+        begin = time.monotonic()
+        found["silent"] = message(lambda: run(short, Fails(lambda: time.sleep(SILENCE), on=1)))
+        found["silent seconds"] = time.monotonic() - begin
+    dist.barrier()
+    found["dead"] = message(lambda: run(dist.group.WORLD, Fails(lambda: os._exit(7), on=2)))
+    return found

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gradient import evaluate
 from .iterate import Problem
+from .linearise import evaluate
 from .stop import check_count
 from .structure import Layout
 

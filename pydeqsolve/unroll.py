@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gradient import Good, evaluate
 from .iterate import Problem, Solver
+from .linearise import Good, evaluate
 from .reference import PIVOT_CUTOFF
 from .ring import Method
 from .solution import Solution

@@ -8,7 +8,6 @@ import problems
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from pydeqsolve import (
     DEQ,
@@ -377,72 +376,6 @@ def test_the_adjoint_of_a_strictly_triangular_map_is_the_reverse_sweep(solver):
     slope = 1 + torch.cos(problem.solution[0, :-1, 0])  # gain/2 · (1 + cos z)
     expected = torch.cat([slope.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=f64)])
     torch.testing.assert_close(found[0, :, 0], expected, rtol=1e-8, atol=1e-10)
-
-
-# Second derivatives and forward mode: right, or refused
-
-
-def second_order(gradient):
-    w = torch.tensor(0.5, dtype=f64, requires_grad=True)
-    # Picard: the derivatives of Anderson's last iterate lag behind the iterate itself.
-    z = solve(lambda z: torch.tanh(w * z + 0.7), torch.zeros(1, 1, dtype=f64), solver=Picard(), stop=TIGHT,
-              gradient=gradient).z  # fmt: skip
-    (first,) = torch.autograd.grad(z.sum(), w, create_graph=True)
-    (second,) = torch.autograd.grad(first, w)
-    return first, second
-
-
-def exact_second_order():
-    """d²z/dw² of z = tanh(w z + .7) at w = .5 by central differences of the closed dz/dw = s z / (1 − s w)."""
-
-    def slope(w):
-        z = torch.zeros((), dtype=f64)
-        for _ in range(400):
-            z = torch.tanh(w * z + 0.7)
-        s = 1 - z * z
-        return float(s * z / (1 - s * w))
-
-    return (slope(0.5 + 1e-5) - slope(0.5 - 1e-5)) / 2e-5
-
-
-@pytest.mark.parametrize(
-    "gradient", [Implicit(), Unrolled(), Phantom(steps=100)], ids=["implicit", "unrolled", "phantom"]
-)
-def test_second_derivatives_are_right_or_not_implemented(gradient):
-    try:
-        _, second = second_order(gradient)
-    except NotImplementedError:
-        assert isinstance(gradient, Implicit)
-        return
-    assert second.item() == pytest.approx(exact_second_order(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "gradient", [Implicit(), Unrolled(), Phantom(steps=100)], ids=["implicit", "unrolled", "phantom"]
-)
-@pytest.mark.parametrize("through", ["input", "closure"])
-@pytest.mark.parametrize("way", ["func.jvp", "dual numbers"])
-def test_forward_mode_is_right_or_not_implemented(gradient, through, way):
-    x = torch.tensor([[0.4]], dtype=f64)
-    z0 = torch.zeros(1, 1, dtype=f64)
-    settings = {"solver": Picard(), "stop": TIGHT, "gradient": gradient}
-
-    def f(x):
-        if through == "input":
-            return solve(lambda z, x: torch.tanh(0.5 * z + x), z0, (x,), **settings).z
-        return solve(lambda z: torch.tanh(0.5 * z + x), z0, **settings).z
-
-    try:
-        if way == "func.jvp":
-            z, tangent = torch.func.jvp(f, (x,), (torch.ones_like(x),))
-        else:
-            with forward_ad.dual_level():
-                z, tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x))))
-    except NotImplementedError:
-        return
-    s = 1 - z.detach() ** 2
-    assert tangent is not None, "the derivative was lost without a word"
-    torch.testing.assert_close(tangent, s / (1 - 0.5 * s), rtol=1e-6, atol=0)
 
 
 # Contexts

@@ -1,0 +1,227 @@
+"""Implicit differentiation of a solution: the adjoint solve, its own derivative, and forward mode.
+
+J = ∂f/∂z at z*, g the cotangent of z*. dz* = (I − J)⁻¹ ∂f/∂θ dθ, so f's cotangent is u = (I − Jᵀ)⁻¹ g. u is itself the
+fixed point of u ↦ g + J(z*, θ)ᵀ u: its derivative is taken by the same theorem once more.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .iterate import Problem, Solver, iterate
+from .leaves import leaves
+from .linearise import Good, Linearised, evaluate
+from .solution import Adjoint, ConvergenceError, describe_failures
+from .stop import Stop, relative_goal
+from .structure import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class AdjointSolve:
+    """How u = g + Aᵀ u is solved, and whom to tell how that went; settings as in `Implicit`."""
+
+    solver: Any
+    stop: Stop
+    on_failure: str
+    report: Callable[[Adjoint], None]
+
+    def __call__(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> Tensor:
+        """u (n, T, D) of u = g + products(u), zero for the samples that are not `good`."""
+        mask = good.mask_taken()[:, None, None]
+        g = torch.where(mask, g, 0.0)
+        u, outcome = self._solve(products, g, good)
+        self.report(_of_all(outcome, good))
+        failed = outcome.status != 0
+        if self.on_failure == "phantom":
+            u = torch.where(failed[:, None, None], g, u)
+        elif bool(failed.any()):
+            message = f"the adjoint of solve did not converge: {describe_failures(outcome.status)}"
+            if self.on_failure == "raise":
+                raise ConvergenceError(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return torch.where(mask & u.isfinite(), u, 0.0)
+
+    def _solve(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> tuple[Tensor, Adjoint]:
+        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+
+        def product(u: Tensor) -> Tensor:
+            return products(u.reshape(g.shape)).to(wide).flatten(1)
+
+        rhs, stop = g.to(wide).flatten(1), self._stop(g, good)
+        if hasattr(self.solver, "solve"):
+            u, outcome = self.solver.solve(product, rhs, stop)
+        else:
+            u, outcome = _by_fixed_point(self.solver, product, rhs, stop)
+        return u.reshape(g.shape).to(g.dtype), outcome
+
+    def _stop(self, g: Tensor, good: Good) -> Stop:
+        """The user's, for the samples at hand, and no tighter than the products can be computed in this dtype."""
+        tolerances = [
+            torch.as_tensor(t, dtype=torch.float64, device=g.device).expand(good.mask.shape[0])
+            for t in (self.stop.rtol, self.stop.atol)
+        ]
+        rtol, atol = (t if good.rows is None else t[good.rows] for t in tolerances)
+        return replace(self.stop, rtol=rtol.clamp_min(4 * torch.finfo(g.dtype).eps), atol=atol)
+
+
+def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
+    """The outcome (n,) spread over all samples (B,); those left out are NONFINITE."""
+    if good.rows is None:
+        return outcome
+    B = good.mask.shape[0]
+    full = Adjoint(
+        outcome.status.new_full((B,), 4), outcome.residual.new_full((B,), torch.inf), outcome.evaluations.new_zeros(B)
+    )
+    for name in ("status", "residual", "evaluations"):
+        getattr(full, name)[good.rows] = getattr(outcome, name)
+    return full
+
+
+def _by_fixed_point(solver: Solver, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
+    """u = g + A u by a forward solver, each sample scaled by its ‖g‖."""
+    norm, goal = relative_goal(g, stop)
+    scale = norm.to(g.dtype)
+    rhs = (g / scale[:, None])[:, None]
+    layout = Layout.of(rhs, by_blocks=True)
+    problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False)
+    l2 = Stop(0.0, goal, stop.max_steps, "l2", stop.check_every)  # relative to ‖g‖, which is 1 here
+    solved = iterate(problem, rhs, solver=solver, stop=l2)
+    return solved.z[:, 0] * scale[:, None], Adjoint(solved.status, solved.residual, solved.evaluations)
+
+
+def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
+    """z (B, T, D), a solution, with its implicit derivative for the samples that are `finite` (B,)."""
+    at = Linearised.of(problem, finite, z)
+    if at is None:
+        return z
+    given = [x for x in problem.inputs if x.requires_grad]
+    # Autograd must know of every tensor that a second derivative reaches without passing through f.
+    reached = [x for x in leaves(at.f) if x is not at.z and not any(x is y for y in given)]
+    step = _Step(how, problem, finite, z.detach(), at)
+    return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached), z)
+
+
+@dataclass(eq=False)
+class _Step:
+    """What the backward and forward modes of one solution need."""
+
+    how: AdjointSolve
+    problem: Problem
+    finite: Tensor  # (B,) bool
+    z: Tensor  # (B, T, D)
+    at: Linearised
+
+    def adjoint(self, g: Tensor) -> Tensor:
+        """u (n, T, D) of u = g + Jᵀ u, without a graph."""
+        return self.how(self.at.transposed, g, self.at.good)
+
+    def tangent(self, t: Tensor) -> Tensor:
+        """v (n, T, D) of v = t + J v, without a graph; J v as the derivative of u ↦ Jᵀu, which is linear."""
+        f, at = forward_ad.unpack_dual(self.at.f).primal, self.at
+        with torch.enable_grad():
+            u = torch.zeros_like(f, requires_grad=True)
+            (product,) = torch.autograd.grad(f, at.z, u, create_graph=True, allow_unused=True)
+
+        def products(v: Tensor) -> Tensor:
+            if product is None or not product.requires_grad:
+                return torch.zeros_like(v)
+            (found,) = torch.autograd.grad(product, u, v.to(u.dtype), retain_graph=True, allow_unused=True)
+            return torch.zeros_like(v) if found is None else forward_ad.unpack_dual(found).primal
+
+        return self.how(products, t, at.good)
+
+    def differentiable(self, g: Tensor, boundary: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """The cotangents of the tensors `boundary`, as differentiable functions of g, of those tensors and of z*.
+
+        The gates keep the first derivative to its own terms, (∂f/∂θ)ᵀ u at fixed z* and fixed inputs; what the second
+        one finds at a gate goes on, to z* and from there by its own implicit derivative.
+        """
+        gates = _Gates()
+        z = gates.put(attach(self.how, self.problem, self.finite, self.z))
+        swap = {id(x): gates.put(x) for x in self.problem.inputs if x.requires_grad}
+        problem = replace(self.problem, inputs=[swap.get(id(x), x) for x in self.problem.inputs])
+        good = Good.of(problem, self.finite)
+        start = good.take(z)
+        f = evaluate(problem, start, good.inputs)
+        u = self._attached_adjoint(f, start, g)
+        wanted = [swap.get(id(x), x) for x in boundary]
+        found = torch.autograd.grad(f, wanted, u, create_graph=True, allow_unused=True)
+        gates.open = True
+        return list(found)
+
+    def _attached_adjoint(self, f: Tensor, z: Tensor, g: Tensor) -> Tensor:
+        """u (n, T, D) with its own implicit derivative, from f (n, T, D) at z with a graph of both."""
+        good = self.at.good
+        mask = good.mask_taken()[:, None, None]
+        u = self.adjoint(g.detach()).requires_grad_()
+        (product,) = torch.autograd.grad(f, z, u, create_graph=True, allow_unused=True)
+        value = torch.where(mask, g, 0.0) + (0.0 if product is None else torch.where(mask, product, 0.0))
+        quiet = replace(self.how, report=lambda adjoint: None)
+        return _AdjointFunction.apply(value, u.detach(), Linearised(u, value, good), quiet)
+
+
+class _Gates:
+    """Points of a graph that no gradient passes until they are open."""
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def put(self, x: Tensor) -> Tensor:
+        return _Gate.apply(x, self)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: _Gates) -> Tensor:
+        ctx.gates = gates
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (grads[0] if ctx.gates.open else None), None
+
+
+class _ImplicitFunction(torch.autograd.Function):
+    """Returns z* and, backward, hands u to f, whose own graph leads on; or, differentiably, to the tensors behind f."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, z: Tensor, step: _Step, *boundary: Tensor) -> Tensor:
+        ctx.step = step
+        ctx.save_for_backward(*boundary)
+        ctx.set_materialize_grads(False)  # nothing, where zeros would cost a solve: from behind a closed gate
+        return z.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        boundary = ctx.saved_tensors
+        if grads[0] is None:
+            return None, None, None, *[None] * len(boundary)
+        if torch.is_grad_enabled():
+            return None, None, None, *ctx.step.differentiable(grads[0], boundary)
+        return ctx.step.adjoint(grads[0]), None, None, *[None] * len(boundary)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return None if tangents[0] is None else ctx.step.tangent(tangents[0])
+
+
+class _AdjointFunction(torch.autograd.Function):
+    """Returns u and, backward, hands v = (I − J)⁻¹ w to the value of u ↦ g + Jᵀ u, whose own graph leads on."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, u: Tensor, at: Linearised, how: AdjointSolve) -> Tensor:
+        ctx.at, ctx.how = at, how
+        return u.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("third derivatives through Implicit are not supported")
+        return ctx.how(ctx.at.transposed, grads[0], ctx.at.good), None, None, None

@@ -2,6 +2,7 @@
 
 from .chain import Chain, Splitting
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .edit import Clip, Inpaint
 from .fit import fit
 from .invert import Inversion, invert
 from .models import DiffusersModel, Guided
@@ -11,8 +12,10 @@ from .schedule import Schedule
 __all__ = [
     "Chain",
     "Checkpoint",
+    "Clip",
     "DiffusersModel",
     "Guided",
+    "Inpaint",
     "Inversion",
     "Sample",
     "Schedule",

@@ -1,53 +1,204 @@
-"""Gradients through a sampled chain.
+"""Exact gradients through a sampled chain.
 
-The chain's Jacobian is strictly lower triangular over time, so the implicit gradient is the exact gradient of
-sequential sampling and the adjoint is solved by one sweep from the image back to the noise:
-λ_k = g_k + a_k λ_{k+1} + c_k J_ε(x_k)ᵀ λ_{k+1}, T vector-Jacobian products, memory of one. (A Krylov method may make no
-progress on such a matrix before its T-th step, and best-iterate guards would stop it at a wrong answer.)
+The chain's Jacobian is strictly lower triangular over time, so the implicit gradient is that of sequential sampling:
+λ_k = g_k + (a_k + c_k J_ε(x_k)ᵀ) λ_{k+1}, from λ_T = g_T at the image to the noise. Either one step after the other, T
+vector-Jacobian products with the graph of one step at a time; or all steps at once: with the splitting it is
+λ_k = g_k + A_k λ_{k+1} + c_k M_k, M_k = J_Nᵀ λ_{k+1}, the sampler's own fixed point run from the other end, now linear
+and with every x_k known. (A Krylov method may make no progress on such a matrix before its T-th step, and best-iterate
+guards would stop it at a wrong answer.)
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydeqsolve import Phantom, leaves
+from pydeqsolve import GMRES, Adjoint, Front, Implicit, Solution, Status, Stop, leaves, solve
 
-from .remainder import Remainders
+from .chain import EditedChain, LinearChain
+from .ranks import evaluate_shared, sum_shared
+from .remainder import CPU_ROWS, Remainders
 
 
-def through_chain(chain_map: Remainders, trajectory: Tensor, x_T: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
-    """The trajectory (B, T+1, D) with the exact gradient to x_T, conditioning and whatever else the model reads."""
-    if not torch.is_grad_enabled():
+def through_chain(
+    chain_map: Remainders, trajectory: Tensor, x_T: Tensor, conditioning: Sequence[Tensor], noise: Tensor | None,
+    gradient: Implicit, solution: Solution | None,
+) -> Tensor:  # fmt: skip
+    """The trajectory (B, T+1, D) with the exact gradient to x_T, conditioning and whatever else the model reads.
+
+    noise (B, T, D): σ_k n_k, or None. gradient.solver: GMRES, the default, stands for the sweep; a forward solver with
+    coupling="causal" solves for all steps at once, to gradient.stop, and images that miss it are swept.
+    """
+    if not torch.is_grad_enabled() or not len(trajectory):
         return trajectory
-    parameters = _leaves(chain_map, trajectory, conditioning)
-    attached = _ChainFunction.apply(chain_map, trajectory, len(conditioning), x_T, *conditioning, *parameters)
-    return attached
+    seen = None if solution is None else weakref.ref(solution)
+    backward = ChainAdjoint(chain_map, noise, len(conditioning), gradient, seen)
+    parameters = backward.leaves(trajectory, conditioning)
+    return _ChainFunction.apply(backward, trajectory, x_T, *conditioning, *parameters)
 
 
-def _epsilon(chain_map: Remainders, x: Tensor, k: int, conditioning: Sequence[Tensor]) -> Tensor:
-    chain = chain_map.chain
-    t, alpha = chain.timesteps[k].expand(len(x)), chain.alphas[k].expand(len(x))
-    return chain_map.network.epsilon(x, t, alpha, conditioning)
+def check_gradient(gradient: Any, edit: Any) -> None:
+    """Raises for a gradient that a sampled chain does not have."""
+    if gradient is None or (isinstance(gradient, Implicit) and isinstance(gradient.solver, GMRES)):
+        return
+    if edit is not None:
+        raise ValueError(f"gradient: with an edit only Implicit() is supported, got {gradient}")
+    if isinstance(gradient, Implicit) and getattr(gradient.solver, "coupling", "causal") != "causal":
+        raise ValueError(f'gradient: the adjoint needs a solver with coupling="causal", got {gradient.solver}')
+    if isinstance(gradient, Implicit) and not hasattr(gradient.solver, "method"):
+        raise ValueError(f"gradient: GMRES(), the exact sweep, or a forward solver is required, got {gradient.solver}")
 
 
-def _leaves(chain_map: Remainders, trajectory: Tensor, conditioning: Sequence[Tensor]) -> list[Tensor]:
-    """The leaf tensors that require a gradient and that the model reads besides its arguments, from one evaluation."""
-    if not len(trajectory):
-        return []
-    with torch.enable_grad():
-        x = trajectory[:1, -2].detach()
-        eps = _epsilon(chain_map, x, len(chain_map.chain) - 1, [c[:1].detach() for c in conditioning])
-    return leaves(eps)
+@dataclass(eq=False)
+class ChainAdjoint:
+    """The backward pass of one sampled trajectory. `rest` below: conditioning, then the leaves the model reads."""
+
+    map: Remainders
+    noise: Tensor | None
+    count: int  # of conditioning tensors
+    gradient: Implicit
+    solution: weakref.ref[Solution] | None  # where the outcome is left; the graph must not keep it alive
+
+    def leaves(self, trajectory: Tensor, conditioning: Sequence[Tensor]) -> list[Tensor]:
+        """What the model and the edit read besides their arguments, from one evaluation of the last step."""
+        k = len(self.map.chain) - 1
+        with torch.enable_grad():
+            after = self._step(trajectory[:1, k].detach(), k, [c[:1].detach() for c in conditioning])
+        return leaves(after)
+
+    def __call__(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
+        """λ_0 (B, D) and, by position in `rest`, the gradients of the needed ones. g (B, T+1, D)."""
+        parallel = not isinstance(self.gradient.solver, GMRES)
+        return (self._parallel if parallel else self._sweep)(g, trajectory, rest, needed)
+
+    def _step(self, x: Tensor, k: int, conditioning: Sequence[Tensor]) -> Tensor:
+        """x_{k+1} (B, D) of x_k, as sequential sampling has it."""
+        m = self.map
+        eps = m.epsilon(x, torch.full((len(x),), k, device=x.device), conditioning)
+        after = m.chain.a[k] * x + m.chain.c[k] * eps
+        if not isinstance(m.linear, EditedChain):
+            return after
+        if self.noise is not None:
+            after = after + self.noise[: len(x), k]
+        return m.linear.after(after, k, torch.arange(len(x), device=x.device))
+
+    def _sweep(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
+        sums = {i: torch.zeros_like(rest[i]) for i in needed}
+        adjoint, T = g[:, -1], len(self.map.chain)
+        for k in range(T - 1, -1, -1):
+            with torch.enable_grad():
+                x = trajectory[:, k].detach().requires_grad_()
+                conditioning = [c.detach().requires_grad_(i in needed) for i, c in enumerate(rest[: self.count])]
+                after = self._step(x, k, conditioning)
+            wanted = [conditioning[i] if i < self.count else rest[i] for i in needed]
+            own, *products = torch.autograd.grad(after, [x, *wanted], adjoint, allow_unused=True)
+            add(sums, needed, products)
+            adjoint = g[:, k] + own
+        self._report(torch.zeros(len(g), dtype=torch.int64), torch.zeros(len(g)), torch.full((len(g),), T))
+        return adjoint, sums
+
+    def _parallel(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
+        m, T = self.map, len(self.map.chain)
+        conditioning = [c.detach() for c in rest[: self.count]]
+        size = g.square().sum(1).mean(1).sqrt()
+        size = torch.where((size > 0) & size.isfinite(), size, 1.0)[:, None, None]
+        linear = LinearChain(m.linear.A.flip(0), m.linear.c.flip(0))
+        base = linear.base(g[:, -1] / size[:, 0], g[:, :T].flip(1) / size)
+        products = torch.zeros(len(g), dtype=torch.int64, device=g.device)
+
+        def transposed(M: Tensor, image: Tensor, base: Tensor, *inputs: Tensor, wanted: Tensor) -> Tensor:
+            """M_k = J_N(x_k)ᵀ λ_{k+1}, k = T − 1 − j: position j of the reversed chain holds λ_{T−j}."""
+            i, j = wanted.nonzero(as_tuple=True)
+            k, u = T - 1 - j, linear.trajectory(base, M)[i, j]
+            products.index_add_(0, image[i], torch.ones_like(i))
+            out = M.clone()
+            out[i, j] = self._products(trajectory[image[i], k], k, u, [c[i] for c in inputs]) - m.splitting.kappa[k] * u
+            return out
+
+        goal = self.gradient.stop
+        stop = Stop(0.0, goal.rtol, min(goal.max_steps, T), "rms", 1)
+        guess, image = torch.zeros_like(trajectory[:, 1:]), torch.arange(len(g), device=g.device)
+        solved = solve(transposed, guess, (image, base, *conditioning), solver=self.gradient.solver, stop=stop,
+                       gradient=None, front=Front(None, latest=True))  # fmt: skip
+        # λ_0 … λ_T, (B, T+1, D)
+        adjoint = linear.trajectory(base, solved.z).flip(1) * size
+        missed = (~solved.converged).nonzero()[:, 0]
+        for k in range(T - 1, -1, -1) if len(missed) else ():
+            step = torch.full_like(missed, k)
+            own = self._products(trajectory[missed, k], step, adjoint[missed, k + 1], [c[missed] for c in conditioning])
+            adjoint[missed, k] = g[missed, k] + m.chain.a[k] * adjoint[missed, k + 1] + m.chain.c[k] * own
+        products[missed] += T
+        status = torch.where(adjoint.isfinite().flatten(1).all(1), Status.CONVERGED.value, Status.NONFINITE.value)
+        self._report(status, torch.where(solved.converged, solved.residual, 0.0), products)
+        return adjoint[:, 0], self._sums(adjoint, trajectory, rest, needed)
+
+    def _products(self, x: Tensor, k: Tensor, u: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
+        """J_ε(x_k)ᵀ u (n, D), the rows shared among the ranks of the group."""
+        group = self.map.network.group
+        rows = [x, k, u, *conditioning]
+        return self._local_products(*rows) if group is None else evaluate_shared(self._local_products, rows, group)
+
+    def _local_products(self, x: Tensor, k: Tensor, u: Tensor, *conditioning: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for part in self._parts(len(x)):
+            with torch.enable_grad():
+                state = x[part].detach().requires_grad_()
+                eps = self.map.epsilon(state, k[part], [c[part] for c in conditioning])
+            if eps.requires_grad:
+                (product,) = torch.autograd.grad(eps, state, u[part], allow_unused=True)
+                out[part] = 0.0 if product is None else product
+        return out
+
+    def _sums(
+        self, adjoint: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]
+    ) -> dict[int, Tensor]:
+        """Σ_k c_k (∂ε(x_k)/∂θ)ᵀ λ_{k+1} for what is needed of `rest`; each rank sums its part of the rows."""
+        sums = {i: torch.zeros_like(rest[i]) for i in needed}
+        (B, T), group = (len(trajectory), len(self.map.chain)), self.map.network.group
+        if not needed:
+            return sums
+        parts = self._parts(B * T)
+        for part in parts if group is None else parts[group.rank() :: group.size()]:
+            rows = torch.arange(B * T, device=trajectory.device)[part]
+            i, k = rows // T, rows % T
+            with torch.enable_grad():
+                conditioning = [c.detach().requires_grad_(at in needed) for at, c in enumerate(rest[: self.count])]
+                eps = self.map.epsilon(trajectory[i, k].detach(), k, [c[i] for c in conditioning])
+            if eps.requires_grad:
+                wanted = [conditioning[at] if at < self.count else rest[at] for at in needed]
+                u = self.map.chain.c[k, None] * adjoint[i, k + 1]
+                add(sums, needed, torch.autograd.grad(eps, wanted, u, allow_unused=True))
+        return sums if group is None else {i: sum_shared(total, group) for i, total in sums.items()}
+
+    def _parts(self, rows: int) -> list[slice]:
+        """The rows in portions that hold a graph at the same time."""
+        most = self.map.network.rows or CPU_ROWS
+        return [slice(at, min(at + most, rows)) for at in range(0, rows, most)]
+
+    def _report(self, status: Tensor, residual: Tensor, evaluations: Tensor) -> None:
+        solution = self.solution() if self.solution is not None else None
+        if solution is not None:
+            solution.adjoint = Adjoint(status, residual.double(), evaluations)
+
+
+def add(sums: dict[int, Tensor], needed: list[int], products: Sequence[Tensor | None]) -> None:
+    """Adds the products that there are to their sums."""
+    for i, product in zip(needed, products, strict=True):
+        if product is not None:
+            sums[i] = sums[i] + product
 
 
 class _ChainFunction(torch.autograd.Function):
+    """The trajectory, whose backward pass is the adjoint chain."""
+
     @staticmethod
-    def forward(ctx: Any, chain_map: Remainders, trajectory: Tensor, count: int, x_T: Tensor, *rest: Tensor) -> Tensor:
-        ctx.chain_map, ctx.count, ctx.like = chain_map, count, x_T
+    def forward(ctx: Any, adjoint: ChainAdjoint, trajectory: Tensor, x_T: Tensor, *rest: Tensor) -> Tensor:
+        ctx.adjoint, ctx.like = adjoint, x_T
         ctx.save_for_backward(trajectory, *rest)
         return trajectory.clone()
 
@@ -56,59 +207,12 @@ class _ChainFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError("second derivatives through sample are not supported")
         trajectory, *rest = ctx.saved_tensors
-        needed = [i for i, t in enumerate(rest) if ctx.needs_input_grad[4 + i]]
-        sums = {i: torch.zeros_like(rest[i]) for i in needed}
-        chain = ctx.chain_map.chain
-        g = grads[0]
-        adjoint = g[:, -1]
-        for k in range(len(chain) - 1, -1, -1):
-            with torch.enable_grad():
-                x = trajectory[:, k].detach().requires_grad_()
-                conditioning = [c.detach().requires_grad_(i in needed) for i, c in enumerate(rest[: ctx.count])]
-                eps = _epsilon(ctx.chain_map, x, k, conditioning)
-            wanted = [conditioning[i] if i < ctx.count else rest[i] for i in needed]
-            products = torch.autograd.grad(eps, [x, *wanted], chain.c[k] * adjoint, allow_unused=True)
-            for i, product in zip(needed, products[1:], strict=True):
-                if product is not None:
-                    sums[i] = sums[i] + product
-            own = products[0] if products[0] is not None else torch.zeros_like(x)
-            adjoint = g[:, k] + chain.a[k] * adjoint + own
-        grad_x = adjoint.to(ctx.like.dtype).reshape(ctx.like.shape) if ctx.needs_input_grad[3] else None
-        return None, None, None, grad_x, *[sums.get(i) for i in range(len(rest))]
+        needed = [i for i in range(len(rest)) if ctx.needs_input_grad[3 + i]]
+        adjoint, sums = ctx.adjoint(grads[0], trajectory, rest, needed)
+        like = ctx.like
+        grad_x = adjoint.to(like.dtype).reshape(like.shape) if ctx.needs_input_grad[2] else None
+        return None, None, grad_x, *[sums.get(i) for i in range(len(rest))]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError("forward mode through sample is not supported")
-
-
-def through_phantom(
-    chain_map: Remainders, trajectory: Tensor, x_T: Tensor, conditioning: Sequence[Tensor], drift: Tensor | None,
-    phantom: Phantom,
-) -> Tensor:  # fmt: skip
-    """The trajectory with the phantom gradient: X ← τ h(X) + (1−τ) X, `steps` times from X*, differentiated.
-
-    h(X)_k = P_k (x_T + Σ_{j<k} (c_j N(X_j) + …)/P_{j+1}) injects x_T in every row. With one step the network is read at
-    fixed states, so the gradient of x_0 with respect to x_T is the number τ P_T times the identity: no network
-    Jacobian enters and the backward pass costs nothing. With more steps it reads x_T itself at the first one; steps = T
-    and τ = 1 give the exact gradient.
-    """
-    if not torch.is_grad_enabled():
-        return trajectory
-    B, T = trajectory.shape[0], len(chain_map.chain)
-    attached = x_T.double().flatten(1)
-    if phantom.steps == 1:
-        scale = phantom.damping * chain_map.linear.P
-        return trajectory.detach() + scale * (attached - attached.detach())[:, None]
-    k = torch.arange(T, device=trajectory.device)
-    X = trajectory[:, :T].detach()
-    X = torch.cat([attached[:, None], X[:, 1:]], 1)
-    tau = phantom.damping
-    full = trajectory.detach()
-    for _ in range(phantom.steps):
-        states = X.reshape(B * T, -1)
-        N = chain_map.remainder(states, k.repeat(B), [c.repeat_interleave(T, 0) for c in conditioning])
-        base = chain_map.linear.base(attached, drift)
-        h = chain_map.linear.trajectory(base, N.reshape(B, T, -1))
-        full = tau * h + (1 - tau) * full
-        X = torch.cat([attached[:, None], full[:, 1:T]], 1)
-    return trajectory + (full - full.detach())

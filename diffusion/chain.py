@@ -8,12 +8,15 @@ cumulative sum: x_k = P_k (x_0 + Σ_{j<k} (c_j (b_j + N_j) + σ_j n_j) / P_{j+1}
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .edit import Clip, Edit
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -27,19 +30,22 @@ class Chain:
     """T DDIM steps (Song, Meng & Ermon 2021, Eq. 12), noisiest first; tensors are (T,), float64 but for the first.
 
     timesteps: the model's t, int64. alphas: ᾱ before each step. alphas_next: ᾱ after it. eta: share of fresh noise,
-    0 is DDIM and 1 DDPM's ancestral sampling.
+    0 is DDIM and 1 DDPM's ancestral sampling. clip: keeps the image that each step predicts in range.
     """
 
     timesteps: Tensor
     alphas: Tensor
     alphas_next: Tensor
     eta: float = 0.0
+    clip: Clip | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)):
             raise TypeError(f"eta: a number is required, got {self.eta!r}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta: 0 to 1 is required, got {self.eta}")
+        if self.clip is not None and bool((self.c == 0).any()):
+            raise ValueError("clip: every step must remove noise, but alphas_next equals alphas somewhere")
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -71,7 +77,7 @@ class Chain:
             after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
         else:
             after = torch.cat([alphas[t[1:]], final])
-        return Chain(t, alphas[t], after, eta)
+        return Chain(t, alphas[t], after, eta, schedule.clip)
 
     @property
     def sigma(self) -> Tensor:
@@ -93,7 +99,7 @@ class Chain:
         """The chain of `steps` of the time steps, both ends included, and their positions (steps,) in this one."""
         at = torch.from_numpy(np.linspace(0, len(self) - 1, steps)).round().long()
         after = torch.cat([self.alphas[at[1:]], self.alphas_next[-1:]])
-        return Chain(self.timesteps[at], self.alphas[at], after, self.eta), at
+        return replace(self, timesteps=self.timesteps[at], alphas=self.alphas[at], alphas_next=after), at
 
 
 def _timesteps(N: int, T: int, spacing: str, offset: int) -> Tensor:
@@ -188,8 +194,8 @@ class LinearChain:
         drift = 0 if d is None else torch.nn.functional.pad((d / self.P[1:]).cumsum(1), (0, 0, 1, 0))
         return self.P * (x[:, None] + drift)
 
-    def trajectory(self, base: Tensor, N: Tensor) -> Tensor:
-        """(B, T+1, D): base plus the response to N (B, T, D)."""
+    def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
+        """(B, T+1, D): base plus the response to N (B, T, D). image (B,): numbers, which `EditedChain` needs."""
         if not self.safe:
             return base + self._stepwise(torch.zeros_like(base[:, 0]), self.c * N)
         out = base.clone()
@@ -203,6 +209,40 @@ class LinearChain:
             x = x if d is None else x + d[:, k]
             states.append(x)
         return torch.stack(states, 1)
+
+
+class EditedChain(LinearChain):
+    """The same with x_k ← edit(x_k, k, image) after every step; k as in the chain that the user gave, by `states`.
+
+    An edit need not be linear, so no closed form is left: the states are made one after the other, in every round. The
+    map from N to the states is still lower triangular, and its fixed point is the chain sampled step by step.
+    """
+
+    def __init__(self, A: Tensor, c: Tensor, edit: Edit, shape: torch.Size, states: Sequence[int]) -> None:
+        super().__init__(A, c)
+        self.edit, self.shape, self.states = edit, shape, states
+
+    def base(self, x: Tensor, d: Tensor | None) -> Tensor:
+        """(B, T+1, D): x, then what every step adds."""
+        drift = torch.zeros_like(self.c)[None] if d is None else d
+        return torch.cat([x[:, None], drift.expand(len(x), -1, x.shape[1])], 1)
+
+    def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
+        x, added = base[:, 0], base[:, 1:] + self.c * N
+        out = [x]
+        for k in range(N.shape[1]):
+            x = self.after(self.A[k] * x + added[:, k], k, image)
+            out.append(x)
+        return torch.stack(out, 1)
+
+    def after(self, x: Tensor, k: int, image: Tensor | None) -> Tensor:
+        """The state (B, D) that step k leaves."""
+        images = x.reshape(-1, *self.shape)
+        edited = self.edit(images, self.states[k], image if image is not None else torch.arange(len(x)))
+        if not isinstance(edited, Tensor) or edited.shape != images.shape:
+            got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+            raise ValueError(f"edit: a tensor of the shape of x, {tuple(images.shape)}, is required, got {got}")
+        return edited.to(x.dtype).reshape(x.shape)
 
 
 def interpolation(positions: Tensor, count: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -203,7 +203,9 @@ def _one_pass(sampler: Sampler, target: Tensor) -> _Outcome:
 def reversed_map(forward: Remainders) -> Remainders:
     """The chain read from the image to the latent: step j ends at x_k, k = T − 1 − j, where N_k is evaluated."""
     chain, split = forward.chain, forward.splitting
-    flipped = Chain(chain.timesteps.flip(0), chain.alphas.flip(0), chain.alphas_next.flip(0))
+    flipped = replace(
+        chain, timesteps=chain.timesteps.flip(0), alphas=chain.alphas.flip(0), alphas_next=chain.alphas_next.flip(0)
+    )
     offset = None if split.offset is None else split.offset.flip(0)
     A, c = forward.linear.A.flip(0), forward.linear.c.flip(0)
     return Remainders(forward.network, flipped, Splitting(split.kappa.flip(0), offset), LinearChain(1 / A, -c / A), 1)

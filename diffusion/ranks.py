@@ -66,6 +66,13 @@ def evaluate_shared(evaluate: Callable[..., Tensor], rows: Sequence[Tensor], gro
     return _gather(group, local.contiguous()).flatten(0, 1)[:n] if n else local
 
 
+def sum_shared(x: Tensor, group: Any) -> Tensor:
+    """The sum over all ranks of their x, on every rank."""
+    total = x.clone()
+    _exchange(lambda: dist.all_reduce(total, group=group))
+    return total
+
+
 def _gather(group: Any, x: Tensor) -> Tensor:
     """(ranks, …) the x (…) of every rank."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)

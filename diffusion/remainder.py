@@ -8,7 +8,7 @@ depends on the earlier N_j alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class Remainders:
         self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor, wanted: Tensor | None = None
     ) -> Tensor:
         """N' (n, T, D) where `wanted` (n, T), N elsewhere. image (n,) numbers the images; base (n, T+1, D)."""
-        x = self.linear.trajectory(base, N)[:, self.shift : self.shift + N.shape[1]]
+        x = self.linear.trajectory(base, N, image)[:, self.shift : self.shift + N.shape[1]]
         if wanted is None:
             wanted = torch.ones(N.shape[:2], dtype=torch.bool, device=N.device)
         i, k = wanted.nonzero(as_tuple=True)
@@ -99,16 +99,29 @@ class Remainders:
     def __post_init__(self) -> None:
         self.evaluations = torch.zeros(0, dtype=torch.int64)
 
+    def epsilon(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
+        """ε (n, D) at states x (n, D) of steps k (n,), such that the step is a x + c ε also where it clips x̂_0:
+
+        √ᾱ' clip(x̂_0) + √(1 − ᾱ' − σ²) ε = a x + c (ε + √ᾱ' (clip(x̂_0) − x̂_0)/c), x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ.
+        """
+        chain = self.chain
+        eps = self.network.epsilon(x, chain.timesteps[k], chain.alphas[k], conditioning)
+        if chain.clip is None:
+            return eps
+        alpha, after, c = (part[k][:, None] for part in (chain.alphas, chain.alphas_next, chain.c))
+        predicted = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        return eps + after.sqrt() / c * (chain.clip(predicted) - predicted)
+
     def remainder(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """N (n, D) at states x (n, D) of steps k (n,)."""
-        chain, split = self.chain, self.splitting
-        eps = self.network.epsilon(x, chain.timesteps[k], chain.alphas[k], conditioning)
+        split, eps = self.splitting, self.epsilon(x, k, conditioning)
         eps = eps - split.kappa[k] * x
         return eps if split.offset is None else eps - split.offset[k]
 
 
 def move(chain: Chain, splitting: Splitting, device: torch.device) -> tuple[Chain, Splitting]:
     """Both on `device`."""
-    moved = Chain(chain.timesteps.to(device), chain.alphas.to(device), chain.alphas_next.to(device), chain.eta)
+    tensors = {name: getattr(chain, name).to(device) for name in ("timesteps", "alphas", "alphas_next")}
+    moved = replace(chain, **tensors)
     offset = None if splitting.offset is None else splitting.offset.to(device)
     return moved, Splitting(splitting.kappa.to(device), offset)

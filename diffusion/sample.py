@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
 
-from .adjoint import through_chain, through_phantom
-from .chain import Chain, LinearChain, Splitting, interpolation
+from .adjoint import check_gradient, through_chain
+from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
+from .edit import Edit
+from .phantom import through_phantom
 from .ranks import check_alike, check_group
 from .remainder import PREDICTIONS, Model, Network, Remainders, move
 
@@ -63,6 +65,7 @@ def sample(
     variance: Tensor | None = None,
     rows_per_call: int | None = None,
     callback: Callable[[int, Tensor, Tensor], Any] | None = None,
+    edit: Edit | None = None,
 ) -> Sample:
     """The images x_0 that the chain makes of the latents x_T.
 
@@ -85,11 +88,16 @@ def sample(
         group: torch.distributed process group whose ranks share the model rows of every round; every rank passes the
             same latents, inputs and generator seed, and gets the result. See `diffusion.ranks`.
         inputs: per-image conditioning (B, …), gathered for the rows that are evaluated.
-        gradient: None; Implicit() for the exact gradient of the chain with respect to x_T, inputs and parameters;
-            Phantom(steps, damping) for the approximate one. See `diffusion.adjoint`.
+        gradient: None; Implicit() for the exact gradient with respect to x_T, inputs and parameters, by one
+            sweep back over the steps; Implicit(solver=Anderson(2, coupling="causal")) for the same with all steps at
+            once, to its `stop`; Phantom(steps, damping) for the approximate one. See `diffusion.adjoint`.
         levels: step counts of coarser chains solved first, coarsest first; None chooses, () is none.
         rows_per_call: rows per model call; None is 256 on a CPU, all on a GPU. Calls of one round count once.
         callback: callback(round, trajectory, residual) after each round; a true return stops the solve.
+        edit: edit(x, k, image) → x, what becomes of the states x (n, …), float64, that k of the T steps leave,
+            k = 1 … T, of the images numbered `image` (n,): `Inpaint`, or a function of your own. It must treat images
+            alone and answer alike when asked again: every round applies it to all T states in turn, so what calls a
+            network belongs in the model, where it is evaluated for all steps at once.
 
     Returns:
         Sample.
@@ -100,9 +108,12 @@ def sample(
 
     The states are float64 whatever the model's dtype: in float32 a frozen step leaves an error which the rest inherits.
     """
-    run = Sampler.of(model, x_T, chain, prediction, splitting, generator, group, inputs, mean, variance, rows_per_call)
+    run = Sampler.of(
+        model, x_T, chain, prediction, splitting, generator, group, inputs, mean, variance, rows_per_call, edit
+    )
     if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
         raise TypeError(f"gradient: None, Implicit() or Phantom() is required, got {type(gradient).__name__}")
+    check_gradient(gradient, edit)
     bar = progress_bar(progress, "sampling", "round")
     try:
         with torch.no_grad():
@@ -123,7 +134,7 @@ def sample(
     finally:
         bar.close()
     if isinstance(gradient, Implicit):
-        trajectory = through_chain(run.map, trajectory, x_T, list(inputs))
+        trajectory = through_chain(run.map, trajectory, x_T, list(inputs), run.noise, gradient, solution)
     elif isinstance(gradient, Phantom):
         trajectory = through_phantom(run.map, trajectory, x_T, list(inputs), run.drift, gradient)
     images = trajectory.to(x_T.dtype).unflatten(2, x_T.shape[1:]) if len(x_T) else trajectory.to(x_T.dtype)
@@ -152,11 +163,15 @@ def progress_bar(progress: bool, what: str, unit: str) -> Any:
     return tqdm(desc=what, unit=unit, disable=None, leave=False)
 
 
-def _forward(network: Network, chain: Chain, split: Splitting) -> tuple[Remainders, Tensor | None]:
+def _forward(
+    network: Network, chain: Chain, split: Splitting, edit: Edit | None, states: Sequence[int]
+) -> tuple[Remainders, Tensor | None]:
     """The map of the chain read from noise to image, and its drift c_k b_k (1, T, D) or None."""
     a, c = chain.a[:, None], chain.c[:, None]
     drift = None if split.offset is None else (c * split.offset)[None]
-    return Remainders(network, chain, split, LinearChain(a + c * split.kappa, c)), drift
+    A = a + c * split.kappa
+    linear = LinearChain(A, c) if edit is None else EditedChain(A, c, edit, network.shape, states)
+    return Remainders(network, chain, split, linear), drift
 
 
 @dataclass(eq=False)
@@ -172,6 +187,7 @@ class Sampler:
     def of(
         model: Model, x_T: Tensor, chain: Chain, prediction: str, splitting: Any, generator: Any, group: Any,
         inputs: Sequence[Tensor], mean: Tensor | None, variance: Tensor | None, rows: int | None,
+        edit: Edit | None = None,
     ) -> Sampler:  # fmt: skip
         check_arguments(model, x_T, "x_T", chain, prediction, inputs)
         split = Splitting.of(splitting, chain, *(None if s is None else s.flatten() for s in (mean, variance)))
@@ -181,7 +197,7 @@ class Sampler:
         chain, split = move(chain, split, x_T.device)
         flat = x_T.detach().double().flatten(1)
         network = Network(model, prediction, x_T.shape[1:], model_dtype(model, x_T.dtype), rows, group)
-        forward, drift = _forward(network, chain, split)
+        forward, drift = _forward(network, chain, split, edit, range(1, len(chain) + 1))
         if chain.eta > 0:
             noise = torch.randn(len(x_T), len(chain), D, dtype=torch.float64, generator=generator,
                                 device=generator.device if generator is not None else x_T.device)  # fmt: skip
@@ -197,22 +213,27 @@ class Sampler:
                 check_alike(group, f"inputs[{i}]", c, "every rank holds the whole batch")
         return Sampler(forward, flat, conditioning, drift)
 
+    @property
+    def noise(self) -> Tensor | None:
+        """σ_k n_k (B, T, D), None for eta = 0."""
+        chain, split = self.map.chain, self.map.splitting
+        if chain.eta == 0 or self.drift is None:
+            return None
+        return self.drift if split.offset is None else self.drift - chain.c[:, None] * split.offset
+
     def sequential(self, bar: Any) -> tuple[Tensor, None, int, Tensor]:
         """The reference: T model calls, each on B rows."""
         m, x = self.map, self.x_T
         chain = m.chain
-        a, c = chain.a, chain.c
-        noise = None
-        if chain.eta > 0 and self.drift is not None:
-            offset = 0 if m.splitting.offset is None else c[:, None] * m.splitting.offset
-            noise = self.drift - offset
-        states = [x]
+        a, c, noise = chain.a, chain.c, self.noise
+        states, image = [x], torch.arange(len(x), device=x.device)
         for k in range(len(chain)):
-            t = chain.timesteps[k].expand(len(x))
-            eps = m.network.epsilon(x, t, chain.alphas[k].expand(len(x)), self.conditioning)
+            eps = m.epsilon(x, torch.full((len(x),), k, device=x.device), self.conditioning)
             x = a[k] * x + c[k] * eps
             if noise is not None:
                 x = x + noise[:, k]
+            if isinstance(m.linear, EditedChain):
+                x = m.linear.after(x, k, image)
             states.append(x)
             bar.update()
         return torch.stack(states, 1), None, len(chain), torch.full((len(x),), len(chain))
@@ -238,7 +259,9 @@ class Sampler:
         m = self.map
         chain, at = m.chain.coarsen(steps)
         offset = None if m.splitting.offset is None else m.splitting.offset[at]
-        forward, drift = _forward(m.network, chain, Splitting(m.splitting.kappa[at], offset))
+        edit = m.linear.edit if isinstance(m.linear, EditedChain) else None
+        states = [*at[1:].tolist(), len(m.chain)]
+        forward, drift = _forward(m.network, chain, Splitting(m.splitting.kappa[at], offset), edit, states)
         return Sampler(forward, self.x_T, self.conditioning, drift), at
 
     def _solve(
@@ -247,20 +270,20 @@ class Sampler:
         m, B = self.map, len(self.x_T)
         m.evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
         base = m.linear.base(self.x_T, self.drift).expand(B, -1, -1)
-        before = m.network.calls
+        image, before = torch.arange(B, device=base.device), m.network.calls
 
         def report(step: int, N: Tensor, residual: Tensor) -> Any:
             bar.update()
             if callback is not None:
-                return callback(step, m.linear.trajectory(base, N).unflatten(2, m.network.shape), residual)
+                return callback(step, m.linear.trajectory(base, N, image).unflatten(2, m.network.shape), residual)
             return False
 
         quiet = callback is None and isinstance(bar, _Silent)
         solution = solve(
-            m, guess, (torch.arange(B, device=base.device), base, *self.conditioning), solver=solver, stop=stop,
+            m, guess, (image, base, *self.conditioning), solver=solver, stop=stop,
             gradient=None, front=Front(window, MARGIN, latest=True), callback=None if quiet else report,
         )  # fmt: skip
-        return m.linear.trajectory(base, solution.z), solution, m.network.calls - before, m.evaluations
+        return m.linear.trajectory(base, solution.z, image), solution, m.network.calls - before, m.evaluations
 
     def at(self, x_T: Tensor) -> Sampler:
         """The same problem for other latents (B, D)."""
@@ -293,7 +316,7 @@ class Sampler:
             )
         T = len(self.map.chain)
         if isinstance(gradient, Implicit):
-            trajectory = through_chain(self.map, trajectory, x_T, self.conditioning)
+            trajectory = through_chain(self.map, trajectory, x_T, self.conditioning, self.noise, gradient, solution)
             rows, rounds = rows + T, rounds + T  # the backward sweep
             rows[:1] += 1  # and the row that shows what the model depends on
         else:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .edit import Clip
+
 if TYPE_CHECKING:
     from .chain import Chain
 
@@ -22,6 +24,7 @@ class Schedule:
         origin: constructor and arguments, for `to_config`; None when the values were given one by one.
         diffusers_steps: a chain's step from t ends ⌊N/T⌋ below t, as diffusers' DDIMScheduler has it, even where the
             next step starts elsewhere (its "linspace" spacing); otherwise it ends where the next one starts.
+        clip: keeps the image that each step predicts in range; None leaves it as the model says.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, by name.
@@ -32,6 +35,7 @@ class Schedule:
     steps_offset: int = 0
     origin: dict[str, Any] | None = field(default=None, repr=False)
     diffusers_steps: bool = False
+    clip: Clip | None = None
 
     def __post_init__(self) -> None:
         alphas = self.alphas_cumprod
@@ -69,6 +73,7 @@ class Schedule:
             and self.final_alpha_cumprod == other.final_alpha_cumprod
             and self.steps_offset == other.steps_offset
             and self.diffusers_steps == other.diffusers_steps
+            and self.clip == other.clip
         )
 
     def __hash__(self) -> int:
@@ -108,7 +113,7 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> "Schedule":
-        """Return the schedule of a diffusers scheduler: its ᾱ, the ᾱ after its last step, and its steps_offset.
+        """Return the schedule of a diffusers scheduler: its ᾱ, the ᾱ after its last step, steps_offset and clipping.
 
         The final ᾱ is `scheduler.final_alpha_cumprod` where there is one, else ᾱ_0 or 1 by its `set_alpha_to_one`.
 
@@ -125,7 +130,17 @@ class Schedule:
         final = getattr(scheduler, "final_alpha_cumprod", None)
         if final is None:
             final = 1.0 if options.get("set_alpha_to_one", True) else alphas[0].item()
-        return cls(alphas, float(final), int(options.get("steps_offset", 0)), diffusers_steps=True)
+        if not bool(alphas[-1] > 0):
+            raise ValueError(
+                "scheduler: ᾱ of its last time step is 0 (rescale_betas_zero_snr), where ε says nothing of x_0"
+            )
+        clip = None
+        if options.get("thresholding", False):
+            clip = Clip(float(options["sample_max_value"]), float(options["dynamic_thresholding_ratio"]))
+        elif options.get("clip_sample", False):
+            clip = Clip(float(options.get("clip_sample_range", 1.0)))
+        offset = int(options.get("steps_offset", 0))
+        return cls(alphas, float(final), offset, diffusers_steps=True, clip=clip)
 
     @classmethod
     def _of_betas(cls, betas: Tensor, name: str, **arguments: float) -> "Schedule":
@@ -135,7 +150,10 @@ class Schedule:
         """Return a JSON-ready record that `from_config` turns into an equal schedule, bit for bit."""
         origin = self.origin or {"name": "alphas_cumprod", "values": self.alphas_cumprod.tolist()}
         ends = {"final_alpha_cumprod": self.final_alpha_cumprod, "steps_offset": self.steps_offset}
-        return {**origin, **ends, **({"diffusers_steps": True} if self.diffusers_steps else {})}
+        extras: dict[str, Any] = {"diffusers_steps": True} if self.diffusers_steps else {}
+        if self.clip is not None:
+            extras["clip"] = {"bound": self.clip.bound, "quantile": self.clip.quantile}
+        return {**origin, **ends, **extras}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Schedule":
@@ -154,6 +172,10 @@ class Schedule:
         like_diffusers = arguments.pop("diffusers_steps", False)
         if not isinstance(like_diffusers, bool):
             raise TypeError(f"diffusers_steps: true or false is required, got {like_diffusers!r}")
+        clip = arguments.pop("clip", None)
+        if clip is not None and (not isinstance(clip, dict) or set(clip) != {"bound", "quantile"}):
+            raise ValueError(f"clip: bound and quantile are required, got {clip!r}")
+        clip = None if clip is None else Clip(**clip)
         keys = {
             "linear": {"n", "start", "end"},
             "scaled_linear": {"n", "start", "end"},
@@ -166,9 +188,9 @@ class Schedule:
             raise ValueError(f"config: {name} takes {sorted(keys[name])}, got {sorted(arguments)}")
         if name == "alphas_cumprod":
             values = torch.tensor(arguments["values"], dtype=torch.float64)
-            return cls(values, final, offset, diffusers_steps=like_diffusers)
+            return cls(values, final, offset, diffusers_steps=like_diffusers, clip=clip)
         base = getattr(cls, name)(**arguments)
-        return cls(base.alphas_cumprod, final, offset, base.origin, like_diffusers)
+        return cls(base.alphas_cumprod, final, offset, base.origin, like_diffusers, clip)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, in the type of x_0.

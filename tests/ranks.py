@@ -14,10 +14,11 @@ from mixture import Mixture, latents, means
 from torch import nn
 
 from diffusion import Schedule, load_checkpoint, sample
-from pydeqsolve import Implicit, Stop
+from pydeqsolve import Anderson, Implicit, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 TIGHT = Stop(rtol=1e-9, max_steps=1000)
+AT_ONCE = Implicit(solver=Anderson(2, coupling="causal"), stop=Stop(rtol=1e-8))
 SILENCE = 10.0  # seconds
 
 
@@ -95,7 +96,9 @@ def run(group: Any, model: Any = None, count: int = 2, steps: int = 30, eta: flo
     model = Mixture(SCHEDULE, means()) if model is None else model
     generator = torch.Generator().manual_seed(3)
     chain = SCHEDULE.chain(steps, eta=eta)
-    return sample(model, latents(count, 6), chain, group=group, generator=generator, **options)
+    x_T = options.pop("x_T", None)
+    x_T = latents(count, 6) if x_T is None else x_T
+    return sample(model, x_T, chain, group=group, generator=generator, **options)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -158,6 +161,11 @@ def agreeing(rank: int, group: Any) -> dict[str, Any]:
         loss(latents(2, 6, seed=rank)).backward()
         found["sampling in DDP"] = loss.module.model.means.grad
         found["DDP in sampling"] = [sampled_gradient(wrapped, rank, turn) for turn in range(2)]
+        x_T = latents(2, 6).requires_grad_()
+        model = Mixture(SCHEDULE, means())
+        out = run(group, model, x_T=x_T, gradient=AT_ONCE)
+        found["shared gradient"] = torch.autograd.grad(out.x_0.sin().sum(), [x_T, model.means])
+        found["shared products"] = out.solution.adjoint.evaluations
     return found
 
 

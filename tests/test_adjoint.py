@@ -4,12 +4,13 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Schedule, sample
-from pydeqsolve import Implicit, Phantom, Stop
+from diffusion import Clip, Inpaint, Schedule, load_checkpoint, sample
+from pydeqsolve import Anderson, Implicit, Neumann, Phantom, Picard, Status, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 CHAIN = SCHEDULE.chain(12)
 TIGHT = Stop(rtol=1e-11, max_steps=1000)
+AT_ONCE = Implicit(solver=Anderson(2, coupling="causal"), stop=Stop(rtol=1e-8))
 
 
 def sequential_gradients(model, x, shift, loss):
@@ -105,3 +106,132 @@ def test_a_closure_over_trainable_tensors_gets_their_gradient():
         z = CHAIN.a[k] * z + CHAIN.c[k] * scale * model(z, CHAIN.timesteps[k].expand(3))
     (expected,) = torch.autograd.grad(z.sum(), scale)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("splitting", ["epsilon", "v", "gaussian"])
+@pytest.mark.parametrize("solver", [Anderson(2, coupling="causal"), Picard()])
+def test_the_adjoint_of_all_steps_at_once_is_that_of_the_sweep(splitting, solver):
+    model, x, shift = problem()
+    expected = sequential_gradients(model, x, shift, loss)
+    gradient = Implicit(solver=solver, stop=Stop(rtol=1e-8))
+    out = sample(model, x, CHAIN, splitting=splitting, inputs=(shift,), stop=TIGHT, gradient=gradient)
+    got = torch.autograd.grad(loss(out.x_0), [x, shift, model.means])
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 1e-7 * b.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_adjoint_of_all_steps_at_once_scales_with_the_loss(scale):
+    model, x, _ = problem()
+    chain = SCHEDULE.chain(60)
+    out = sample(model, x, chain, gradient=AT_ONCE)
+    (plain,) = torch.autograd.grad(loss(out.x_0), x, retain_graph=True)
+    rows = out.solution.adjoint.evaluations
+    (scaled,) = torch.autograd.grad(scale * loss(out.x_0), x)
+    torch.testing.assert_close(scaled, scale * plain, rtol=1e-6, atol=0.0)
+    assert out.solution.adjoint.evaluations.tolist() == rows.tolist()
+
+
+def test_the_adjoint_of_all_steps_at_once_takes_far_fewer_rounds_than_steps():
+    model, x, _ = problem()
+    out = sample(model, x, SCHEDULE.chain(200), stop=TIGHT, gradient=AT_ONCE)
+    before = model.calls
+    torch.autograd.grad(out.x_0.sum(), x)
+    assert model.calls - before < 60  # 3 calls a round, of at most 256 rows each
+    assert out.solution.adjoint.status.tolist() == [Status.CONVERGED] * 3
+
+
+def test_images_whose_adjoint_misses_its_tolerance_are_swept():
+    model, x, shift = problem()
+    expected = sequential_gradients(model, x, shift, loss)
+    gradient = Implicit(solver=Anderson(2, coupling="causal"), stop=Stop(rtol=1e-12, max_steps=2))
+    out = sample(model, x, CHAIN, inputs=(shift,), stop=TIGHT, gradient=gradient)
+    got = torch.autograd.grad(loss(out.x_0), [x, shift, model.means])
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 1e-8 * b.norm()
+    assert (out.solution.adjoint.evaluations > len(CHAIN)).all()
+
+
+def test_the_shipped_network_has_the_gradient_of_the_sequential_chain_both_ways():
+    checkpoint = load_checkpoint("digits")
+    model = checkpoint.model.double()
+    chain = checkpoint.schedule.chain(20)
+    x = latents(2, *checkpoint.shape).requires_grad_()
+    wanted = [x, *list(model.parameters())[:4]]
+    z = x
+    for k in range(len(chain)):
+        z = chain.a[k] * z + chain.c[k] * model(z, chain.timesteps[k].expand(2))
+    expected = torch.autograd.grad(z.sin().sum(), wanted)
+    for gradient in (Implicit(), AT_ONCE):
+        out = sample(model, x, chain, stop=TIGHT, gradient=gradient)
+        for a, b in zip(torch.autograd.grad(out.x_0.sin().sum(), wanted), expected, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), AT_ONCE], ids=["sweep", "at once"])
+@pytest.mark.parametrize("clip", [None, Clip(0.7), Clip(1.5, quantile=0.8)], ids=str)
+def test_the_gradient_passes_noise_and_clipped_images_as_autograd_does(gradient, clip):
+    model, x, _ = problem()
+    schedule = Schedule(SCHEDULE.alphas_cumprod, clip=clip)
+    chain = schedule.chain(12, eta=0.6)
+    out = sample(model, x, chain, stop=TIGHT, gradient=gradient, generator=torch.Generator().manual_seed(5))
+    got = torch.autograd.grad(loss(out.x_0), [x, model.means])
+    noise = torch.randn(3, 12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    z = x
+    for k in range(len(chain)):
+        alpha, after, sigma = chain.alphas[k], chain.alphas_next[k], chain.sigma[k]
+        eps = model(z, chain.timesteps[k].expand(3))
+        clean = (z - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+        clean = clean if clip is None else clip(clean)
+        z = after.sqrt() * clean + (1 - after - sigma**2).sqrt() * eps + sigma * noise[:, k]
+    expected = torch.autograd.grad(loss(z), [x, model.means])
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 1e-7 * b.norm()
+
+
+def test_the_gradient_passes_an_edit_and_reaches_what_it_reads():
+    model, x, _ = problem()
+    known = latents(3, 6, seed=8).requires_grad_()
+    edit = Inpaint(CHAIN, known, torch.tensor([1.0, 1, 0, 0, 0, 0.3]), latents(3, 6, seed=9))
+    out = sample(model, x, CHAIN, stop=TIGHT, gradient=Implicit(), edit=edit)
+    got = torch.autograd.grad(loss(out.x_0), [x, known, model.means])
+    z = x
+    for k in range(len(CHAIN)):
+        z = CHAIN.a[k] * z + CHAIN.c[k] * model(z, CHAIN.timesteps[k].expand(3))
+        z = edit(z, k + 1, torch.arange(3))
+    expected = torch.autograd.grad(loss(z), [x, known, model.means])
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 1e-7 * b.norm()
+
+
+@pytest.mark.parametrize(("gradient", "most"), [(Implicit(), 3), (AT_ONCE, 16)], ids=["sweep", "at once"])
+def test_the_backward_pass_holds_the_graph_of_one_step_or_of_one_call(gradient, most):
+    largest, kept = [], []
+
+    class Watched(Mixture):
+        def forward(self, x, t):
+            if torch.is_grad_enabled():
+                largest.append(len(x))
+            return super().forward(x, t)
+
+    model, x = Watched(SCHEDULE, means()), latents(3, 6).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        out = sample(model, x, SCHEDULE.chain(50), rows_per_call=16, gradient=gradient)
+    assert sum(kept) <= 2 * out.trajectory.numel()  # the trajectory and the tensors that lead to it
+    torch.autograd.grad(out.x_0.sum(), [x, model.means])
+    assert max(largest) == most
+
+
+@pytest.mark.parametrize(
+    ("gradient", "edit"),
+    [
+        (Phantom(1), lambda x, k, image: x),
+        (AT_ONCE, lambda x, k, image: x),
+        (Implicit(solver=Anderson(2)), None),
+        (Implicit(solver=Neumann(3)), None),
+    ],
+)
+def test_a_gradient_that_the_chain_does_not_have_is_refused_by_name(gradient, edit):
+    model, x, _ = problem()
+    with pytest.raises(ValueError, match="gradient"):
+        sample(model, x, CHAIN, gradient=gradient, edit=edit)

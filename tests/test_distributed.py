@@ -98,6 +98,15 @@ def test_ddp_averages_gradients_when_it_wraps_a_module_that_samples(found):
         torch.testing.assert_close(rank["sampling in DDP"], torch.stack(losses).mean(0))
 
 
+def test_a_gradient_of_all_steps_at_once_is_shared_too(found):
+    x_T, model = latents(2, 6).requires_grad_(), Mixture(ranks.SCHEDULE, means())
+    out = ranks.run(None, model, x_T=x_T, gradient=ranks.AT_ONCE)
+    alone = torch.autograd.grad(out.x_0.sin().sum(), [x_T, model.means])
+    for rank in found:
+        torch.testing.assert_close(rank["shared gradient"], alone, rtol=1e-12, atol=1e-12)
+        assert rank["shared products"].tolist() == out.solution.adjoint.evaluations.tolist()
+
+
 def test_a_silent_rank_is_an_error_within_the_time_limit(everything):
     waiting = everything[0]["lost"][0]
     assert "RuntimeError: group: a rank died or did not answer within the group's time limit" in waiting["silent"]

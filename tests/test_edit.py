@@ -1,0 +1,152 @@
+"""What happens to a state between two steps: sampling in parallel is sampling step by step, whatever it is."""
+
+import pytest
+import torch
+from mixture import Mixture, latents, means
+
+from diffusion import Clip, Inpaint, Schedule, load_checkpoint, sample
+from pydeqsolve import Stop
+
+SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+TIGHT = Stop(rtol=1e-9, max_steps=1000)
+
+
+def relative(x, y):
+    return ((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max().item()
+
+
+def drifting(x, k, image):
+    """Not linear, other at every step and for every image, and not the same when applied twice."""
+    return x + 0.02 * torch.sin(x + k) + 0.01 * image[:, None]
+
+
+@torch.no_grad()
+def test_an_edit_acts_on_every_state_that_a_step_leaves():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(20), latents(3, 6)
+    state, states = x, [x]
+    for k in range(20):
+        state = chain.a[k] * state + chain.c[k] * model(state, chain.timesteps[k].expand(3))
+        state = drifting(state, k + 1, torch.arange(3))
+        states.append(state)
+    got = sample(model, x, chain, method="sequential", edit=drifting)
+    torch.testing.assert_close(got.trajectory, torch.stack(states, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"splitting": "epsilon"}, {"splitting": "gaussian"}, {"window": 7}, {"levels": (8, 20)}, {"rows_per_call": 9}],
+    ids=str,
+)
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_edited_states_are_those_of_sequential_sampling(options, eta):
+    if eta and "levels" in options:
+        options = {}
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(40, eta=eta), latents(4, 6)
+    runs = [
+        sample(model, x, chain, edit=drifting, stop=TIGHT, generator=torch.Generator().manual_seed(1), **more)
+        for more in ({"method": "sequential"}, options)
+    ]
+    assert relative(runs[1].trajectory, runs[0].trajectory) < 1e-7
+    assert runs[1].solution.converged.all()
+
+
+@torch.no_grad()
+def test_a_coarser_level_numbers_its_states_as_the_chain_asked_for():
+    model, chain, seen = Mixture(SCHEDULE, means()), SCHEDULE.chain(40), []
+    sample(model, latents(1, 6), chain, levels=(8,), edit=lambda x, k, image: seen.append(k) or x)
+    assert seen[:8] == [*chain.coarsen(8)[1][1:].tolist(), 40]
+
+
+@torch.no_grad()
+def test_edited_images_do_not_change_each_other_when_some_finish_first():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(30), latents(4, 6)
+    together = sample(model, x, chain, edit=drifting)
+    x[0] = torch.nan  # leaves in the first round, so that the others move up
+    moved = sample(model, x, chain, edit=drifting)
+    torch.testing.assert_close(moved.x_0[1:], together.x_0[1:], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_inpainted_digits_keep_the_known_pixels_and_are_those_of_sequential_sampling():
+    checkpoint = load_checkpoint("digits")
+    chain = checkpoint.schedule.chain(100)
+    known = checkpoint.images[:4].double()
+    x_T = latents(4, *checkpoint.shape)
+    mask = torch.zeros(checkpoint.shape, dtype=torch.float64)
+    mask[..., :4] = 1  # the left half
+    edit = Inpaint(chain, known, mask, x_T)
+    oracle = sample(checkpoint.model, x_T, chain, method="sequential", edit=edit)
+    got = sample(checkpoint.model, x_T, chain, edit=edit)
+    assert relative(got.x_0, oracle.x_0) < 1e-3
+    assert torch.equal(got.x_0[..., :4], known[..., :4])
+    assert got.rounds < 25
+    for k in (30, 100):  # noised as the chain has it there
+        alpha = chain.alphas[k] if k < 100 else chain.alphas_next[-1]
+        expected = alpha.sqrt() * known + (1 - alpha).sqrt() * x_T
+        torch.testing.assert_close(got.trajectory[:, k, ..., :4], expected[..., :4])
+    free = sample(checkpoint.model, x_T, chain)
+    assert relative(free.x_0[..., :4], known[..., :4]) > 0.3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clip", [Clip(0.8), Clip(1.5, quantile=0.7)], ids=str)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_predicted_images_held_in_range_are_those_of_sequential_sampling(clip, eta):
+    schedule = Schedule(SCHEDULE.alphas_cumprod, clip=clip)
+    model, chain, x = Mixture(schedule, means()), schedule.chain(50, eta=eta), latents(4, 6)
+    runs = [
+        sample(model, x, chain, method=method, stop=TIGHT, generator=torch.Generator().manual_seed(1))
+        for method in ("sequential", "parallel")
+    ]
+    assert relative(runs[1].trajectory, runs[0].trajectory) < 1e-7
+
+
+@torch.no_grad()
+def test_a_bound_that_nothing_reaches_changes_nothing():
+    model, x = Mixture(SCHEDULE, means()), latents(3, 6)
+    held = Schedule(SCHEDULE.alphas_cumprod, clip=Clip(1e6))
+    plain, clipped = (sample(model, x, s.chain(30), stop=TIGHT).x_0 for s in (SCHEDULE, held))
+    torch.testing.assert_close(clipped, plain)
+
+
+@torch.no_grad()
+def test_coarser_levels_hold_their_images_in_range_too():
+    schedule = Schedule(SCHEDULE.alphas_cumprod, clip=Clip(0.8))
+    model, chain, x = Mixture(schedule, means()), schedule.chain(300), latents(2, 6)
+    oracle = sample(model, x, chain, method="sequential").x_0
+    got = sample(model, x, chain, levels=(30,), stop=TIGHT)
+    assert relative(got.x_0, oracle) < 1e-7
+
+
+def test_a_schedule_that_clips_is_recorded_and_read_back():
+    for clip in (Clip(0.9), Clip(2.0, quantile=0.995)):
+        schedule = Schedule(SCHEDULE.alphas_cumprod, clip=clip)
+        assert Schedule.from_config(schedule.to_config()) == schedule
+        assert schedule != SCHEDULE
+        assert schedule.chain(10).clip == clip
+
+
+@pytest.mark.parametrize("arguments", [(0.0,), (-1.0,), ("1",), (2.0, 0.0), (2.0, 1.5), (0.5, 0.9)])
+def test_a_range_that_is_none_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"bound|quantile"):
+        Clip(*arguments)
+
+
+def test_clipping_needs_steps_that_remove_noise():
+    schedule = Schedule(torch.tensor([0.9, 0.9, 0.5], dtype=torch.float64), clip=Clip(1.0))
+    with pytest.raises(ValueError, match="clip"):
+        schedule.chain(3)
+
+
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_an_edit_of_another_shape_is_named(method):
+    with pytest.raises(ValueError, match="edit"):
+        sample(
+            Mixture(SCHEDULE, means()), latents(2, 6), SCHEDULE.chain(3), method=method, edit=lambda x, k, i: x[:, :2]
+        )
+
+
+def test_noise_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="noise"):
+        Inpaint(SCHEDULE.chain(3), latents(2, 6), torch.ones(6), latents(3, 6))

@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test lint format types cuda-check emulate clean
+.PHONY: help install demo report test lint format types cuda-check emulate clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,6 +22,10 @@ install: $(INSTALLED)  ## .venv with everything, the native module built
 demo: $(INSTALLED)  ## samples and inverts images; pictures in demo-output/
 	@echo "demo: pictures go to demo-output/"
 	@$(BIN)/deq-ddim demo --output demo-output
+
+report: $(INSTALLED)  ## the paper's figures and tables measured anew; report-output/report.html
+	@echo "report: goes to report-output/, and goes on from there when interrupted"
+	@$(BIN)/deq-ddim report --output report-output $(ARGS)
 
 test: $(INSTALLED)  ## all tests; ARGS="-k anderson" chooses
 	@$(BIN)/python -m pytest -q $(ARGS)
@@ -46,7 +50,7 @@ emulate: $(INSTALLED)  ## the CUDA kernels run on the CPU
 	@$(BIN)/python -m pytest -q tests/test_cuda_emulation.py
 
 clean:  ## removes .venv and everything built
-	rm -rf $(VENV) build dist demo-output *.egg-info pydeqsolve/_native*.so
+	rm -rf $(VENV) build dist demo-output report-output docs/_build *.egg-info pydeqsolve/_native*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python

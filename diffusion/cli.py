@@ -23,8 +23,11 @@ examples:
   deq-ddim sample --model digits --count 16        16 images in parallel over time, into sample-output/
   deq-ddim invert --model fashion --method exact   latents of the shipped test images, into invert-output/
   deq-ddim fit --data digits --output my-digits    trains a model; then: deq-ddim sample --model my-digits
+  deq-ddim report                                  the paper's figures and tables, into report-output/report.html
+  deq-ddim classifier --data digits                trains the classifier in whose features the report measures
+  deq-ddim doctor                                  versions, native module, devices, threads, and what to change
 
-An interrupted invert or fit goes on when the same command is given again.
+An interrupted invert, fit or report goes on when the same command is given again.
 exit codes: 0 done, 1 the work failed, 2 wrong options or input, 130 interrupted (Ctrl-C)"""
 
 
@@ -88,17 +91,21 @@ def build_parser() -> Parser:
     _add_sample(_command(commands, "sample", "make images, all time steps in parallel or one after the other"))
     _add_invert(_command(commands, "invert", "find the latents that real images come from"))
     _add_fit(_command(commands, "fit", "train a model"))
+    _add_report(_command(commands, "report", "measure the paper's figures and tables anew, as one HTML page"))
+    _add_classifier(_command(commands, "classifier", "train the classifier in whose features the report measures"))
+    _command(commands, "doctor", "say what is installed and what to change", writes=False)
     return parser
 
 
-def _command(commands: Any, name: str, purpose: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> argparse.ArgumentParser:
     example = next(line for line in EPILOG.splitlines() if line.startswith(f"  deq-ddim {name}")).split("   ")[0]
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example:{example}"
     )
     add = command.add_argument
-    add("--output", default=f"{name}-output", metavar="FOLDER", help="where files go (default %(default)s)")
-    add("--seed", type=whole(0), default=0, help="of everything random (default 0)")
+    if writes:
+        add("--output", default=f"{name}-output", metavar="FOLDER", help="where files go (default %(default)s)")
+        add("--seed", type=whole(0), default=0, help="of everything random (default 0)")
     add("--threads", type=whole(1), help="threads that torch uses (default: torch's own; demo measures which is best)")
     add("--json", action="store_true", help="print the summary as JSON on standard output, all else on standard error")
     add("--debug", action="store_true", help="show where an error arose")
@@ -169,13 +176,38 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     add("--restart", action="store_true", help="start again, whatever the folder holds")
 
 
+def _add_report(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", nargs="+", metavar="NAME", help="digits, fashion or folders (default: digits and fashion)")
+    add("--dataset-folder", metavar="FOLDER", help="real images of one model of your own: FOLDER/train/<class>/…, "
+        "FOLDER/<class>/… or pictures side by side")  # fmt: skip
+    add("--quick", action="store_true", help="few images, short chains: under a minute, to see that all works")
+    add("--steps", type=whole(1), nargs="+", metavar="T", help="chains of Figure 1; the longest also of Table 1")
+    add("--runs", type=whole(1), help="latents of Figure 1 (default 25)")
+    add("--samples", type=whole(2), help="images per row of Table 1 (default: digits 256, others 128)")
+    add("--invert-steps", type=whole(1), nargs="+", metavar="T", help="chains of Table 3")
+    add("--images", type=whole(1), help="real images inverted, at most (default 100)")
+    add("--epochs", type=whole(1), help="of naive and deq (default 30)")
+    add("--lr", type=positive, help="of naive and deq (default 0.1)")
+    add("--batch", type=whole(1), help="images sampled at a time")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+
+
+def _add_classifier(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--data", required=True, metavar="NAME", help="digits, fashion, or a folder of pictures, classes as subfolders")
+    add("--shape", type=whole(1), nargs=3, default=(1, 28, 28), metavar=("C", "H", "W"),
+        help="what pictures of a folder are cut and scaled to (default 1 28 28)")  # fmt: skip
+    add("--steps", type=whole(1), help="optimiser steps (default: digits 600, fashion 1200, folders 1000)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; argv None is the command line."""
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as end:
         return int(end.code or OK)
-    if argv is None and args.threads != 1:
+    if argv is None and args.threads != 1 and args.command != "doctor":  # which shows the settings it finds
         _wait_passively()
     try:
         return _run(args)
@@ -193,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from .machine import threads
-    from .report import table
+    from .summary import table
 
     with threads(args.threads):
         summary = _commands()[args.command](args)
@@ -207,11 +239,16 @@ def _run(args: argparse.Namespace) -> int:
 
 def _commands() -> dict[str, Callable[[argparse.Namespace], dict[str, Any]]]:
     """Return the commands by name; imported here, because they import torch."""
-    from .commands import run_fit, run_sample
+    from .commands import run_classifier, run_fit, run_sample
     from .demo import run_demo
+    from .doctor import run_doctor
     from .inversion import run_invert
+    from .reproduction.command import run_report
 
-    return {"demo": run_demo, "sample": run_sample, "invert": run_invert, "fit": run_fit}
+    return {
+        "demo": run_demo, "sample": run_sample, "invert": run_invert, "fit": run_fit, "report": run_report,
+        "classifier": run_classifier, "doctor": run_doctor,
+    }  # fmt: skip
 
 
 def _wait_passively() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from pydeqsolve import ConvergenceError, Stop
 from . import pictures
 from .chain import Chain
 from .checkpoint import CONFIG, Checkpoint, load_checkpoint
-from .data import image_folder
+from .data import Dataset, class_folder, digits, fashion, image_folder
 from .files import read_json, write_json, write_tensors
 from .fit import fit, recipes
+from .frechet import FEATURES_FILE, fit_classifier, save_features
 from .machine import device_of
 from .output import finite, say, writable
 from .sample import Sample, sample
 
+CLASSIFIER_STEPS = {"digits": 600, "fashion": 1200}  # where it is not 1000
 SHOWN = 64  # images in the picture of the samples, at most
 
 
@@ -132,3 +135,19 @@ def steps_saved(folder: Path) -> int:
         return int(read_json(folder / CONFIG)["training"]["steps_done"])
     except (OSError, KeyError, ValueError):
         return 0
+
+
+def run_classifier(args: Namespace) -> dict[str, Any]:
+    """Train the classifier in whose features the report measures distances; return the summary."""
+    named: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion}
+    data = named[args.data]() if args.data in named else class_folder(args.data, tuple(args.shape))
+    steps = args.steps or CLASSIFIER_STEPS.get(args.data, 1000)
+    with writable(args.output) as folder:
+        start = time.perf_counter()
+        space = fit_classifier(data, steps=steps, seed=args.seed)
+        save_features(folder, space)
+    held_out = {"distance": space.distance(space.held_out), "images": len(space.held_out)}
+    return {
+        "command": "classifier", "data": args.data, "seed": args.seed, **space.record, "held_out": held_out,
+        "seconds": time.perf_counter() - start, "output": str(folder), "files": [FEATURES_FILE],
+    }  # fmt: skip

@@ -13,6 +13,7 @@ FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the Debian p
 FASHION_PACKAGE = "dataset-fashion-mnist"
 DIGITS_TEST = 297
 PICTURES = {".png", ".jpg", ".jpeg"}
+HELD_OUT = 10  # every tenth picture of a folder without a split of its own
 
 
 @dataclass(frozen=True)
@@ -98,40 +99,93 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes).copy()
 
 
-def image_folder(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
-    """Return the PNG and JPEG files of a folder, sorted by name, as (n, C, H, W) float32 in [−1, 1].
+def picture_files(folder: str | Path, deep: bool = False) -> list[Path]:
+    """Return the PNG and JPEG files of a folder, with `deep` those of its subfolders too, sorted by path.
 
-    Each picture is cut to the largest centred rectangle of the wanted proportions, then resized.
+    Raises:
+        FileNotFoundError, ValueError: there is no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found = folder.rglob("*") if deep else folder.iterdir()
+    files = sorted(file for file in found if file.suffix.lower() in PICTURES)
+    if not files:
+        raise ValueError(f"{folder}: holds no file named .png, .jpg or .jpeg")
+    return files
+
+
+def read_picture(file: Path, shape: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Return a picture as (C, H, W) float32 in [−1, 1], and its own (width, height).
+
+    It is turned as its EXIF record says, cut to the largest centred rectangle of the wanted proportions, then resized.
+    What is transparent becomes white; 16 bits per pixel become 8.
 
     Args:
-        path: the folder; its subfolders are not searched.
+        file: of a format that Pillow reads.
         shape: (C, H, W); C is 1 (grey) or 3 (colour).
 
     Raises:
         ImportError: Pillow is not installed.
-        FileNotFoundError: there is no such folder.
-        ValueError: no picture in it, one that cannot be read, or another number of channels.
+        ValueError: the file cannot be read as a picture, or another number of channels.
     """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ImportError("image_folder() reads pictures with Pillow: pip install pillow") from error
+        raise ImportError("pictures are read by Pillow: pip install 'pydeqsolve[data]'") from error
     channels, height, width = shape
     if channels not in (1, 3):
         raise ValueError(f"shape: pictures have 1 or 3 channels, shape asks for {channels}")
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
-    if not files:
-        raise ValueError(f"{folder}: holds no file named .png, .jpg or .jpeg")
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                fitted = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height))
-        except OSError as error:
-            raise ValueError(f"{file}: cannot be read as a picture ({error})") from error
-        values = torch.from_numpy(np.array(fitted, dtype=np.float32)).reshape(height, width, channels)
-        images.append(values.permute(2, 0, 1))
-    return torch.stack(images) * (2 / 255) - 1
+    try:
+        with Image.open(file) as opened:
+            picture: Image.Image = ImageOps.exif_transpose(opened)
+            size = picture.size
+            if picture.mode in ("F", "I"):
+                raise ValueError(f"8 or 16 bits per pixel are required, got mode {picture.mode}")
+            if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
+                picture = Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", size, "white"), picture)
+            fitted = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: cannot be read as a picture ({error})") from error
+    values = torch.from_numpy(np.array(fitted, dtype=np.float32)).reshape(height, width, channels)
+    return values.permute(2, 0, 1) * (2 / 255) - 1, size
+
+
+def image_folder(path: str | Path, shape: tuple[int, int, int]) -> Tensor:
+    """Return the PNG and JPEG files of a folder (not of its subfolders), sorted by name, as (n, C, H, W) in [−1, 1].
+
+    Raises:
+        As `picture_files` and `read_picture`.
+    """
+    return torch.stack([read_picture(file, shape)[0] for file in picture_files(path)])
+
+
+def class_folder(path: str | Path, shape: tuple[int, int, int], most: int = 50_000) -> Dataset:
+    """Return the pictures of a folder and of its subfolders, split into train and test.
+
+    The usual layouts: path/train/<class>/… beside path/test/<class>/…; path/<class>/…, or pictures side by side, of
+    which every tenth is held out as test. A picture's class is the folder it lies in.
+
+    Args:
+        path: the folder.
+        shape: (C, H, W) that pictures are cut and scaled to.
+        most: pictures of each part, at most; of more, evenly spread ones are taken.
+
+    Raises:
+        As `picture_files` and `read_picture`.
+    """
+    path = Path(path)
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        parts = [picture_files(path / split, deep=True) for split in ("train", "test")]
+    else:
+        files = picture_files(path, deep=True)
+        held_out = files[::HELD_OUT] if len(files) > 1 else files
+        parts = [[file for i, file in enumerate(files) if i % HELD_OUT] or files, held_out]
+    parts = [files[:: -(-len(files) // most)] for files in parts]
+    names = sorted({file.parent.name for files in parts for file in files})
+    images = [torch.stack([read_picture(file, shape)[0] for file in files]) for files in parts]
+    labels = [torch.tensor([names.index(file.parent.name) for file in files]) for files in parts]
+    return Dataset(images[0], images[1], labels[0], labels[1], levels=255)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from .invert import EPOCHS, METHODS, invert
 from .machine import cores, device_of, threads
 from .output import finite, say, writable
 from .sample import Sample, sample
+from .timing import compare, relative_errors, thread_counts
 
 MODELS = ("digits", "fashion")
 LONG = {"digits": 1000}  # T of sampling, where it is not 100
@@ -32,8 +31,6 @@ REPEATS = 5  # latents that are timed one at a time
 REPEATS_BATCH = 3
 ROUNDS_SHOWN = 30
 SPLITTINGS = {"epsilon": "epsilon (no splitting)", "v": "v", "gaussian": "gaussian"}
-
-Run = Callable[[Tensor], Sample]
 
 
 def run_demo(args: Namespace) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def _demonstrate(args: Namespace, checkpoint: Checkpoint, folder: Path, device: 
     def parallel(x: Tensor) -> Sample:
         return sample(checkpoint.model, x, chain, **options)
 
-    counts = [args.threads] if args.threads else _thread_counts()
+    counts = [args.threads] if args.threads else thread_counts()
     parallel(x_T[:1])  # loads and warms what the first call needs
     say(f"{name}: one image at a time, T = {len(chain)}")
     single, _, _ = compare(sequential, parallel, [x_T[i : i + 1] for i in range(min(REPEATS, len(x_T)))], counts, 3)
@@ -96,63 +93,6 @@ def _demonstrate(args: Namespace, checkpoint: Checkpoint, folder: Path, device: 
         "single": single, "batch": batch, "inversion": inversion, "files": files + more,
         "agrees": all(timing["error_max"] <= AGREEMENT for timing in (single, batch)),
     }  # fmt: skip
-
-
-def _thread_counts() -> list[int]:
-    """Return 1, 2, 4, … and the number of cores."""
-    return sorted({2**k for k in range(cores().bit_length()) if 2**k <= cores()} | {cores()})
-
-
-def relative_errors(found: Tensor, expected: Tensor) -> Tensor:
-    """Return ‖found − expected‖ / ‖expected‖ (B,) float64 on the CPU."""
-    a, b = (x.detach().cpu().double().flatten(1) for x in (found, expected))
-    return (a - b).norm(dim=1) / b.norm(dim=1)
-
-
-def timed(run: Run, x_T: Tensor) -> tuple[float, Sample]:
-    """Return the seconds a call takes, until its images are on the host, and what it returns."""
-    start = time.perf_counter()
-    out = run(x_T)
-    out.x_0.cpu()
-    return time.perf_counter() - start, out
-
-
-def compare(
-    sequential: Run, parallel: Run, latents: Sequence[Tensor], counts: Sequence[int], tries: int
-) -> tuple[dict[str, Any], Sample, Sample]:
-    """Return cost and time of both, each with the thread count that suits it best, and what they made of latents[0].
-
-    Args:
-        sequential, parallel: sample from latents (B, …).
-        latents: timed one after the other, both sides in turn, so that a change of the machine's load meets both.
-        counts: thread counts to try.
-        tries: how often; the least time counts.
-    """
-    runs = {"sequential": sequential, "parallel": parallel}
-    result: dict[str, Any] = {}
-    for side, run in runs.items():
-        least = {}
-        for count in counts:
-            with threads(count):
-                least[count] = min(timed(run, latents[0])[0] for _ in range(tries))
-        result[side] = {"threads": min(least, key=least.__getitem__), "seconds_by_threads": least}
-    seconds: dict[str, list[float]] = {side: [] for side in runs}
-    outs: dict[str, list[Sample]] = {side: [] for side in runs}
-    for x_T in latents:
-        for side, run in runs.items():
-            with threads(result[side]["threads"]):
-                spent, out = timed(run, x_T)
-            seconds[side].append(spent)
-            outs[side].append(out)
-    for side, made in outs.items():
-        result[side]["seconds"] = statistics.median(seconds[side])
-        result[side]["rounds"] = statistics.median(out.rounds for out in made)
-        result[side]["rows_per_image"] = statistics.mean(out.evaluations.double().mean().item() for out in made)
-    pairs = zip(outs["parallel"], outs["sequential"], strict=True)
-    errors = torch.cat([relative_errors(found.x_0, expected.x_0) for found, expected in pairs])
-    result.update(images=len(latents[0]), error_median=errors.median().item(), error_max=errors.max().item())
-    result["speedup"] = result["sequential"]["seconds"] / result["parallel"]["seconds"]
-    return result, outs["sequential"][0], outs["parallel"][0]
 
 
 def _draw_sampling(

@@ -1,9 +1,10 @@
 """Reading and writing JSON and safetensors files: writes in one move, errors that name the file."""
 
+import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,32 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file by this JSON object, in one move."""
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a file by this text, in one move."""
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Replace a safetensors file, in one move."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         # not save_file, which leaves a file that only its owner may read
         temporary.write_bytes(save({key: value.contiguous() for key, value in tensors.items()}, metadata))
 
 
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Return 16 hexadecimal digits that depend on every bit of the tensors, in their order."""
+    digest = hashlib.sha256()
+    for value in tensors:
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a new file beside `path` to write to, and move it there: nobody, whatever crashes, meets half a file."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +16,8 @@ from . import pictures
 from .chain import Chain
 from .checkpoint import Checkpoint
 from .commands import load, options_of
-from .data import PICTURES
-from .files import write_json
+from .data import picture_files, read_picture
+from .files import fingerprint, write_json
 from .invert import EPOCHS, METHODS, Epoch, Inversion, invert
 from .machine import device_of
 from .output import finite, say, writable
@@ -36,30 +34,17 @@ def read_images(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor:
     Raises:
         FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
     """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError("--images is read by Pillow: pip install 'pydeqsolve[data]'") from error
     place, size = Path(path), (shape[2], shape[1])
     if not place.exists():
         raise FileNotFoundError(f"--images {path}: no such file or folder")
-    files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix.lower() in PICTURES)
-    if not files:
-        raise ValueError(f"--images {path}: holds no file named {', '.join(sorted(PICTURES))}")
     images = []
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                found = picture.size
-                fitted = ImageOps.fit(picture.convert("L" if shape[0] == 1 else "RGB"), size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file}: cannot be read as a picture") from error
+    for file in [place] if place.is_file() else picture_files(place):
+        image, found = read_picture(file, shape)
         if found != size and not resize:
             raise ValueError(
                 f"{file}: {size[0]}x{size[1]} pixels are required, got {found[0]}x{found[1]}; --resize cuts and scales"
             )
-        values = torch.from_numpy(np.array(fitted, dtype=np.float32)).reshape(*shape[1:], shape[0])
-        images.append(values.permute(2, 0, 1) * (2 / 255) - 1)
+        images.append(image)
     return torch.stack(images)
 
 
@@ -93,13 +78,10 @@ def run_invert(args: Namespace) -> dict[str, Any]:
 
 def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device) -> dict[str, Any]:
     """Return all that the result depends on."""
-    weights = hashlib.sha256()
-    for value in checkpoint.model.state_dict().values():
-        weights.update(value.cpu().contiguous().numpy().tobytes())
     iterated = args.method in EPOCHS
     return {
-        "model": checkpoint.name, "weights": weights.hexdigest()[:16], "images": len(images),
-        "pixels": hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:16],
+        "model": checkpoint.name, "weights": fingerprint(checkpoint.model.state_dict().values()), "images": len(images),
+        "pixels": fingerprint([images]),
         "method": args.method, "steps": args.steps, "spacing": args.spacing,
         "splitting": options_of(checkpoint, args.splitting)["splitting"], "batch": args.batch, "device": device.type,
         "epochs": (EPOCHS[args.method] if args.epochs is None else args.epochs) if iterated else None,

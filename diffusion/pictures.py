@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .chain import Chain
-from .files import _replacing
+from .files import replacing
 
 DPI = 100
+CURVES_DPI = 160  # lines and letters stay sharp where a page shows them larger
 TILE = 64  # pixels of the picture that an image takes, about
 GAP, MARGIN, TEXT, TITLE = 4, 16, 18, 30  # pixels
 HEADING: dict[str, Any] = {"size": 12, "weight": "bold"}
@@ -64,9 +65,9 @@ class Sheet:
         _save(self.figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+def _save(figure: Any, path: Path, dpi: int = DPI) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def text_width(line: str, size: float = 9, weight: str = "normal", **_: Any) -> int:
@@ -175,25 +176,39 @@ def draw_rows(
     sheet.save(path)
 
 
-def draw_latents(path: Path, title: str, trajectory: Tensor, chain: Chain, count: int = 11) -> None:
-    """Write x_t over time, one row per sample, at `count` states from x_T to the image.
+def even_states(chain: Chain, count: int = 11) -> Tensor:
+    """Return `count` positions (n,) in a trajectory, from x_T to the image.
 
-    The states are evenly spread in the angle φ, sin φ = √ᾱ, which runs from 0 (noise) to π/2 (image).
+    They are evenly spread in the angle φ, sin φ = √ᾱ, which runs from 0 (noise) to π/2 (image).
+    """
+    angle = _states_alpha(chain).sqrt().asin()
+    wanted = torch.linspace(angle[0].item(), angle[-1].item(), count, dtype=torch.float64)
+    return (angle[:, None] - wanted).abs().argmin(0).unique()
+
+
+def _states_alpha(chain: Chain) -> Tensor:
+    return torch.cat([chain.alphas, chain.alphas_next[-1:]]).cpu()
+
+
+def draw_latents(
+    path: Path, title: str, trajectory: Tensor, chain: Chain, at: Tensor | None = None, caption: str = ""
+) -> None:
+    """Write x_t over time, one row per sample.
 
     Args:
         path: the PNG file.
-        title: line above.
+        title, caption: lines above and below.
         trajectory: (B, T+1, C, h, w), x_T first.
         chain: of T steps.
+        at: positions of the states drawn; None is `even_states`.
     """
-    alphas = torch.cat([chain.alphas, chain.alphas_next[-1:]]).cpu()
-    angle = alphas.sqrt().asin()
-    wanted = torch.linspace(angle[0].item(), angle[-1].item(), count, dtype=torch.float64)
-    at = (angle[:, None] - wanted).abs().argmin(0).unique()
+    at = even_states(chain) if at is None else at
     times = [f"t = {int(chain.timesteps[k])}" if k < len(chain) else "image" for k in at.tolist()]
-    contrast = (0.5 + alphas[at] / 2).float().view(-1, 1, 1, 1)  # noise reaches about twice as far as an image
+    contrast = (
+        (0.5 + _states_alpha(chain)[at] / 2).float().view(-1, 1, 1, 1)
+    )  # noise reaches about twice as far as an image
     rows = {f"{i + 1}": states[at].float() * contrast for i, states in enumerate(trajectory.detach().cpu())}
-    draw_rows(path, title, rows, above=times)
+    draw_rows(path, title, rows, above=times, caption=caption)
 
 
 def draw_curves(path: Path, title: str, curves: Mapping[str, Tensor], x_label: str, y_label: str) -> None:
@@ -208,7 +223,7 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Tensor], x_label: s
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure: Any = Figure(figsize=(6.4, 4.0), dpi=DPI, layout="constrained", facecolor="white")
+    figure: Any = Figure(figsize=(5.6, 3.6), dpi=CURVES_DPI, layout="constrained", facecolor="white")
     axes = figure.subplots()
     for colour, (label, values) in zip(COLOURS * len(curves), curves.items(), strict=False):
         held = _hold(values.detach().cpu().double().numpy())
@@ -223,7 +238,7 @@ def draw_curves(path: Path, title: str, curves: Mapping[str, Tensor], x_label: s
     axes.grid(alpha=0.25)
     if len(curves) > 1:
         axes.legend(frameon=False)
-    _save(figure, path)
+    _save(figure, path, CURVES_DPI)
 
 
 def _hold(values: np.ndarray) -> np.ndarray:

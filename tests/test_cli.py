@@ -12,7 +12,10 @@ from program import program, run, write_pictures
 from safetensors.torch import load_file
 
 import diffusion
+import pydeqsolve
 from diffusion import load_checkpoint, pictures, sample
+from diffusion.doctor import advice
+from diffusion.frechet import load_features
 from diffusion.unet import UNet
 
 
@@ -85,6 +88,46 @@ def test_a_trained_folder_can_be_sampled_from(tmp_path, capsys):
     assert {file.name for file in (tmp_path / "s").glob("*.png")} == {"samples.png", "latents.png"}
 
 
+def test_a_trained_classifier_is_written_with_its_accuracy(tmp_path, capsys):
+    argv = ["classifier", "--data", "digits", "--steps", 150, "--threads", 1, "--output", tmp_path]
+    code, out, _ = run(*argv, "--json", capsys=capsys)
+    summary = json.loads(out)
+    assert (code, summary["train"]) == (0, 1500)
+    assert load_features(tmp_path).record["accuracy"] == summary["accuracy"] > 0.9
+
+
+def test_the_doctor_says_what_is_installed_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("doctor", "--json", capsys=capsys)
+    facts = json.loads(out)
+    assert (code, err, list(tmp_path.iterdir())) == (0, [], [])
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["native"] is pydeqsolve.build_info()["native"]
+    assert facts["checkpoints"] == ["digits", "fashion"]
+    assert "native module" in run("doctor", capsys=capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"native": False, "native_error": "no such file"}, "no such file"),
+        ({"devices": ["H100"], "cuda_architectures": ""}, "nvcc"),
+        ({"devices": [], "cuda_architectures": "75"}, "no GPU"),
+        ({"threads": 2, "wait_policy": None}, "OMP_WAIT_POLICY=PASSIVE"),
+        ({"threads": 9, "wait_policy": "PASSIVE"}, "9 threads on 4 cores"),
+        ({"checkpoints": []}, "checkpoints are missing"),
+    ],
+)
+def test_the_doctor_advises_on_each_thing_that_can_be_wrong(change, words):
+    sound = {
+        "native": True, "native_error": "", "devices": [], "cuda_architectures": "", "threads": 1, "cores": 4,
+        "wait_policy": None, "checkpoints": ["digits"],
+    }  # fmt: skip
+    assert advice(sound) == []
+    (line,) = advice({**sound, **change})
+    assert words in line
+
+
 def test_an_image_is_drawn_as_squares_of_its_own_pixels(tmp_path):
     image = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
     pictures.draw_samples(tmp_path / "one.png", "", {"": image})
@@ -105,7 +148,7 @@ def test_threads_are_restored(tmp_path, capsys, monkeypatch):
 
 def test_help_has_an_example_for_every_command(capsys):
     _, out, _ = run("--help", capsys=capsys)
-    for command in ("demo", "sample", "invert", "fit"):
+    for command in ("demo", "sample", "invert", "fit", "report", "classifier", "doctor"):
         assert f"deq-ddim {command}" in out
         assert f"example: deq-ddim {command}" in run(command, "--help", capsys=capsys)[1]
 
@@ -132,6 +175,7 @@ WRONG = {
     "no checkpoint": (["sample", "--model", "nowhere"], "nowhere"),
     "no pictures": (["invert", "--images", "nowhere"], "nowhere"),
     "no data": (["fit", "--data", "nowhere"], "nowhere"),
+    "no classifier data": (["classifier", "--data", "nowhere"], "nowhere"),
     "no training": (["fit", "--data", "digits", "--steps", "0"], "got 0"),
 }
 
@@ -163,7 +207,7 @@ def test_a_damaged_checkpoint_is_refused(name, damage, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [["sample"], ["invert"], ["fit", "--data", "digits"], ["demo"]])
+@pytest.mark.parametrize("command", [["sample"], ["invert"], ["fit", "--data", "digits"], ["demo"], ["report"]])
 def test_a_file_in_place_of_the_folder_is_found_out_before_the_work(command, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(UNet, "forward", None)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.data import digits, fashion, image_folder
+from diffusion.data import class_folder, digits, fashion, image_folder
 
 
 def idx(values):
@@ -107,8 +107,66 @@ def test_a_folder_that_gives_no_pictures_is_refused_by_reason(tmp_path):
         image_folder(tmp_path / "nowhere", (1, 4, 4))
     with pytest.raises(ValueError, match="holds no file"):
         image_folder(tmp_path, (1, 4, 4))
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="1 or 3 channels"):
         image_folder(tmp_path, (2, 4, 4))
-    (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.jpg: cannot be read"):
         image_folder(tmp_path, (1, 4, 4))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(np.full((4, 4), 51 * 256, dtype=np.uint16)).save(tmp_path / "a.png")
+    torch.testing.assert_close(image_folder(tmp_path, (1, 4, 4)), torch.full((1, 1, 4, 4), 51 / 127.5 - 1))
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(np.zeros((4, 4, 4), dtype=np.uint8)).save(tmp_path / "a.png")
+    palette = image.new("P", (4, 4))
+    palette.putpalette([0, 0, 0])
+    palette.save(tmp_path / "b.png", transparency=0)
+    assert torch.equal(image_folder(tmp_path, (3, 4, 4)), torch.ones(2, 3, 4, 4))
+
+
+def test_a_picture_is_turned_as_its_camera_recorded(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    upright = np.zeros((4, 4), dtype=np.uint8)
+    upright[0] = 255
+    exif = image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    image.fromarray(upright[::-1]).save(tmp_path / "a.png", exif=exif)
+    assert (image_folder(tmp_path, (1, 4, 4))[0, 0, 0] == 1).all()
+
+
+def test_pictures_of_floating_point_are_refused(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "a.jpg", format="TIFF")
+    with pytest.raises(ValueError, match=r"a\.jpg.*8 or 16 bits per pixel are required, got mode F"):
+        image_folder(tmp_path, (1, 4, 4))
+
+
+def grey_files(folder, values):
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, value in enumerate(values):
+        image.fromarray(np.full((4, 4), value, dtype=np.uint8)).save(folder / f"{i:02}.png")
+
+
+def test_the_classes_of_a_folder_are_its_subfolders(tmp_path):
+    for split, offset in (("train", 0), ("test", 100)):
+        for k, name in enumerate(("cat", "dog")):
+            grey_files(tmp_path / split / name, [offset + k] * 3)
+    data = class_folder(tmp_path, (1, 4, 4))
+    pixels = ((data.train[:, 0, 0, 0] + 1) * 127.5).round().long()
+    assert torch.equal(pixels, data.train_labels)
+    assert data.train_labels.tolist() == data.test_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test.min() > data.train.max()
+
+
+def test_without_a_split_every_tenth_picture_is_held_out(tmp_path):
+    grey_files(tmp_path, range(25))
+    data = class_folder(tmp_path, (1, 4, 4))
+    pixels = [((x[:, 0, 0, 0] + 1) * 127.5).round().long().tolist() for x in (data.test, data.train)]
+    assert pixels == [[0, 10, 20], [i for i in range(25) if i % 10]]
+    assert len(class_folder(tmp_path, (1, 4, 4), most=8).train) == 8

@@ -12,7 +12,10 @@ INVERSION = "{:<10} {:>7} {:>7,d} {:>11,.0f} {:>12.1e} {:>10.1e} {:>9.1f} {:>8d}
 
 def table(summary: dict[str, Any]) -> str:
     """Return the summary of a command, several lines."""
-    kinds = {"demo": _demo, "sample": _sample, "invert": _invert, "fit": _fit}
+    kinds = {
+        "demo": _demo, "sample": _sample, "invert": _invert, "fit": _fit, "report": _report,
+        "classifier": _classifier, "doctor": _doctor,
+    }  # fmt: skip
     return "\n".join(kinds[summary["command"]](summary))
 
 
@@ -102,3 +105,49 @@ def _inversion(m: dict[str, Any]) -> list[str]:
 
 def _files(s: dict[str, Any]) -> str:
     return f"in {s['output']}: {', '.join(s['files'])}"
+
+
+def _report(s: dict[str, Any]) -> list[str]:
+    lines = [f"measured in {s['seconds']:.0f} s"]
+    for model in s["models"]:
+        lines.append(f"{model['name']}, T = {model['table1']['steps']}: Fréchet distance, seconds for one image")
+        for row in model["table1"]["rows"]:
+            distance = "–" if row["distance"] is None else f"{row['distance']:.3g} ± {row['error']:.1g}"
+            lines.append(
+                f"  {row['method']:<14} {distance:>14}" + (f" {row['seconds']:>8.3f}" if "seconds" in row else "")
+            )
+        lines.append(f"{model['name']}: inversion of {model['images']} images, median loss")
+        for row in model["table3"]:
+            lines.append(f"  T = {row['steps']:<4} {row['method']:<6} {_loss(row['loss_median']):>9}")
+    return [*lines, f"open {s['output']}/{s['files'][0]}"]
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
+
+
+def _classifier(s: dict[str, Any]) -> list[str]:
+    return [
+        f"{s['data']}: {s['task']}, {s['train']:,} images, {s['steps']} steps, {100 * s['accuracy']:.1f} % right on "
+        f"held-out images, {s['seconds']:.0f} s",
+        f"{s['held_out']['images']} held-out images lie {s['held_out']['distance']:.2g} from the training images",
+        _files(s),
+    ]
+
+
+def _doctor(s: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in s["versions"].items())
+    native = f"loaded, {s['instruction_set']}" if s["native"] else f"not loaded: {s['native_error']}"
+    settings = ", ".join(f"{k}={v}" for k, v in {**s["thread_variables"], "OMP_WAIT_POLICY": s["wait_policy"]}.items())
+    return [
+        f"python         {s['python']} in {s['prefix']}",
+        f"versions       {versions}",
+        f"system         {s['platform']}",
+        f"processor      {s['processor']}, {s['cores']} cores",
+        f"native module  {native}",
+        f"CUDA kernels   {s['cuda_architectures'] or 'not built in'}; torch's CUDA: {s['torch_cuda'] or 'none'}",
+        f"devices        {', '.join(s['devices']) or 'no GPU'}",
+        f"threads        {s['threads']}; {settings}",
+        f"checkpoints    {', '.join(s['checkpoints']) or 'none'}",
+        *(f"advice: {line}" for line in s["advice"] or ["nothing stands out"]),
+    ]

@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo report test lint format types cuda-check emulate clean
+.PHONY: help install demo report test lint format types cuda-check emulate defects clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,9 @@ cuda-check: $(INSTALLED)  ## spills, loads, registers and occupancy of the compi
 
 emulate: $(INSTALLED)  ## the CUDA kernels run on the CPU
 	@$(BIN)/python -m pytest -q tests/test_cuda_emulation.py
+
+defects: $(INSTALLED)  ## plants defects one by one; each must fail its test (a few minutes)
+	@$(BIN)/python tests/planted_defects.py
 
 clean:  ## removes .venv and everything built
 	rm -rf $(VENV) build dist demo-output report-output docs/_build *.egg-info pydeqsolve/_native*.so

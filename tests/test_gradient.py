@@ -300,6 +300,18 @@ def test_a_sample_that_is_nan_where_it_starts_poisons_no_gradient_without_compac
     torch.testing.assert_close(grad(z0), grad(z0[:2]), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("gradient", [Implicit(), Phantom(), Unrolled()], ids=["implicit", "phantom", "unrolled"])
+def test_a_first_guess_that_is_nan_poisons_no_gradient_without_compaction(gradient):
+    w = torch.tensor(0.6, dtype=f64, requires_grad=True)
+    z0 = torch.tensor([[1.0], [2.0], [torch.nan]], dtype=f64)
+
+    def grad(z0):
+        z = solve(lambda z: w * torch.sin(z) + 1, z0, gradient=gradient, stop=TIGHT).z
+        return torch.autograd.grad(z[:2].sum(), w)[0]
+
+    torch.testing.assert_close(grad(z0), grad(z0[:2]), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("gradient", [Implicit(), Implicit(solver=Anderson()), Phantom()], ids=str)
 def test_a_batch_of_bad_samples_alone_has_zero_gradients(gradient):
     x = torch.full((2, 3), torch.nan, dtype=f64, requires_grad=True)

@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import planted_defects
 import pytest
 
 import pydeqsolve
@@ -109,3 +110,10 @@ def test_every_public_name_is_there_and_listed_in_order():
     assert len(set(pydeqsolve.__all__)) == len(pydeqsolve.__all__)
     assert all(hasattr(pydeqsolve, name) for name in pydeqsolve.__all__)
     assert all(getattr(pydeqsolve, name).__doc__ for name in pydeqsolve.__all__)
+
+
+def test_every_planted_defect_still_has_its_place_and_its_test():
+    for defect in planted_defects.DEFECTS:
+        assert (ROOT / "pydeqsolve" / defect.file).read_text(encoding="utf-8").count(defect.before) == 1, defect.name
+        file, name = defect.test.split("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), defect.name

@@ -1,5 +1,7 @@
 """DDIM sampling and inversion as one fixed point over time (Pokle, Geng & Kolter 2022), on `pydeqsolve`."""
 
+from typing import TYPE_CHECKING, Any
+
 from .chain import Chain, Splitting
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .edit import Clip, Inpaint
@@ -8,6 +10,9 @@ from .invert import Inversion, invert
 from .models import DiffusersModel, Guided
 from .sample import Sample, sample
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .pipeline import DEQDDIMPipeline as DEQDDIMPipeline
 
 __all__ = [
     "Chain",
@@ -26,3 +31,12 @@ __all__ = [
     "sample",
     "save_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers is an extra and takes seconds to import: only who asks for the pipeline pays.
+    if name == "DEQDDIMPipeline":
+        from .pipeline import DEQDDIMPipeline
+
+        return DEQDDIMPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,14 +16,15 @@ DIFFUSERS_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "s
 class DiffusersModel(nn.Module):
     """A diffusers UNet2DModel or UNet2DConditionModel as model(x, t, *inputs) → its `.sample`.
 
-    inputs[0], if given, is `encoder_hidden_states` (N, tokens, width) for a conditional network, and `class_labels`
-    (N,) for an unconditional one.
+    inputs: for a UNet2DConditionModel `encoder_hidden_states` (N, tokens, width) and, if it has classes, `class_labels`
+    (N,); for a UNet2DModel `class_labels` or nothing.
 
     Args:
         unet: the network; anything whose call returns an object with a tensor `sample`.
 
     Raises:
         TypeError: `unet` is not a module.
+        ValueError: it predicts variances beside its output, or takes further conditioning (`added_cond_kwargs`).
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -32,6 +33,13 @@ class DiffusersModel(nn.Module):
             raise TypeError(f"unet: a torch.nn.Module is required, got {type(unet).__name__}")
         self.unet = unet
         self.conditional = hasattr(unet, "encoder_hid_proj") or type(unet).__name__ == "UNet2DConditionModel"
+        config = getattr(unet, "config", None)
+        channels = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
+        if channels[0] != channels[1]:
+            raise ValueError(f"unet: as many channels out as in are required, got {channels[1]} for {channels[0]}")
+        extra = getattr(config, "addition_embed_type", None)
+        if extra is not None:
+            raise ValueError(f"unet: addition_embed_type={extra!r} is not supported")
 
     @property
     def config(self) -> Any:
@@ -44,15 +52,12 @@ class DiffusersModel(nn.Module):
         Raises:
             ValueError: more inputs than the network takes, or none for a conditional one.
         """
-        if len(inputs) > 1 or (self.conditional and not inputs):
-            required = "exactly one" if self.conditional else "at most one"
-            raise ValueError(f"inputs: {required} is required by {type(self.unet).__name__}, got {len(inputs)}")
-        if not inputs:
-            output = self.unet(x, t)
-        elif self.conditional:
-            output = self.unet(x, t, encoder_hidden_states=inputs[0])
-        else:
-            output = self.unet(x, t, class_labels=inputs[0])
+        most = 2 if self.conditional else 1
+        if len(inputs) > most or (self.conditional and not inputs):
+            required = "one or two are" if self.conditional else "at most one is"
+            raise ValueError(f"inputs: {required} required by {type(self.unet).__name__}, got {len(inputs)}")
+        names = ("encoder_hidden_states", "class_labels") if self.conditional else ("class_labels",)
+        output = self.unet(x, t, **dict(zip(names, inputs, strict=False)))
         prediction: Tensor = output.sample
         return prediction
 
@@ -63,17 +68,18 @@ class Guided(nn.Module):
     Ho and Salimans 2022, Eq. 6, with w = scale − 1. Both halves are evaluated in one batch of 2N rows.
 
     Args:
-        model: model(x, t, c) → prediction.
+        model: model(x, t, *c) → prediction.
         scale: 1 is the conditional model alone, 0 the unconditional one; larger follows the condition more.
-        null_input: what stands for "no condition", one row (…) or (1, …), for instance the embedding of "".
+        null_input: what stands for "no condition", one row (…) or (1, …), for instance the embedding of "". None: the
+            second half of the inputs is that, row by row: inputs = (c_1, …, c_n, ∅_1, …, ∅_n).
 
     Raises:
         ValueError: `scale` is not finite.
     """
 
-    null_input: Tensor
+    null_input: Tensor | None
 
-    def __init__(self, model: Callable[..., Tensor], scale: float, null_input: Tensor) -> None:
+    def __init__(self, model: Callable[..., Tensor], scale: float, null_input: Tensor | None = None) -> None:
         super().__init__()
         if not torch.isfinite(torch.tensor(float(scale))):
             raise ValueError(f"scale: a finite number is required, got {scale!r}")
@@ -81,11 +87,21 @@ class Guided(nn.Module):
         self.scale = float(scale)
         self.register_buffer("null_input", null_input, persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Return the guided prediction (N, …) for x (N, …), t (N,) long and condition (N, …)."""
-        null = self.null_input.to(condition).expand_as(condition)
-        both = self.model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, condition]))
-        without, with_condition = both.chunk(2)
+    def forward(self, x: Tensor, t: Tensor, *inputs: Tensor) -> Tensor:
+        """Return the guided prediction (N, …) for x (N, …), t (N,) long and inputs (N, …) each.
+
+        Raises:
+            ValueError: not one input with a `null_input`, or an odd number without.
+        """
+        if len(inputs) != 1 if self.null_input is not None else len(inputs) % 2 or not inputs:
+            required = "one is" if self.null_input is not None else "conditions, then as many null inputs, are"
+            raise ValueError(f"inputs: {required} required for guidance, got {len(inputs)}")
+        half = len(inputs) // 2 if self.null_input is None else len(inputs)
+        conditions, nulls = inputs[:half], list(inputs[half:])
+        if self.null_input is not None:
+            nulls = [self.null_input.to(inputs[0]).expand_as(inputs[0])]
+        pairs = [torch.cat([null, condition]) for null, condition in zip(nulls, conditions, strict=True)]
+        without, with_condition = self.model(torch.cat([x, x]), torch.cat([t, t]), *pairs).chunk(2)
         return without + self.scale * (with_condition - without)
 
 

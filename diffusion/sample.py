@@ -66,6 +66,7 @@ def sample(
     rows_per_call: int | None = None,
     callback: Callable[[int, Tensor, Tensor], Any] | None = None,
     edit: Edit | None = None,
+    noises: Tensor | None = None,
 ) -> Sample:
     """The images x_0 that the chain makes of the latents x_T.
 
@@ -84,7 +85,7 @@ def sample(
             root mean square per step. max_steps caps the rounds of a level (by default the number of steps, which
             always suffices).
         window: time steps evaluated at once, at most; None is all.
-        generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead.
+        generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead. noises: the noises (B, steps, …).
         group: torch.distributed process group whose ranks share the model rows of every round; every rank passes the
             same latents, inputs and generator seed, and gets the result. See `diffusion.ranks`.
         inputs: per-image conditioning (B, …), gathered for the rows that are evaluated.
@@ -109,7 +110,19 @@ def sample(
     The states are float64 whatever the model's dtype: in float32 a frozen step leaves an error which the rest inherits.
     """
     run = Sampler.of(
-        model, x_T, chain, prediction, splitting, generator, group, inputs, mean, variance, rows_per_call, edit
+        model,
+        x_T,
+        chain,
+        prediction,
+        splitting,
+        generator,
+        group,
+        inputs,
+        mean,
+        variance,
+        rows_per_call,
+        edit,
+        noises,
     )
     if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
         raise TypeError(f"gradient: None, Implicit() or Phantom() is required, got {type(gradient).__name__}")
@@ -174,6 +187,19 @@ def _forward(
     return Remainders(network, chain, split, linear), drift
 
 
+def _scaled_noise(chain: Chain, x_T: Tensor, noises: Tensor | None, generator: Any) -> Tensor | None:
+    """σ_k n_k (B, T, D) float64, given or drawn; None for eta = 0."""
+    shape = (len(x_T), len(chain), *x_T.shape[1:])
+    if noises is not None and (chain.eta == 0 or noises.shape != shape):
+        raise ValueError(f"noises: {shape} and eta > 0 are required, got {tuple(noises.shape)} and {chain.eta}")
+    if chain.eta == 0:
+        return None
+    if noises is None:
+        device = generator.device if generator is not None else x_T.device
+        noises = torch.randn(shape, dtype=torch.float64, generator=generator, device=device)
+    return chain.sigma[:, None] * noises.detach().to(x_T.device, torch.float64).flatten(2)
+
+
 @dataclass(eq=False)
 class Sampler:
     """The problem of one call of `sample` or `invert`, its arguments checked and moved to float64."""
@@ -187,7 +213,7 @@ class Sampler:
     def of(
         model: Model, x_T: Tensor, chain: Chain, prediction: str, splitting: Any, generator: Any, group: Any,
         inputs: Sequence[Tensor], mean: Tensor | None, variance: Tensor | None, rows: int | None,
-        edit: Edit | None = None,
+        edit: Edit | None = None, noises: Tensor | None = None,
     ) -> Sampler:  # fmt: skip
         check_arguments(model, x_T, "x_T", chain, prediction, inputs)
         split = Splitting.of(splitting, chain, *(None if s is None else s.flatten() for s in (mean, variance)))
@@ -198,11 +224,8 @@ class Sampler:
         flat = x_T.detach().double().flatten(1)
         network = Network(model, prediction, x_T.shape[1:], model_dtype(model, x_T.dtype), rows, group)
         forward, drift = _forward(network, chain, split, edit, range(1, len(chain) + 1))
-        if chain.eta > 0:
-            noise = torch.randn(len(x_T), len(chain), D, dtype=torch.float64, generator=generator,
-                                device=generator.device if generator is not None else x_T.device)  # fmt: skip
-            noise = chain.sigma[:, None] * noise.to(x_T.device)
-            drift = noise if drift is None else drift + noise
+        noise = _scaled_noise(chain, x_T, noises, generator)
+        drift = drift if noise is None else noise if drift is None else drift + noise
         conditioning = [c.detach() for c in inputs]
         if group is not None:
             check_group(group)

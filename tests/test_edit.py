@@ -150,3 +150,22 @@ def test_an_edit_of_another_shape_is_named(method):
 def test_noise_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="noise"):
         Inpaint(SCHEDULE.chain(3), latents(2, 6), torch.ones(6), latents(3, 6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_noises_that_are_given_are_those_that_enter(method):
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(10, eta=1.0), latents(2, 6)
+    noises = latents(2, 10, 6, seed=4)
+    state = x
+    for k in range(10):
+        state = chain.a[k] * state + chain.c[k] * model(state, chain.timesteps[k].expand(2))
+        state = state + chain.sigma[k] * noises[:, k]
+    got = sample(model, x, chain, method=method, noises=noises, stop=TIGHT).x_0
+    assert relative(got, state) < 1e-8
+
+
+@pytest.mark.parametrize(("eta", "shape"), [(0.0, (2, 3, 6)), (1.0, (2, 4, 6)), (1.0, (2, 3, 5))])
+def test_noises_that_do_not_fit_are_named(eta, shape):
+    with pytest.raises(ValueError, match="noises"):
+        sample(Mixture(SCHEDULE, means()), latents(2, 6), SCHEDULE.chain(3, eta=eta), noises=torch.zeros(shape))

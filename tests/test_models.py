@@ -51,6 +51,26 @@ def test_guidance_keeps_class_labels_integers():
     assert kinds[0].dtype == torch.int64
 
 
+def test_guidance_takes_what_stands_for_no_condition_row_by_row():
+    seen = []
+
+    def model(x, t, first, second):
+        seen.extend([first, second])
+        return x * first + second
+
+    x, t = torch.ones(2, 1, dtype=torch.float64), torch.tensor([5, 7])
+    c, d, no_c, no_d = (torch.full((2, 1), v, dtype=torch.float64) for v in (3.0, 10.0, 2.0, 0.0))
+    guided = Guided(model, 4.0)(x, t, c, d, no_c, no_d)
+    torch.testing.assert_close(guided, torch.full((2, 1), 2 + 4.0 * (13 - 2), dtype=torch.float64))
+    assert [s.flatten().tolist() for s in seen] == [[2, 2, 3, 3], [0, 0, 10, 10]]
+
+
+@pytest.mark.parametrize(("null", "count"), [(torch.zeros(1), 0), (torch.zeros(1), 2), (None, 0), (None, 3)])
+def test_guidance_of_the_wrong_number_of_inputs_is_refused(null, count):
+    with pytest.raises(ValueError, match="inputs"):
+        Guided(Affine(), 2.0, null)(torch.ones(2, 1), torch.zeros(2, dtype=torch.long), *[torch.ones(2, 1)] * count)
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_scale_that_is_not_finite_is_refused(scale):
     with pytest.raises(ValueError, match="scale"):
@@ -93,14 +113,28 @@ def test_a_conditional_network_is_given_its_text_embedding():
 @pytest.mark.parametrize(
     ("network", "inputs", "words"),
     [
-        (UNet2DConditionModel, 0, "exactly one is required by UNet2DConditionModel, got 0"),
-        (UNet2DConditionModel, 2, "exactly one"),
+        (UNet2DConditionModel, 0, "one or two are required by UNet2DConditionModel, got 0"),
+        (UNet2DConditionModel, 3, "one or two"),
         (UNet2DModel, 2, "at most one"),
     ],
 )
 def test_the_wrong_number_of_inputs_is_refused(network, inputs, words):
     with pytest.raises(ValueError, match=words):
         DiffusersModel(network())(torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long), *[torch.zeros(1)] * inputs)
+
+
+def test_a_network_that_predicts_more_than_its_input_is_refused():
+    unet = UNet2DModel()
+    unet.config = SimpleNamespace(in_channels=3, out_channels=6)
+    with pytest.raises(ValueError, match="6 for 3"):
+        DiffusersModel(unet)
+
+
+def test_a_network_that_needs_further_conditioning_is_refused():
+    unet = UNet2DConditionModel()
+    unet.config = SimpleNamespace(in_channels=4, out_channels=4, addition_embed_type="text_time")
+    with pytest.raises(ValueError, match="text_time"):
+        DiffusersModel(unet)
 
 
 def test_only_a_module_is_wrapped():

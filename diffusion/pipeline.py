@@ -1,0 +1,238 @@
+"""The sampler and its inverse as a diffusers pipeline. Needs the extra: pip install pydeqsolve[diffusers]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.utils import BaseOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError("DEQDDIMPipeline needs diffusers: pip install pydeqsolve[diffusers]") from error
+
+from .chain import Chain
+from .invert import Inversion, invert
+from .models import DIFFUSERS_PREDICTIONS, DiffusersModel, Guided
+from .sample import sample
+from .schedule import Schedule
+
+INPUTS = ("class_labels", "prompt_embeds", "negative_prompt_embeds", "negative_class_labels")
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class DEQDDIMPipelineOutput(BaseOutput):
+    """What the pipeline returns.
+
+    images: as `output_type` says. rounds: model calls one after the other. evaluations: (B,) model rows per image, a
+    guided one counts once. converged: (B,) bool, the image met its tolerance; all true for sequential sampling.
+    """
+
+    images: Any
+    rounds: int
+    evaluations: Tensor
+    converged: Tensor
+
+
+class DEQDDIMPipeline(DiffusionPipeline):
+    """DDIM sampled with all time steps at once, and inverted, from the folder of any DDIM or DDPM pipeline.
+
+        pipe = DEQDDIMPipeline.from_pretrained(folder)
+        images = pipe(batch_size=4, num_inference_steps=100, generator=torch.Generator().manual_seed(0)).images
+
+    From the same generator it makes the images of diffusers' DDIMPipeline, to the tolerance of `stop`, for every eta;
+    clipping, thresholding, spacing and prediction type are the scheduler's.
+
+    Args:
+        unet: UNet2DModel, with or without classes, or UNet2DConditionModel.
+        scheduler: any whose configuration DDIMScheduler takes.
+        vae: if given, the chain is that of its latents, and images are decoded and encoded.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]  # noqa: RUF012  diffusers reads it off the class
+
+    def __init__(
+        self, unet: UNet2DModel | UNet2DConditionModel, scheduler: DDIMScheduler, vae: AutoencoderKL | None = None
+    ) -> None:
+        super().__init__()
+        scheduler = DDIMScheduler.from_config(scheduler.config)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        # By default it would take images of four channels for latents and leave them as they are.
+        self.image_processor = VaeImageProcessor(do_resize=False, vae_scale_factor=factor, vae_latent_channels=0)
+        self._interrupt = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_class_labels: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        method: str = "parallel",
+        **options: Any,
+    ) -> DEQDDIMPipelineOutput | tuple[Any]:
+        """Images sampled from the latents, which are drawn from `generator` when not given.
+
+        Args:
+            batch_size: of the latents; by default as many as there are latents or conditions, else 1.
+            generator: one, or a list with one for each image.
+            eta: 0 is DDIM, 1 DDPM's ancestral sampling.
+            latents: (B, C, H, W) standard normal.
+            class_labels (B,), prompt_embeds (B, tokens, width): conditioning.
+            negative_prompt_embeds, negative_class_labels: the same for "no condition", when guidance_scale is not 1.
+            guidance_scale: of classifier-free guidance, both halves in one batch; 1 is none.
+            output_type: "pil", "np", "pt" (in [0, 1]) or "latent" (x_0 as it is).
+            callback_on_step_end: callback(pipe, step, timestep, {"latents": x}) → dict. In parallel it is called after
+                every round with the images of the moment, and what it returns must be empty or the same tensor: a hook
+                that changes states is `edit`, which diffusers' callbacks of that kind become. With
+                method="sequential" it is called after every step, and the latents that it returns are gone on with.
+                Setting `pipe._interrupt = True` in it ends parallel sampling after that round.
+            method: "parallel" or "sequential".
+            options: splitting, solver, stop, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, by name.
+        """
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type: one of {', '.join(OUTPUTS)} is required, got {output_type!r}")
+        negative = (negative_prompt_embeds, negative_class_labels)
+        model, inputs = self._model(class_labels, prompt_embeds, *negative, guidance_scale)
+        given = [x for x in (latents, *inputs) if x is not None]
+        count = batch_size if batch_size is not None else len(given[0]) if given else 1
+        if any(len(x) != count for x in given):
+            raise ValueError(
+                f"batch_size: {count} is not the number of latents or conditions, {[len(x) for x in given]}"
+            )
+        draw = {"generator": generator, "device": self._execution_device, "dtype": self.unet.dtype}
+        x_T = latents.to(self._execution_device) if latents is not None else randn_tensor(self._shape(count), **draw)
+        chain = self._chain(num_inference_steps, eta)
+        # As DDIMScheduler draws them: one step after the other, in the network's type.
+        noises = torch.stack([randn_tensor(x_T.shape, **draw) for _ in range(len(chain))], 1) if eta > 0 else None
+        self._interrupt = False
+        with self.progress_bar(total=len(chain)) as bar:
+            hooks = self._hooks(chain, bar, callback_on_step_end, method, options.pop("edit", None))
+            out = sample(model, x_T, chain, self._prediction, method, inputs=inputs, noises=noises, **hooks, **options)
+        images = out.x_0 if output_type == "latent" else self._decode(out.x_0, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        done = torch.ones(count, dtype=torch.bool) if out.solution is None else out.solution.converged
+        return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, done)
+
+    def invert(self, image: Any, num_inference_steps: int = 50, method: str = "exact", **options: Any) -> Inversion:
+        """The latents from which the pipeline (eta = 0) samples these images: `pipe(latents=found.x_T)`.
+
+        Args:
+            image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
+            method: "exact", "ddim", "deq" or "naive", see `diffusion.invert`.
+            options: the conditioning arguments of the pipeline, and epochs, lr, stop, … of `diffusion.invert`.
+
+        Returns:
+            Inversion, with x_T, and the loss in pixels (of the latents, where there is a vae) per image.
+        """
+        scale = options.pop("guidance_scale", 1.0)
+        labels, prompt, no_prompt, no_labels = (options.pop(name, None) for name in INPUTS)
+        model, inputs = self._model(labels, prompt, no_prompt, no_labels, scale)
+        x_0 = self.image_processor.preprocess(image).to(self._execution_device, self.unet.dtype)
+        if self.vae is not None:
+            with torch.no_grad():
+                x_0 = self.vae.encode(x_0.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
+        found = invert(model, x_0, self._chain(num_inference_steps, 0.0), method, prediction=self._prediction,
+                       inputs=inputs, **options)  # fmt: skip
+        self.maybe_free_model_hooks()
+        return found
+
+    @property
+    def _prediction(self) -> str:
+        return DIFFUSERS_PREDICTIONS[self.scheduler.config.prediction_type]
+
+    def _chain(self, steps: int, eta: float) -> Chain:
+        return Schedule.from_diffusers(self.scheduler).chain(steps, self.scheduler.config.timestep_spacing, eta)
+
+    def _shape(self, count: int) -> tuple[int, ...]:
+        side = self.unet.config.sample_size
+        if side is None:
+            raise ValueError("latents: required, because the network's configuration names no sample_size")
+        return count, self.unet.config.in_channels, *((side, side) if isinstance(side, int) else side)
+
+    def _model(
+        self, labels: Tensor | None, prompt: Tensor | None, negative_prompt: Tensor | None,
+        negative_labels: Tensor | None, scale: float,
+    ) -> tuple[DiffusersModel | Guided, list[Tensor]]:  # fmt: skip
+        """The network as model(x, t, *inputs), and the inputs."""
+        pairs = {"prompt_embeds": (prompt, negative_prompt), "class_labels": (labels, negative_labels)}
+        used = {name: pair for name, pair in pairs.items() if pair[0] is not None}
+        model = DiffusersModel(self.unet)
+        if model.conditional and prompt is None:
+            raise ValueError("prompt_embeds: required by a UNet2DConditionModel")
+        if not model.conditional and prompt is not None:
+            raise ValueError("prompt_embeds: not taken by a UNet2DModel, which has class_labels")
+        inputs = [self._input(condition) for condition, _ in used.values() if condition is not None]
+        if scale == 1:
+            return model, inputs
+        missing = [name for name, (_, null) in used.items() if null is None]
+        if missing or not used:
+            raise ValueError(f"negative_{(missing or ['class_labels'])[0]}: required with guidance_scale = {scale}")
+        nulls = [self._input(null) for _, null in used.values() if null is not None]
+        nulls = [null.expand_as(condition) for null, condition in zip(nulls, inputs, strict=True)]
+        return Guided(model, scale), [*inputs, *nulls]
+
+    def _input(self, x: Tensor) -> Tensor:
+        return x.to(self._execution_device, self.unet.dtype if x.is_floating_point() else None)
+
+    def _hooks(
+        self, chain: Chain, bar: Any, callback: Callable[..., Any] | None, method: str, edit: Any
+    ) -> dict[str, Any]:
+        """The hooks of `sample` that move the bar and call the callback."""
+        times = chain.timesteps.tolist()
+
+        def after_round(step: int, trajectory: Tensor, residual: Tensor) -> bool:
+            bar.update()
+            if callback is not None:
+                latents = trajectory[:, -1].to(self.unet.dtype)
+                returned = callback(self, step - 1, times[0], {"latents": latents}) or {}
+                if returned.get("latents", latents) is not latents:
+                    raise ValueError("callback_on_step_end: the states of a parallel chain are changed by edit=")
+            return self._interrupt
+
+        def after_step(x: Tensor, k: int, image: Tensor) -> Tensor:
+            bar.update()
+            x = x if edit is None else edit(x, k, image)
+            if callback is None:
+                return x
+            latents = x.to(self.unet.dtype)
+            returned = (callback(self, k - 1, times[k - 1], {"latents": latents}) or {}).get("latents", latents)
+            return x if returned is latents else returned.to(x)
+
+        if method == "sequential":
+            return {"edit": after_step}
+        quiet = callback is None and bar.disable
+        return {"edit": edit, "callback": None if quiet else after_round}
+
+    def _decode(self, x_0: Tensor, output_type: str) -> Any:
+        if self.vae is not None:
+            x_0 = self.vae.decode((x_0 / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        # numpy and PIL have no bfloat16
+        x_0 = x_0 if output_type == "pt" or x_0.dtype != torch.bfloat16 else x_0.float()
+        return self.image_processor.postprocess(x_0, output_type)
+
+
+__all__: Sequence[str] = ["DEQDDIMPipeline", "DEQDDIMPipelineOutput"]

@@ -1,6 +1,6 @@
 # `make help` lists the targets. PYTHON=python3.12 chooses the interpreter of .venv.
 PYTHON ?= python3
-EXTRAS := dev,viz,data,diffusers
+EXTRAS := dev,docs,viz,data,diffusers
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo report test lint format types cuda-check emulate defects clean
+.PHONY: help install demo docs report test lint format types cuda-check emulate defects clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,10 @@ demo: $(INSTALLED)  ## samples and inverts images; pictures in demo-output/
 report: $(INSTALLED)  ## the paper's figures and tables measured anew; report-output/report.html
 	@echo "report: goes to report-output/, and goes on from there when interrupted"
 	@$(BIN)/deq-ddim report --output report-output $(ARGS)
+
+docs: $(INSTALLED)  ## the documentation, warnings as errors; docs/_build/html/index.html
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs: open docs/_build/html/index.html"
 
 test: $(INSTALLED)  ## all tests; ARGS="-k anderson" chooses
 	@$(BIN)/python -m pytest -q $(ARGS)

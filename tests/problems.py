@@ -216,3 +216,18 @@ def cosine(B: int = 5) -> Map:
     """z = cos z from several starts; the fixed point is Dottie's number."""
     start = torch.linspace(-1, 2, B, dtype=f64)[:, None]
     return Map(torch.cos, start, torch.full((B, 1), 0.7390851332151607, dtype=f64))
+
+
+def exact_weight_gradient(z: Tensor, W: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """dL/dW of z = tanh(W z + x) by dense solves: u = (I − SW)⁻ᵀ g, S = diag(1 − z²)."""
+    total = torch.zeros_like(W)
+    identity = torch.eye(len(W), dtype=f64)
+    for z_i, g_i in zip(z.double(), g.double(), strict=True):
+        s = 1 - z_i**2
+        u = torch.linalg.solve((identity - s[:, None] * W.double()).T, g_i)
+        total += torch.outer(s * u, z_i)
+    return total
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())

@@ -131,6 +131,13 @@ def test_check_counts_the_failed_samples_and_says_what_to_change():
     assert run(problems.cosine()).check().converged.all()
 
 
+def test_a_solution_shows_itself_in_one_line():
+    solution = solve(lambda z: z.sqrt() + 0.25, torch.tensor([[-1.0], [4.0]], dtype=f64), gradient=None)
+    assert repr(solution).startswith("Solution(1 CONVERGED, 1 NONFINITE; 1 to ")
+    assert repr(solution).endswith("residual at most inf)")
+    assert repr(solve(torch.cos, torch.ones(0, 2), gradient=None)) == "Solution(no samples)"
+
+
 # Tolerances
 
 

@@ -22,7 +22,7 @@ from pydeqsolve import GMRES, Adjoint, Front, Implicit, Solution, Status, Stop, 
 
 from .chain import EditedChain, LinearChain
 from .ranks import evaluate_shared, sum_shared
-from .remainder import CPU_ROWS, Remainders
+from .remainder import CPU_ROWS, Remainders, reachable
 
 
 def through_chain(
@@ -88,7 +88,7 @@ class ChainAdjoint:
         return m.linear.after(after, k, torch.arange(len(x), device=x.device))
 
     def _sweep(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
-        sums = {i: torch.zeros_like(rest[i]) for i in needed}
+        sums = zeros(rest, needed)
         adjoint, T = g[:, -1], len(self.map.chain)
         for k in range(T - 1, -1, -1):
             with torch.enable_grad():
@@ -121,7 +121,7 @@ class ChainAdjoint:
             return out
 
         goal = self.gradient.stop
-        stop = Stop(0.0, goal.rtol, min(goal.max_steps, T), "rms", 1)
+        stop = Stop(0.0, reachable(goal.rtol, m.network.dtype), min(goal.max_steps, T), "rms", 1)
         guess, image = torch.zeros_like(trajectory[:, 1:]), torch.arange(len(g), device=g.device)
         solved = solve(transposed, guess, (image, base, *conditioning), solver=self.gradient.solver, stop=stop,
                        gradient=None, front=Front(None, latest=True))  # fmt: skip
@@ -158,7 +158,7 @@ class ChainAdjoint:
         self, adjoint: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]
     ) -> dict[int, Tensor]:
         """Σ_k c_k (∂ε(x_k)/∂θ)ᵀ λ_{k+1} for what is needed of `rest`; each rank sums its part of the rows."""
-        sums = {i: torch.zeros_like(rest[i]) for i in needed}
+        sums = zeros(rest, needed)
         (B, T), group = (len(trajectory), len(self.map.chain)), self.map.network.group
         if not needed:
             return sums
@@ -186,6 +186,12 @@ class ChainAdjoint:
             solution.adjoint = Adjoint(status, residual.double(), evaluations)
 
 
+def zeros(rest: Sequence[Tensor], needed: list[int]) -> dict[int, Tensor]:
+    """Where gradients are summed over the steps: float32 at least, because in bfloat16 late terms would vanish."""
+    wide = {i: torch.promote_types(rest[i].dtype, torch.float32) for i in needed}
+    return {i: torch.zeros_like(rest[i], dtype=dtype) for i, dtype in wide.items()}
+
+
 def add(sums: dict[int, Tensor], needed: list[int], products: Sequence[Tensor | None]) -> None:
     """Adds the products that there are to their sums."""
     for i, product in zip(needed, products, strict=True):
@@ -211,7 +217,7 @@ class _ChainFunction(torch.autograd.Function):
         adjoint, sums = ctx.adjoint(grads[0], trajectory, rest, needed)
         like = ctx.like
         grad_x = adjoint.to(like.dtype).reshape(like.shape) if ctx.needs_input_grad[2] else None
-        return None, None, grad_x, *[sums.get(i) for i in range(len(rest))]
+        return None, None, grad_x, *[sums[i].to(x.dtype) if i in sums else None for i, x in enumerate(rest)]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

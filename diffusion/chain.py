@@ -238,7 +238,9 @@ class EditedChain(LinearChain):
     def after(self, x: Tensor, k: int, image: Tensor | None) -> Tensor:
         """The state (B, D) that step k leaves."""
         images = x.reshape(-1, *self.shape)
-        edited = self.edit(images, self.states[k], image if image is not None else torch.arange(len(x)))
+        edited = self.edit(
+            images, self.states[k], image if image is not None else torch.arange(len(x), device=x.device)
+        )
         if not isinstance(edited, Tensor) or edited.shape != images.shape:
             got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
             raise ValueError(f"edit: a tensor of the shape of x, {tuple(images.shape)}, is required, got {got}")

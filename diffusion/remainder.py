@@ -125,3 +125,14 @@ def move(chain: Chain, splitting: Splitting, device: torch.device) -> tuple[Chai
     moved = replace(chain, **tensors)
     offset = None if splitting.offset is None else splitting.offset.to(device)
     return moved, Splitting(splitting.kappa.to(device), offset)
+
+
+def reachable(rtol: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """rtol, no smaller than what a network computing in `dtype` can meet; 0 stays 0.
+
+    Below its rounding the network is a step function: no residual shrinks there, and every step would wait to be exact.
+    """
+    least = torch.finfo(dtype).eps
+    if isinstance(rtol, Tensor):
+        return torch.where(rtol > 0, rtol.clamp_min(least), rtol)
+    return max(rtol, least) if rtol > 0 else rtol

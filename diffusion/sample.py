@@ -16,7 +16,7 @@ from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
 from .edit import Edit
 from .phantom import through_phantom
 from .ranks import check_alike, check_group
-from .remainder import PREDICTIONS, Model, Network, Remainders, move
+from .remainder import PREDICTIONS, Model, Network, Remainders, move, reachable
 
 SOLVER = Anderson(memory=2, coupling="causal")
 STOP = Stop(rtol=1e-4)
@@ -81,9 +81,10 @@ def sample(
         prediction: "epsilon", "v" or "sample".
         splitting: "v", "epsilon", "gaussian" (with `mean` and `variance`, the data's, of the shape of an image), or κ.
         solver: of the fixed point; Anderson(2, coupling="causal").
-        stop: rtol is about the relative error of x_0 (default 1e-4); atol, if given, bounds the change of ε instead,
-            root mean square per step. max_steps caps the rounds of a level (by default the number of steps, which
-            always suffices).
+        stop: rtol is about the relative error of x_0 (default 1e-4), taken no smaller than the machine epsilon of the
+            model's dtype unless 0, which asks for every step to be exact; atol, if given, bounds the change of ε
+            instead, root mean square per step. max_steps caps the rounds of a level (by default the number of steps,
+            which always suffices).
         window: time steps evaluated at once, at most; None is all.
         generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead. noises: the noises (B, steps, …).
         group: torch.distributed process group whose ranks share the model rows of every round; every rank passes the
@@ -136,7 +137,7 @@ def sample(
                 coarse = run.levels(levels)
                 trajectory, solution, rounds, evaluations = run.parallel(
                     solver or SOLVER,
-                    _block_stop(stop or replace(STOP, max_steps=len(chain))),
+                    _block_stop(stop or replace(STOP, max_steps=len(chain)), run.map.network.dtype),
                     window,
                     coarse,
                     bar,
@@ -154,9 +155,9 @@ def sample(
     return Sample(images[:, -1], images, solution, rounds, evaluations)
 
 
-def _block_stop(stop: Stop) -> Stop:
-    """The per-step tolerance, in units of ε, that belongs to the user's."""
-    atol = stop.atol + UNITS_PER_RTOL * stop.rtol
+def _block_stop(stop: Stop, dtype: torch.dtype) -> Stop:
+    """The per-step tolerance, in units of ε, that belongs to the user's and that a network of this dtype can meet."""
+    atol = stop.atol + UNITS_PER_RTOL * reachable(stop.rtol, dtype)
     return Stop(0.0, atol, stop.max_steps, stop.norm, stop.check_every)
 
 
@@ -321,7 +322,9 @@ class Sampler:
         if N is None:
             trajectory, _, rounds, rows = self.sequential(_Silent())
         else:
-            trajectory, _, rounds, rows = self._solve(N, SOLVER, _block_stop(stop), None, _Silent(), None)
+            trajectory, _, rounds, rows = self._solve(
+                N, SOLVER, _block_stop(stop, self.map.network.dtype), None, _Silent(), None
+            )
         return trajectory[:, -1], rounds, rows
 
     def differentiable_sequential(self, x_T: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -335,7 +338,7 @@ class Sampler:
         """x_0 (B, D) of the fixed point from the guess N, with an implicit or phantom gradient; N, rounds, rows."""
         with torch.no_grad():
             trajectory, solution, rounds, rows = self._solve(
-                N, solver or SOLVER, _block_stop(stop), None, _Silent(), None
+                N, solver or SOLVER, _block_stop(stop, self.map.network.dtype), None, _Silent(), None
             )
         T = len(self.map.chain)
         if isinstance(gradient, Implicit):

@@ -1,0 +1,97 @@
+"""Networks in bfloat16 and float16: the chain around them is float64, so only their own rounding is left."""
+
+import pytest
+import torch
+from mixture import latents
+from torch import nn
+
+from diffusion import Schedule, load_checkpoint, sample
+from pydeqsolve import Anderson, Implicit, Stop
+
+SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def relative(x, y):
+    x, y = x.double(), y.double()
+    return ((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max().item()
+
+
+class Gaussian(nn.Module):
+    """ε of data N(0, 0.25 I), times a parameter that is 1, rounded to the dtype of its weights."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, dtype=dtype))
+        self.seen = set()
+
+    def forward(self, x, t):
+        self.seen.add(x.dtype)
+        alpha = SCHEDULE.alphas_cumprod[t][:, None]
+        factor = (1 - alpha).sqrt() / (0.25 * alpha + 1 - alpha)
+        return (factor * x.double()).to(x.dtype) * self.weight
+
+
+def exact(x_T, chain):
+    """x_0 of the Gaussian's chain in exact arithmetic."""
+    for k in range(len(chain)):
+        alpha = chain.alphas[k]
+        x_T = (chain.a[k] + chain.c[k] * (1 - alpha).sqrt() / (0.25 * alpha + 1 - alpha)) * x_T
+    return x_T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("method", "most"), [("sequential", 2), ("parallel", 10)])
+def test_sums_over_a_thousand_steps_lose_nothing_to_a_low_precision_network(dtype, method, most):
+    # In parallel ε is settled to 5 of its roundings, and these images are half its size.
+    chain, x, model = SCHEDULE.chain(1000), latents(3, 4), Gaussian(dtype)
+    got = sample(model, x, chain, method=method, levels=())
+    assert model.seen == {dtype}
+    assert relative(got.x_0, exact(x, chain)) < most * torch.finfo(dtype).eps
+    low = x.to(dtype)
+    for k in range(len(chain)):  # what such sums would come to in the network's own dtype
+        low = chain.a[k].to(dtype) * low + chain.c[k].to(dtype) * model(low, chain.timesteps[k].expand(3))
+    assert relative(low, exact(x, chain)) > 40 * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("steps", [50, 100])
+def test_parallel_and_sequential_agree_to_the_precision_of_the_network_in_few_rounds(dtype, steps):
+    checkpoint = load_checkpoint("digits")
+    model, chain = checkpoint.model.to(dtype), checkpoint.schedule.chain(steps)
+    x = latents(4, *checkpoint.shape).float()
+    oracle = sample(model, x, chain, method="sequential").x_0
+    got = sample(model, x, chain)  # asks for 1e-4, which no such network has
+    assert relative(got.x_0, oracle) < 5 * torch.finfo(dtype).eps
+    assert got.rounds < 25
+    assert got.solution.converged.all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES)
+def test_latents_in_low_precision_are_only_read_and_written_so(dtype):
+    checkpoint = load_checkpoint("digits")
+    chain = checkpoint.schedule.chain(30)
+    x = latents(2, *checkpoint.shape).to(dtype)
+    got = sample(checkpoint.model, x, chain)
+    assert got.x_0.dtype == got.trajectory.dtype == dtype
+    assert torch.equal(got.x_0, sample(checkpoint.model, x.double(), chain).x_0.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "gradient", [Implicit(), Implicit(solver=Anderson(2, coupling="causal"))], ids=["sweep", "at once"]
+)
+def test_gradients_are_summed_over_the_steps_in_more_than_the_dtype_of_the_network(dtype, gradient):
+    chain, x = SCHEDULE.chain(300), latents(3, 4).requires_grad_()
+    gradients = {}
+    for kind in (torch.float64, dtype):
+        model = Gaussian(kind)
+        out = sample(model, x, chain, gradient=gradient, stop=Stop(rtol=1e-6, max_steps=1000), levels=())
+        gradients[kind] = torch.autograd.grad((out.x_0 * x.detach()).sum(), [x, model.weight])
+    assert gradients[dtype][1].dtype == dtype
+    for low, full in zip(gradients[dtype], gradients[torch.float64], strict=True):
+        assert (low - full).norm() <= 2 * torch.finfo(dtype).eps * full.norm()
+    assert (out.solution.adjoint.evaluations <= 10 * len(chain)).all()

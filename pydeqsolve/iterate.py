@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,9 +50,24 @@ def call(problem: Problem, z: Any, inputs: Sequence[Tensor], wanted: Tensor | No
     return problem.fn(z, *inputs, **({} if wanted is None else {"wanted": wanted}))
 
 
-@torch.compiler.disable
+def iterate(problem: Problem, z0: Tensor, **options: Any) -> Solution:
+    """`loop`, kept out of torch.compile's sight: how often it runs depends on the data.
+
+    Telling the compiler so imports it, which takes as long as importing torch; where nothing is compiled, nothing is
+    told.
+    """
+    if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+        return _out_of_sight()(problem, z0, **options)
+    return loop(problem, z0, **options)
+
+
+@functools.cache
+def _out_of_sight() -> Callable[..., Solution]:
+    return torch.compiler.disable(loop)
+
+
 @torch.no_grad()
-def iterate(
+def loop(
     problem: Problem,
     z0: Tensor,
     *,

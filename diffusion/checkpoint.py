@@ -186,7 +186,14 @@ def _build(path: Path, config: dict[str, Any]) -> tuple[nn.Module, Schedule, str
     try:
         with torch.random.fork_rng(devices=[]):  # drawing weights only to replace them must not move the caller's seed
             model = ARCHITECTURES[name](**architecture["arguments"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+    ) as error:  # sizes beyond all memory
         raise ValueError(f"{path}: arguments of {name}: {error}") from error
     try:
         schedule = Schedule.from_config(config.get("schedule", {}))

@@ -83,5 +83,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # else a power cut may leave the new name with an empty file
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # a write that fails does not say of which file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ small systems and mixes the next iterate. Both work on n samples at hand, which 
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -29,11 +30,26 @@ def _load() -> tuple[ModuleType | None, str]:
 
 _native: Any
 _native, _why_not = _load()
+_warned = False
 _handles = "_native_ring"
 
 
+def _warn_once() -> None:
+    """Says, once in a process, that an installation lacks the native module: solves are right without, but slower."""
+    global _warned
+    if _native is None and _why_not and not _warned:
+        _warned = True
+        warnings.warn(
+            f"pydeqsolve solves without its native module, by a slower reference in PyTorch ({_why_not}); install it "
+            "where there is a C++17 compiler, see pydeqsolve.build_info()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def start(ring: Ring) -> None:
-    """Prepares `ring` for the native step when this device, size and build allow it."""
+    """Prepares `ring` for the native step when device, size and build allow it; warns once where there is none."""
+    _warn_once()
     _, M, T, D = ring.R.shape
     backend = None
     if _native is not None and M <= _native.MAX_SLOTS:

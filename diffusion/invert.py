@@ -13,7 +13,7 @@ from pydeqsolve import Anderson, Implicit, Phantom, Solution, Status, Stop, solv
 
 from .chain import Chain, LinearChain, Splitting
 from .remainder import Model, Remainders
-from .sample import Sampler, check_arguments, progress_bar
+from .sampler import Sampler, check_arguments, progress_bar
 
 METHODS = ("ddim", "naive", "deq", "exact")
 EXACT_SOLVER = Anderson(memory=10, coupling="joint")

@@ -73,7 +73,8 @@ class Remainders:
 
     Attributes:
         evaluations: (B,) model rows spent on each image so far.
-        linear: from N to x_0 … x_T; position k of `inputs_of` gives the state at which N_k is evaluated.
+        linear: from N to x_0 … x_T.
+        scale: (T, 1), the unit of N in what `solve` sees, which is scale·N; None is 1.
     """
 
     network: Network
@@ -81,11 +82,14 @@ class Remainders:
     splitting: Splitting
     linear: LinearChain
     shift: int = 0  # N_k is read off state k + shift: 0 for sampling, 1 for inversion, where it is the step's own end
+    scale: Tensor | None = None
 
     def __call__(
         self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor, wanted: Tensor | None = None
     ) -> Tensor:
         """N' (n, T, D) where `wanted` (n, T), N elsewhere. image (n,) numbers the images; base (n, T+1, D)."""
+        if self.scale is not None:
+            N = N / self.scale
         x = self.linear.trajectory(base, N, image)[:, self.shift : self.shift + N.shape[1]]
         if wanted is None:
             wanted = torch.ones(N.shape[:2], dtype=torch.bool, device=N.device)
@@ -94,7 +98,7 @@ class Remainders:
         rows = x[i, k]
         out = N.clone()
         out[i, k] = self.remainder(rows, k, [c[i] for c in conditioning])
-        return out
+        return out if self.scale is None else out * self.scale
 
     def __post_init__(self) -> None:
         self.evaluations = torch.zeros(0, dtype=torch.int64)

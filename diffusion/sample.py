@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
+from pydeqsolve import Implicit, Phantom, Solution, Stop
 
 from .adjoint import check_gradient, through_chain
-from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
+from .chain import Chain, Splitting
+from .cost import cheapest, timed
 from .edit import Edit
+from .passes import Passes, nodes, possible
 from .phantom import through_phantom
-from .ranks import check_alike, check_group
-from .remainder import PREDICTIONS, Model, Network, Remainders, move, reachable
+from .remainder import Model, reachable
+from .sampler import SOLVER, Sampler, progress_bar
 
-SOLVER = Anderson(memory=2, coupling="causal")
 STOP = Stop(rtol=1e-4)
-# A block within this many times rtol, in units of ε (root mean square 1), leaves an error of about rtol in x_0.
-UNITS_PER_RTOL = 5.0
-MARGIN = 0.5
+METHODS = ("sequential", "parallel", "auto")
+LONG = 250  # steps from which nodes are the default: there they save most of the rows and cost few rounds more
 
 
 @dataclass(eq=False)
@@ -60,7 +61,7 @@ def sample(
     *,
     inputs: Sequence[Tensor] = (),
     gradient: Implicit | Phantom | None = None,
-    levels: Sequence[int] | None = None,
+    levels: Sequence[int] | str | None = None,
     mean: Tensor | None = None,
     variance: Tensor | None = None,
     rows_per_call: int | None = None,
@@ -72,7 +73,9 @@ def sample(
 
     x_{k+1} = a_k x_k + c_k ε(x_k, t_k) + σ_k n_k (Song et al. 2021, Eq. 12), either one step after the other
     ("sequential") or as the fixed point of all steps together ("parallel"; Pokle et al. 2022, Eq. 10, split linearly).
-    Both give the same images, to the tolerance of `stop`.
+    Both give the same images, to the tolerance of `stop`. "auto" takes whichever should be faster here: it times a few
+    model calls, once per model, batch size and device, and counts rounds and rows (`diffusion.cost`). So what it does
+    depends on the machine; fix `method` and `levels` for the same computation everywhere.
 
     Args:
         model: model(x, t, *inputs), x (N, …), t (N,) int64 → same shape as x; `prediction` says of what.
@@ -81,10 +84,11 @@ def sample(
         prediction: "epsilon", "v" or "sample".
         splitting: "v", "epsilon", "gaussian" (with `mean` and `variance`, the data's, of the shape of an image), or κ.
         solver: of the fixed point; Anderson(2, coupling="causal").
-        stop: rtol is about the relative error of x_0 (default 1e-4), taken no smaller than the machine epsilon of the
-            model's dtype unless 0, which asks for every step to be exact; atol, if given, bounds the change of ε
-            instead, root mean square per step. max_steps caps the rounds of a level (by default the number of steps,
-            which always suffices).
+        stop: rtol is a tenth of the relative error of x_0 that is asked for (default 1e-4: within 1e-3 of sequential
+            sampling, met by all but a few in a thousand images), taken no smaller than the machine epsilon of the
+            model's dtype unless 0, which asks for every step to be exact. atol, if given, is added, in units of ε,
+            root mean square per step. max_steps caps the rounds of a level (by default the number of steps, which
+            always suffices).
         window: time steps evaluated at once, at most; None is all.
         generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead. noises: the noises (B, steps, …).
         group: torch.distributed process group whose ranks share the model rows of every round; every rank passes the
@@ -93,7 +97,9 @@ def sample(
         gradient: None; Implicit() for the exact gradient with respect to x_T, inputs and parameters, by one
             sweep back over the steps; Implicit(solver=Anderson(2, coupling="causal")) for the same with all steps at
             once, to its `stop`; Phantom(steps, damping) for the approximate one. See `diffusion.adjoint`.
-        levels: step counts of coarser chains solved first, coarsest first; None chooses, () is none.
+        levels: step counts of coarser chains solved first, coarsest first; () is none. "nodes": the nonlinear work on
+            a few time steps and every step evaluated once, which saves most of the rows (`diffusion.passes`; it needs
+            eta = 0, no edit and no window). None is "nodes" for chains of 250 steps and more that allow it, else ().
         rows_per_call: rows per model call; None is 256 on a CPU, all on a GPU. Calls of one round count once.
         callback: callback(round, trajectory, residual) after each round; a true return stops the solve.
         edit: edit(x, k, image) → x, what becomes of the states x (n, …), float64, that k of the T steps leave,
@@ -111,40 +117,28 @@ def sample(
     The states are float64 whatever the model's dtype: in float32 a frozen step leaves an error which the rest inherits.
     """
     run = Sampler.of(
-        model,
-        x_T,
-        chain,
-        prediction,
-        splitting,
-        generator,
-        group,
-        inputs,
-        mean,
-        variance,
-        rows_per_call,
-        edit,
-        noises,
+        model, x_T, chain, prediction, splitting, generator, group, inputs, mean, variance, rows_per_call, edit, noises
     )
     if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
         raise TypeError(f"gradient: None, Implicit() or Phantom() is required, got {type(gradient).__name__}")
     check_gradient(gradient, edit)
+    goal = stop or replace(STOP, max_steps=len(chain))
+    goal = replace(goal, rtol=reachable(goal.rtol, run.map.network.dtype))
     bar = progress_bar(progress, "sampling", "round")
     try:
         with torch.no_grad():
-            if method == "sequential":
+            way, counts = _way(run, method, goal, window, levels)
+            if way == "sequential":
                 trajectory, solution, rounds, evaluations = run.sequential(bar)
-            elif method == "parallel":
-                coarse = run.levels(levels)
-                trajectory, solution, rounds, evaluations = run.parallel(
-                    solver or SOLVER,
-                    _block_stop(stop or replace(STOP, max_steps=len(chain)), run.map.network.dtype),
-                    window,
-                    coarse,
-                    bar,
-                    callback,
-                )
+            elif way == "nodes":
+                passes = Passes(run, solver or SOLVER, goal, bar, callback)
+                noted = method == "auto" and group is None
+                solve = partial(timed, run, len(chain), len(passes.at), passes.solve) if noted else passes.solve
+                trajectory, solution, rounds, evaluations = solve()
             else:
-                raise ValueError(f'method: "sequential" or "parallel" is required, got {method!r}')
+                trajectory, solution, rounds, evaluations = run.parallel(
+                    solver or SOLVER, goal, window, counts, bar, callback
+                )
     finally:
         bar.close()
     if isinstance(gradient, Implicit):
@@ -155,246 +149,23 @@ def sample(
     return Sample(images[:, -1], images, solution, rounds, evaluations)
 
 
-def _block_stop(stop: Stop, dtype: torch.dtype) -> Stop:
-    """The per-step tolerance, in units of ε, that belongs to the user's and that a network of this dtype can meet."""
-    atol = stop.atol + UNITS_PER_RTOL * reachable(stop.rtol, dtype)
-    return Stop(0.0, atol, stop.max_steps, stop.norm, stop.check_every)
-
-
-class _Silent:
-    """Stands in for a progress bar."""
-
-    def update(self, n: int = 1) -> None: ...
-    def close(self) -> None: ...
-
-
-def progress_bar(progress: bool, what: str, unit: str) -> Any:
-    """A tqdm bar on standard error that is quiet when that is no terminal, or nothing at all."""
-    if not progress:
-        return _Silent()
-    from tqdm import tqdm
-
-    return tqdm(desc=what, unit=unit, disable=None, leave=False)
-
-
-def _forward(
-    network: Network, chain: Chain, split: Splitting, edit: Edit | None, states: Sequence[int]
-) -> tuple[Remainders, Tensor | None]:
-    """The map of the chain read from noise to image, and its drift c_k b_k (1, T, D) or None."""
-    a, c = chain.a[:, None], chain.c[:, None]
-    drift = None if split.offset is None else (c * split.offset)[None]
-    A = a + c * split.kappa
-    linear = LinearChain(A, c) if edit is None else EditedChain(A, c, edit, network.shape, states)
-    return Remainders(network, chain, split, linear), drift
-
-
-def _scaled_noise(chain: Chain, x_T: Tensor, noises: Tensor | None, generator: Any) -> Tensor | None:
-    """σ_k n_k (B, T, D) float64, given or drawn; None for eta = 0."""
-    shape = (len(x_T), len(chain), *x_T.shape[1:])
-    if noises is not None and (chain.eta == 0 or noises.shape != shape):
-        raise ValueError(f"noises: {shape} and eta > 0 are required, got {tuple(noises.shape)} and {chain.eta}")
-    if chain.eta == 0:
-        return None
-    if noises is None:
-        device = generator.device if generator is not None else x_T.device
-        noises = torch.randn(shape, dtype=torch.float64, generator=generator, device=device)
-    return chain.sigma[:, None] * noises.detach().to(x_T.device, torch.float64).flatten(2)
-
-
-@dataclass(eq=False)
-class Sampler:
-    """The problem of one call of `sample` or `invert`, its arguments checked and moved to float64."""
-
-    map: Remainders
-    x_T: Tensor  # (B, D) float64, detached
-    conditioning: list[Tensor]
-    drift: Tensor | None  # (B or 1, T, D): c_k b_k + σ_k n_k
-
-    @staticmethod
-    def of(
-        model: Model, x_T: Tensor, chain: Chain, prediction: str, splitting: Any, generator: Any, group: Any,
-        inputs: Sequence[Tensor], mean: Tensor | None, variance: Tensor | None, rows: int | None,
-        edit: Edit | None = None, noises: Tensor | None = None,
-    ) -> Sampler:  # fmt: skip
-        check_arguments(model, x_T, "x_T", chain, prediction, inputs)
-        split = Splitting.of(splitting, chain, *(None if s is None else s.flatten() for s in (mean, variance)))
-        D = x_T[0].numel() if len(x_T) else x_T.shape[1:].numel()
-        if split.kappa.shape[1] not in (1, D):
-            raise ValueError(f"splitting: κ must be (steps, 1) or (steps, {D}), got {tuple(split.kappa.shape)}")
-        chain, split = move(chain, split, x_T.device)
-        flat = x_T.detach().double().flatten(1)
-        network = Network(model, prediction, x_T.shape[1:], model_dtype(model, x_T.dtype), rows, group)
-        forward, drift = _forward(network, chain, split, edit, range(1, len(chain) + 1))
-        noise = _scaled_noise(chain, x_T, noises, generator)
-        drift = drift if noise is None else noise if drift is None else drift + noise
-        conditioning = [c.detach() for c in inputs]
-        if group is not None:
-            check_group(group)
-            check_alike(group, "x_T", flat, "draw them from a generator seeded alike")
-            if drift is not None:
-                check_alike(group, "noises", drift, "pass a generator seeded alike")
-            for i, c in enumerate(conditioning):
-                check_alike(group, f"inputs[{i}]", c, "every rank holds the whole batch")
-        return Sampler(forward, flat, conditioning, drift)
-
-    @property
-    def noise(self) -> Tensor | None:
-        """σ_k n_k (B, T, D), None for eta = 0."""
-        chain, split = self.map.chain, self.map.splitting
-        if chain.eta == 0 or self.drift is None:
-            return None
-        return self.drift if split.offset is None else self.drift - chain.c[:, None] * split.offset
-
-    def sequential(self, bar: Any) -> tuple[Tensor, None, int, Tensor]:
-        """The reference: T model calls, each on B rows."""
-        m, x = self.map, self.x_T
-        chain = m.chain
-        a, c, noise = chain.a, chain.c, self.noise
-        states, image = [x], torch.arange(len(x), device=x.device)
-        for k in range(len(chain)):
-            eps = m.epsilon(x, torch.full((len(x),), k, device=x.device), self.conditioning)
-            x = a[k] * x + c[k] * eps
-            if noise is not None:
-                x = x + noise[:, k]
-            if isinstance(m.linear, EditedChain):
-                x = m.linear.after(x, k, image)
-            states.append(x)
-            bar.update()
-        return torch.stack(states, 1), None, len(chain), torch.full((len(x),), len(chain))
-
-    def parallel(
-        self, solver: Any, stop: Stop, window: int | None, levels: Sequence[int], bar: Any, callback: Any
-    ) -> tuple[Tensor, Solution, int, Tensor]:
-        """The fixed point, from the guess that coarser levels give, or N = 0."""
-        (B, D), T = self.x_T.shape, len(self.map.chain)
-        guess = torch.zeros(B, T, D, dtype=torch.float64, device=self.x_T.device)
-        evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
-        rounds = 0
-        for count in levels:
-            coarse, at = self._coarse(count)
-            _, solution, more, rows = coarse._solve(guess[:, at], solver, stop, None, bar, None)
-            guess = interpolation(at.cpu(), T).to(guess.device) @ solution.z
-            rounds, evaluations = rounds + more, evaluations + rows
-        trajectory, solution, more, rows = self._solve(guess, solver, stop, window, bar, callback)
-        return trajectory, solution, rounds + more, evaluations + rows
-
-    def _coarse(self, steps: int) -> tuple[Sampler, Tensor]:
-        """This problem on `steps` of the time steps, and their positions."""
-        m = self.map
-        chain, at = m.chain.coarsen(steps)
-        offset = None if m.splitting.offset is None else m.splitting.offset[at]
-        edit = m.linear.edit if isinstance(m.linear, EditedChain) else None
-        states = [*at[1:].tolist(), len(m.chain)]
-        forward, drift = _forward(m.network, chain, Splitting(m.splitting.kappa[at], offset), edit, states)
-        return Sampler(forward, self.x_T, self.conditioning, drift), at
-
-    def _solve(
-        self, guess: Tensor, solver: Any, stop: Stop, window: int | None, bar: Any, callback: Any
-    ) -> tuple[Tensor, Solution, int, Tensor]:
-        m, B = self.map, len(self.x_T)
-        m.evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
-        base = m.linear.base(self.x_T, self.drift).expand(B, -1, -1)
-        image, before = torch.arange(B, device=base.device), m.network.calls
-
-        def report(step: int, N: Tensor, residual: Tensor) -> Any:
-            bar.update()
-            if callback is not None:
-                return callback(step, m.linear.trajectory(base, N, image).unflatten(2, m.network.shape), residual)
-            return False
-
-        quiet = callback is None and isinstance(bar, _Silent)
-        solution = solve(
-            m, guess, (image, base, *self.conditioning), solver=solver, stop=stop,
-            gradient=None, front=Front(window, MARGIN, latest=True), callback=None if quiet else report,
-        )  # fmt: skip
-        return m.linear.trajectory(base, solution.z, image), solution, m.network.calls - before, m.evaluations
-
-    def at(self, x_T: Tensor) -> Sampler:
-        """The same problem for other latents (B, D)."""
-        return Sampler(self.map, x_T, self.conditioning, self.drift)
-
-    def pick(self, images: Tensor) -> Sampler:
-        """The same problem for some of the images, by position (k,)."""
-        return Sampler(self.map, self.x_T[images], [c[images] for c in self.conditioning], self.drift)
-
-    def check(self, N: Tensor | None, stop: Stop) -> tuple[Tensor, int, Tensor]:
-        """x_0 (B, D) to a tight tolerance, from a guess of the remainders; rounds and rows (B,)."""
-        if N is None:
-            trajectory, _, rounds, rows = self.sequential(_Silent())
-        else:
-            trajectory, _, rounds, rows = self._solve(
-                N, SOLVER, _block_stop(stop, self.map.network.dtype), None, _Silent(), None
-            )
-        return trajectory[:, -1], rounds, rows
-
-    def differentiable_sequential(self, x_T: Tensor) -> tuple[Tensor, int, Tensor]:
-        """x_0 (B, D) with the graph of the whole chain, rounds and rows (B,)."""
-        trajectory, _, rounds, rows = self.at(x_T).sequential(_Silent())
-        return trajectory[:, -1], rounds, rows
-
-    def differentiable_parallel(
-        self, x_T: Tensor, N: Tensor, gradient: Implicit | Phantom, stop: Stop, solver: Any
-    ) -> tuple[Tensor, Tensor, int, Tensor]:
-        """x_0 (B, D) of the fixed point from the guess N, with an implicit or phantom gradient; N, rounds, rows."""
-        with torch.no_grad():
-            trajectory, solution, rounds, rows = self._solve(
-                N, solver or SOLVER, _block_stop(stop, self.map.network.dtype), None, _Silent(), None
-            )
-        T = len(self.map.chain)
-        if isinstance(gradient, Implicit):
-            trajectory = through_chain(self.map, trajectory, x_T, self.conditioning, self.noise, gradient, solution)
-            rows, rounds = rows + T, rounds + T  # the backward sweep
-            rows[:1] += 1  # and the row that shows what the model depends on
-        else:
-            trajectory = through_phantom(self.map, trajectory, x_T, self.conditioning, self.drift, gradient)
-            applications = gradient.steps if gradient.steps > 1 else 0  # one step reads no model
-            rows, rounds = rows + applications * T, rounds + applications
-        return trajectory[:, -1], solution.z, rounds, rows
-
-    def levels(self, levels: Sequence[int] | None) -> Sequence[int]:
-        """The coarser step counts to use; fresh noise belongs to its own chain, so eta > 0 has none."""
-        T = len(self.map.chain)
-        if levels is None:
-            return (T // 10,) if T >= 500 and self.map.chain.eta == 0 else ()
-        counts = tuple(levels)
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
-            raise TypeError(f"levels: integers are required, got {levels!r}")
-        if any(not 2 <= n < T for n in counts) or list(counts) != sorted(set(counts)):
-            raise ValueError(f"levels: increasing step counts from 2 to {T - 1} are required, got {counts}")
-        if counts and self.map.chain.eta > 0:
-            raise ValueError("levels: only for eta = 0, because a coarser chain has noises of its own")
-        return counts
-
-
-def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
-    """Raises for what neither sampling nor inversion can use."""
-    if not callable(model):
-        raise TypeError(f"model: a callable model(x, t, *inputs) is required, got {type(model).__name__}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: a tensor (B, …) is required, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: a floating-point tensor is required, got {x.dtype}")
-    if x.dim() < 2 or x.shape[1:].numel() == 0:
-        raise ValueError(f"{name}: shape (B, …) with at least one entry per image is required, got {tuple(x.shape)}")
-    shape = getattr(model, "shape", None)
-    if isinstance(model, nn.Module) and isinstance(shape, tuple) and tuple(x.shape[1:]) != shape:
-        raise ValueError(f"{name}: images of shape {shape}, the model's, are required, got {tuple(x.shape[1:])}")
-    if not isinstance(chain, Chain):
-        raise TypeError(f"chain: a Chain from Schedule.chain is required, got {type(chain).__name__}")
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
-    if isinstance(inputs, Tensor):
-        raise TypeError("inputs: a tuple of tensors is required, got a tensor: write inputs=(labels,)")
-    for i, c in enumerate(inputs):
-        if not isinstance(c, Tensor) or c.dim() == 0 or len(c) != len(x):
-            got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
-            raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
-
-
-def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:
-    """The dtype of a module's floating-point parameters, else that of the images."""
-    if isinstance(model, nn.Module):
-        for p in model.parameters():
-            if p.is_floating_point():
-                return p.dtype
-    return default
+def _way(
+    run: Sampler, method: str, stop: Stop, window: int | None, levels: Sequence[int] | str | None
+) -> tuple[str, Sequence[int]]:
+    """How to sample: "sequential", "together" or on "nodes"; and the step counts of coarser chains."""
+    if method not in METHODS:
+        raise ValueError(f"method: one of {', '.join(METHODS)} is required, got {method!r}")
+    if isinstance(levels, str) and levels != "nodes":
+        raise ValueError(f'levels: step counts, "nodes" or None is required, got {levels!r}')
+    able = possible(run, stop, window)
+    if levels == "nodes" and not able:
+        raise ValueError('levels: "nodes" needs eta = 0, no edit, no window, rtol > 0 and a chain of at least 60 steps')
+    if method == "sequential":
+        return method, ()
+    if isinstance(levels, str):
+        return levels, ()
+    if levels is not None:
+        return "together", run.levels(levels)
+    if method == "auto" and run.map.network.group is None and len(run.x_T):
+        return cheapest(run, len(nodes(len(run.map.chain))) if able else None), ()
+    return ("nodes" if able and len(run.map.chain) >= LONG else "together"), ()

@@ -70,6 +70,24 @@ def test_every_prediction_type_samples_the_same_images(prediction, schedule):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "quadratic"])
+def test_at_the_default_tolerance_states_and_images_are_within_one_in_a_thousand(spacing, eta, window):
+    x = latents(3, 6)
+    for schedule in (SCHEDULE, Schedule.cosine(200), Schedule.scaled_linear(500, 0.00085, 0.012)):
+        chain = schedule.chain(20, spacing, eta)
+        for prediction in ("epsilon", "v", "sample"):
+            model = Mixture(schedule, means(), prediction=prediction)
+            got, expected = (
+                sample(model, x, chain, prediction, m, window=window, generator=torch.Generator().manual_seed(3))
+                for m in ("parallel", "sequential")
+            )
+            assert relative(got.x_0, expected.x_0) <= 1e-3
+            assert relative(got.trajectory, expected.trajectory) <= 1e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("window", [1, 3, 10, 40])
 def test_a_window_bounds_the_rows_of_a_round_and_changes_no_result(window):
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(40), latents(2, 6)

@@ -15,7 +15,8 @@ from ..chain import Chain, LinearChain
 from ..checkpoint import Checkpoint
 from ..commands import options_of
 from ..remainder import Network
-from ..sample import model_dtype, sample
+from ..sample import sample
+from ..sampler import model_dtype
 from .ledger import Ledger, Measurement
 from .subject import Subject
 

@@ -1,0 +1,112 @@
+"""Rounds, model rows, error and time of the ways of sampling, on a shipped model against its own sequential sampling.
+
+Run: OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling_rounds.py --model digits --steps 100 1000 --noises 20
+An image at a time (--batch): rounds and rows are then that image's own. Time is the median over the noises, the ways
+taken in turn for every noise; `network` is the part of it spent inside the model. `met` is the share of images within
+--error of sequential sampling; what is asked for is rtol = error / 10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion import Sample, load_checkpoint, sample
+from pydeqsolve import Stop
+
+WAYS: dict[str, dict[str, Any]] = {
+    "sequential": {"method": "sequential"},
+    "together, v": {"levels": ()},
+    "together, gaussian": {"levels": (), "splitting": "gaussian"},
+    "nodes, v": {"levels": "nodes"},
+    "nodes, gaussian": {"levels": "nodes", "splitting": "gaussian"},
+    "auto, gaussian": {"method": "auto", "splitting": "gaussian"},
+}
+
+
+class Timed(nn.Module):
+    """A model that adds up the time spent in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.seconds = model, 0.0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        start = time.perf_counter()
+        out: Tensor = self.model(x, t)
+        self.seconds += time.perf_counter() - start
+        return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="digits", help="digits, fashion or a folder")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--noises", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--error", type=float, default=1e-3, help="relative error of x_0 asked for")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    checkpoint = load_checkpoint(args.model)
+    model = Timed(checkpoint.model)
+    print(f"{args.model} {checkpoint.shape}, {args.noises} noises in batches of {args.batch}, {args.threads} threads, "
+          f"asked for {args.error:g}; torch {torch.__version__}, {platform.machine()}")  # fmt: skip
+    print(f"{'T':>5} {'way':20} {'rounds':>10} {'rows/T':>6} {'error: median':>14} {'99 %':>8} {'largest':>8} "
+          f"{'met':>6} {'ms':>8} {'network':>8} {'speed':>6}")  # fmt: skip
+    for steps in args.steps:
+        chain = checkpoint.schedule.chain(steps)
+        generator = torch.Generator().manual_seed(args.seed)
+        latents = torch.randn(args.noises, *checkpoint.shape, generator=generator).split(args.batch)
+
+        def run(way: str, x: Tensor, chain: Any = chain) -> Sample:
+            options = {"method": "parallel", "stop": Stop(rtol=args.error / 10, max_steps=len(chain)), **WAYS[way]}
+            return sample(model, x, chain, checkpoint.prediction, mean=checkpoint.mean, variance=checkpoint.variance,
+                          **options)  # fmt: skip
+
+        table(steps, args, model, run, latents)
+
+
+def table(steps: int, args: Any, model: Timed, run: Callable[[str, Tensor], Sample], latents: Any) -> None:
+    """Print one line per way."""
+    ways = ["sequential", *[way for way in args.ways if way != "sequential"]]
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    network: dict[str, list[float]] = {way: [] for way in ways}
+    results: dict[str, list[Sample]] = {way: [] for way in ways}
+    for way in ways:
+        run(way, latents[0])
+    for x in latents:
+        for way in ways:
+            model.seconds, start = 0.0, time.perf_counter()
+            results[way].append(run(way, x))
+            seconds[way].append(time.perf_counter() - start)
+            network[way].append(model.seconds)
+    expected = torch.cat([out.x_0 for out in results["sequential"]]).double().flatten(1)
+    base = median(seconds["sequential"])
+    for way in ways:
+        found = torch.cat([out.x_0 for out in results[way]]).double().flatten(1)
+        error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        rounds = torch.tensor([float(out.rounds) for out in results[way]])
+        rows = torch.cat([out.evaluations for out in results[way]]).double() / steps
+        counts = f"{rounds.median():4.0f} ≤{rounds.max():4.0f} {rows.mean():6.2f}"
+        errors = f"{error.median():14.1e} {error.quantile(0.99):8.1e} {error.max():8.1e}"
+        met = (error <= args.error).double().mean()
+        times = f"{median(seconds[way]) * 1e3:8.1f} {median(network[way]) * 1e3:8.1f}"
+        print(f"{steps:5} {way:20} {counts} {errors} {met:6.1%} {times} {base / median(seconds[way]):6.2f}", flush=True)
+
+
+def median(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).median())
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,125 @@
+"""What a way of sampling will cost on this device with this model: two measured times, and counts that were measured.
+
+A call on B rows, the sequential step, is timed, and a call on many; between them time is taken as linear in the rows.
+The times are kept for as long as the model lives. Choosing costs a few calls once per model, batch size, image shape,
+dtype, device and number of threads, and nothing afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .remainder import CPU_ROWS
+
+if TYPE_CHECKING:
+    from .sampler import Sampler
+
+# Rows of each round, as shares of T, of the shipped models with all steps at once; and on the nodes, as shares of n.
+TOGETHER = (1.0, 1.0, 0.97, 0.7, 0.42, 0.3, 0.2, 0.12, 0.05, 0.02)
+ON_NODES = (1.0, 0.95, 0.85, 0.65, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 1.0, 0.7, 0.4, 0.2)
+PER_ROUND, PER_ENTRY = 4e-4, 1.2e-8  # seconds of the solver itself on a CPU: per round, and per entry of the state
+MARGIN = 0.9  # parallel must promise to take at most so much of the sequential time
+MANY = 64  # rows of the larger call
+
+
+@dataclass
+class Timing:
+    """Seconds of a call on `few` rows and on `many`, and what sampling on nodes took of late, by T."""
+
+    few: int
+    seconds_few: float
+    many: int
+    seconds_many: float
+    seen: dict[int, float]  # T → seconds of the last run on nodes over those foretold
+
+    def call(self, rows: float) -> float:
+        """Seconds of one round with so many rows."""
+        if self.many <= self.few or rows <= self.few:
+            return self.seconds_few * max(1.0, rows / self.few)
+        slope = max(0.0, self.seconds_many - self.seconds_few) / (self.many - self.few)
+        return self.seconds_few + slope * (rows - self.few)
+
+    def sequential(self, T: int) -> float:
+        """Seconds of T steps on B = few rows each."""
+        return T * self.seconds_few
+
+    def rounds(self, shares: tuple[float, ...], steps: int, width: int) -> float:
+        """Seconds of rounds on those shares of `steps` time steps, D = width."""
+        rows = self.few * steps
+        return sum(self.call(max(self.few, share * rows)) + PER_ROUND + PER_ENTRY * rows * width for share in shares)
+
+    def on_nodes(self, T: int, n: int, width: int) -> float:
+        """Seconds of one pass over all steps and what goes on at n nodes."""
+        foretold = self.rounds((1.0,), T, width) + self.rounds(ON_NODES, n, width)
+        return foretold * self.seen.get(T, 1.0)
+
+
+_kept: weakref.WeakKeyDictionary[Any, dict[Any, Timing]] = weakref.WeakKeyDictionary()
+
+
+def timing(run: Sampler) -> Timing:
+    """The times of this model on this batch, measured if they are not known."""
+    network, x = run.map.network, run.x_T
+    most = network.rows or (CPU_ROWS if x.device.type == "cpu" else MANY * len(x))
+    key = (tuple(x.shape), network.dtype, str(x.device), torch.get_num_threads(), most)
+    try:
+        kept = _kept.setdefault(network.model, {})
+    except TypeError:  # a callable that cannot be referred to weakly, or has no hash
+        kept = {}
+    if key not in kept:
+        kept[key] = _measure(run, most)
+    return kept[key]
+
+
+def _measure(run: Sampler, most: int) -> Timing:
+    B = len(run.x_T)
+    many = max(B, min(most, max(MANY, B)))
+    few = min(_seconds(run, B) for _ in range(3))
+    return Timing(B, few, many, few if many == B else min(_seconds(run, many) for _ in range(2)), {})
+
+
+def _seconds(run: Sampler, rows: int) -> float:
+    """Seconds of one call on so many rows, spread over the images and the time steps."""
+    x, T = run.x_T, len(run.map.chain)
+    i = torch.arange(rows, device=x.device) % len(x)
+    k = torch.linspace(0, T - 1, rows, device=x.device).long()
+    states, inputs = x[i], [c[i] for c in run.conditioning]
+
+    def call() -> None:
+        run.map.remainder(states, k, inputs)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def timed(run: Sampler, steps: int, n: int, solve: Callable[[], Any]) -> Any:
+    """solve(), a run on nodes, its time noted for the next choice at the same T."""
+    known, width = timing(run), run.x_T.shape[1]
+    start = time.perf_counter()
+    out = solve()
+    if run.x_T.device.type == "cuda":
+        torch.cuda.synchronize(run.x_T.device)
+    known.seen.pop(steps, None)
+    known.seen[steps] = (time.perf_counter() - start) / known.on_nodes(steps, n, width)
+    return out
+
+
+def cheapest(run: Sampler, n: int | None) -> str:
+    """ "sequential", "together" or "nodes", by the time foretold; n is the number of nodes, None without."""
+    known, T, width = timing(run), len(run.map.chain), run.x_T.shape[1]
+    costs = {
+        "sequential": known.sequential(T) * MARGIN,
+        "together": known.rounds(TOGETHER, T, width),
+        "nodes": math.inf if n is None else known.on_nodes(T, n, width),
+    }
+    return min(costs, key=lambda name: costs[name])

@@ -1,0 +1,285 @@
+"""The problem of one call: arguments checked, chain and latents in float64, solved in sequence or all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
+
+from .adjoint import through_chain
+from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
+from .edit import Edit
+from .phantom import through_phantom
+from .ranks import check_alike, check_group
+from .remainder import PREDICTIONS, Model, Network, Remainders, move, reachable
+
+SOLVER = Anderson(memory=2, coupling="causal")
+# A step within this many times rtol, in units of σ ε, leaves an error of a few rtol in x_0.
+UNITS_PER_RTOL = 5.0
+MARGIN = 0.5
+SMALLEST_SCALE = 1e-3
+
+
+def block_stop(stop: Stop, scale: Tensor, units: float = UNITS_PER_RTOL) -> Stop:
+    """The tolerance per step, of σ ε, that belongs to the user's: units·rtol + σ atol. scale (T, 1) is σ."""
+    atol = units * stop.rtol
+    if isinstance(stop.atol, Tensor) or stop.atol:
+        own = torch.as_tensor(stop.atol, dtype=torch.float64, device=scale.device)
+        common = torch.as_tensor(atol, dtype=torch.float64, device=scale.device)
+        atol = common.reshape(-1, 1) + own.reshape(-1, 1) * scale[:, 0]
+    return replace(stop, rtol=0.0, atol=atol)
+
+
+class Silent:
+    """Stands in for a progress bar."""
+
+    def update(self, n: int = 1) -> None: ...
+    def close(self) -> None: ...
+
+
+def progress_bar(progress: bool, what: str, unit: str) -> Any:
+    """A tqdm bar on standard error that is quiet when that is no terminal, or nothing at all."""
+    if not progress:
+        return Silent()
+    from tqdm import tqdm
+
+    return tqdm(desc=what, unit=unit, disable=None, leave=False)
+
+
+def _forward(
+    network: Network, chain: Chain, split: Splitting, edit: Edit | None, states: Sequence[int]
+) -> tuple[Remainders, Tensor | None]:
+    """The map of the chain read from noise to image, and its drift c_k b_k (1, T, D) or None."""
+    a, c = chain.a[:, None], chain.c[:, None]
+    drift = None if split.offset is None else (c * split.offset)[None]
+    A = a + c * split.kappa
+    linear = LinearChain(A, c) if edit is None else EditedChain(A, c, edit, network.shape, states)
+    return Remainders(network, chain, split, linear, scale=scale_of(chain)), drift
+
+
+def scale_of(chain: Chain) -> Tensor:
+    """σ_k = √(1−ᾱ_k) (T, 1), never quite 0: the unit of the remainders in a solve.
+
+    An error δ of x_k changes ε there by about δ/σ_k, and x_0 by δ. So equal tolerances of σ ε, not of ε, ask for the
+    same accuracy of x_0 at every step; of ε they would make the steps next to the image wait for digits nobody sees.
+    """
+    return (1 - chain.alphas).sqrt().clamp_min(SMALLEST_SCALE)[:, None]
+
+
+def _scaled_noise(chain: Chain, x_T: Tensor, noises: Tensor | None, generator: Any) -> Tensor | None:
+    """σ_k n_k (B, T, D) float64, given or drawn; None for eta = 0."""
+    shape = (len(x_T), len(chain), *x_T.shape[1:])
+    if noises is not None and (chain.eta == 0 or noises.shape != shape):
+        raise ValueError(f"noises: {shape} and eta > 0 are required, got {tuple(noises.shape)} and {chain.eta}")
+    if chain.eta == 0:
+        return None
+    if noises is None:
+        device = generator.device if generator is not None else x_T.device
+        noises = torch.randn(shape, dtype=torch.float64, generator=generator, device=device)
+    return chain.sigma[:, None] * noises.detach().to(x_T.device, torch.float64).flatten(2)
+
+
+@dataclass(eq=False)
+class Sampler:
+    """The problem of one call of `sample` or `invert`, its arguments checked and moved to float64."""
+
+    map: Remainders
+    x_T: Tensor  # (B, D) float64, detached
+    conditioning: list[Tensor]
+    drift: Tensor | None  # (B or 1, T, D): c_k b_k + σ_k n_k
+
+    @staticmethod
+    def of(
+        model: Model, x_T: Tensor, chain: Chain, prediction: str, splitting: Any, generator: Any, group: Any,
+        inputs: Sequence[Tensor], mean: Tensor | None, variance: Tensor | None, rows: int | None,
+        edit: Edit | None = None, noises: Tensor | None = None,
+    ) -> Sampler:  # fmt: skip
+        check_arguments(model, x_T, "x_T", chain, prediction, inputs)
+        split = Splitting.of(splitting, chain, *(None if s is None else s.flatten() for s in (mean, variance)))
+        D = x_T[0].numel() if len(x_T) else x_T.shape[1:].numel()
+        if split.kappa.shape[1] not in (1, D):
+            raise ValueError(f"splitting: κ must be (steps, 1) or (steps, {D}), got {tuple(split.kappa.shape)}")
+        chain, split = move(chain, split, x_T.device)
+        flat = x_T.detach().double().flatten(1)
+        network = Network(model, prediction, x_T.shape[1:], model_dtype(model, x_T.dtype), rows, group)
+        forward, drift = _forward(network, chain, split, edit, range(1, len(chain) + 1))
+        noise = _scaled_noise(chain, x_T, noises, generator)
+        drift = drift if noise is None else noise if drift is None else drift + noise
+        conditioning = [c.detach() for c in inputs]
+        if group is not None:
+            check_group(group)
+            check_alike(group, "x_T", flat, "draw them from a generator seeded alike")
+            if drift is not None:
+                check_alike(group, "noises", drift, "pass a generator seeded alike")
+            for i, c in enumerate(conditioning):
+                check_alike(group, f"inputs[{i}]", c, "every rank holds the whole batch")
+        return Sampler(forward, flat, conditioning, drift)
+
+    @property
+    def noise(self) -> Tensor | None:
+        """σ_k n_k (B, T, D), None for eta = 0."""
+        chain, split = self.map.chain, self.map.splitting
+        if chain.eta == 0 or self.drift is None:
+            return None
+        return self.drift if split.offset is None else self.drift - chain.c[:, None] * split.offset
+
+    def sequential(self, bar: Any) -> tuple[Tensor, None, int, Tensor]:
+        """The reference: T model calls, each on B rows."""
+        m, x = self.map, self.x_T
+        chain = m.chain
+        a, c, noise = chain.a, chain.c, self.noise
+        states, image = [x], torch.arange(len(x), device=x.device)
+        for k in range(len(chain)):
+            eps = m.epsilon(x, torch.full((len(x),), k, device=x.device), self.conditioning)
+            x = a[k] * x + c[k] * eps
+            if noise is not None:
+                x = x + noise[:, k]
+            if isinstance(m.linear, EditedChain):
+                x = m.linear.after(x, k, image)
+            states.append(x)
+            bar.update()
+        return torch.stack(states, 1), None, len(chain), torch.full((len(x),), len(chain))
+
+    def parallel(
+        self, solver: Any, stop: Stop, window: int | None, levels: Sequence[int], bar: Any, callback: Any
+    ) -> tuple[Tensor, Solution, int, Tensor]:
+        """The fixed point, from the guess that coarser levels give, or N = 0."""
+        (B, D), T = self.x_T.shape, len(self.map.chain)
+        guess = torch.zeros(B, T, D, dtype=torch.float64, device=self.x_T.device)
+        evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
+        rounds = 0
+        for count in levels:
+            coarse, at = self._coarse(count)
+            _, solution, more, rows = coarse.solve(guess[:, at], solver, stop, None, bar, None)
+            guess = interpolation(at.cpu(), T).to(guess.device) @ solution.z
+            rounds, evaluations = rounds + more, evaluations + rows
+        trajectory, solution, more, rows = self.solve(guess, solver, stop, window, bar, callback)
+        return trajectory, solution, rounds + more, evaluations + rows
+
+    def _coarse(self, steps: int) -> tuple[Sampler, Tensor]:
+        """This problem on `steps` of the time steps, and their positions."""
+        m = self.map
+        chain, at = m.chain.coarsen(steps)
+        offset = None if m.splitting.offset is None else m.splitting.offset[at]
+        edit = m.linear.edit if isinstance(m.linear, EditedChain) else None
+        states = [*at[1:].tolist(), len(m.chain)]
+        forward, drift = _forward(m.network, chain, Splitting(m.splitting.kappa[at], offset), edit, states)
+        return Sampler(forward, self.x_T, self.conditioning, drift), at
+
+    def solve(
+        self, guess: Tensor, solver: Any, stop: Stop, window: int | None, bar: Any, callback: Any
+    ) -> tuple[Tensor, Solution, int, Tensor]:
+        """The fixed point of all steps together, from a guess of N (B, T, D): trajectory, solution, rounds, rows."""
+        m, B = self.map, len(self.x_T)
+        m.evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
+        base = self.base()
+        image, before, scale = torch.arange(B, device=base.device), m.network.calls, scale_of(m.chain)
+        stop = block_stop(replace(stop, rtol=reachable(stop.rtol, m.network.dtype)), scale)
+
+        def report(step: int, y: Tensor, residual: Tensor) -> Any:
+            bar.update()
+            if callback is None:
+                return False
+            return callback(step, m.linear.trajectory(base, y / scale, image).unflatten(2, m.network.shape), residual)
+
+        quiet = callback is None and isinstance(bar, Silent)
+        solution = solve(
+            m, guess * scale, (image, base, *self.conditioning), solver=solver, stop=stop,
+            gradient=None, front=Front(window, MARGIN, latest=True), callback=None if quiet else report,
+        )  # fmt: skip
+        solution.z = solution.z / scale
+        return m.linear.trajectory(base, solution.z, image), solution, m.network.calls - before, m.evaluations
+
+    def base(self) -> Tensor:
+        """What the chain's states are made of besides N (B, T+1, D)."""
+        return self.map.linear.base(self.x_T, self.drift).expand(len(self.x_T), -1, -1)
+
+    def at(self, x_T: Tensor) -> Sampler:
+        """The same problem for other latents (B, D)."""
+        return Sampler(self.map, x_T, self.conditioning, self.drift)
+
+    def pick(self, images: Tensor) -> Sampler:
+        """The same problem for some of the images, by position (k,)."""
+        drift = self.drift if self.drift is None or len(self.drift) == 1 else self.drift[images]
+        return Sampler(self.map, self.x_T[images], [c[images] for c in self.conditioning], drift)
+
+    def check(self, N: Tensor | None, stop: Stop) -> tuple[Tensor, int, Tensor]:
+        """x_0 (B, D) to a tight tolerance, from a guess of the remainders; rounds and rows (B,)."""
+        if N is None:
+            trajectory, _, rounds, rows = self.sequential(Silent())
+        else:
+            trajectory, _, rounds, rows = self.solve(N, SOLVER, stop, None, Silent(), None)
+        return trajectory[:, -1], rounds, rows
+
+    def differentiable_sequential(self, x_T: Tensor) -> tuple[Tensor, int, Tensor]:
+        """x_0 (B, D) with the graph of the whole chain, rounds and rows (B,)."""
+        trajectory, _, rounds, rows = self.at(x_T).sequential(Silent())
+        return trajectory[:, -1], rounds, rows
+
+    def differentiable_parallel(
+        self, x_T: Tensor, N: Tensor, gradient: Implicit | Phantom, stop: Stop, solver: Any
+    ) -> tuple[Tensor, Tensor, int, Tensor]:
+        """x_0 (B, D) of the fixed point from the guess N, with an implicit or phantom gradient; N, rounds, rows."""
+        with torch.no_grad():
+            trajectory, solution, rounds, rows = self.solve(N, solver or SOLVER, stop, None, Silent(), None)
+        T = len(self.map.chain)
+        if isinstance(gradient, Implicit):
+            trajectory = through_chain(self.map, trajectory, x_T, self.conditioning, self.noise, gradient, solution)
+            rows, rounds = rows + T, rounds + T  # the backward sweep
+            rows[:1] += 1  # and the row that shows what the model depends on
+        else:
+            trajectory = through_phantom(self.map, trajectory, x_T, self.conditioning, self.drift, gradient)
+            applications = gradient.steps if gradient.steps > 1 else 0  # one step reads no model
+            rows, rounds = rows + applications * T, rounds + applications
+        return trajectory[:, -1], solution.z, rounds, rows
+
+    def levels(self, levels: Sequence[int]) -> Sequence[int]:
+        """The coarser step counts, checked; fresh noise belongs to its own chain, so eta > 0 has none."""
+        T = len(self.map.chain)
+        counts = tuple(levels)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+            raise TypeError(f"levels: integers are required, got {levels!r}")
+        if any(not 2 <= n < T for n in counts) or list(counts) != sorted(set(counts)):
+            raise ValueError(f"levels: increasing step counts from 2 to {T - 1} are required, got {counts}")
+        if counts and self.map.chain.eta > 0:
+            raise ValueError("levels: only for eta = 0, because a coarser chain has noises of its own")
+        return counts
+
+
+def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
+    """Raises for what neither sampling nor inversion can use."""
+    if not callable(model):
+        raise TypeError(f"model: a callable model(x, t, *inputs) is required, got {type(model).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: a tensor (B, …) is required, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: a floating-point tensor is required, got {x.dtype}")
+    if x.dim() < 2 or x.shape[1:].numel() == 0:
+        raise ValueError(f"{name}: shape (B, …) with at least one entry per image is required, got {tuple(x.shape)}")
+    shape = getattr(model, "shape", None)
+    if isinstance(model, nn.Module) and isinstance(shape, tuple) and tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name}: images of shape {shape}, the model's, are required, got {tuple(x.shape[1:])}")
+    if not isinstance(chain, Chain):
+        raise TypeError(f"chain: a Chain from Schedule.chain is required, got {type(chain).__name__}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
+    if isinstance(inputs, Tensor):
+        raise TypeError("inputs: a tuple of tensors is required, got a tensor: write inputs=(labels,)")
+    for i, c in enumerate(inputs):
+        if not isinstance(c, Tensor) or c.dim() == 0 or len(c) != len(x):
+            got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
+            raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
+
+
+def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's floating-point parameters, else that of the images."""
+    if isinstance(model, nn.Module):
+        for p in model.parameters():
+            if p.is_floating_point():
+                return p.dtype
+    return default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import sys
@@ -14,6 +15,18 @@ from typing import Any
 def say(line: str) -> None:
     """Print a line on standard error; standard output is for results."""
     print(line, file=sys.stderr, flush=True)
+
+
+def require(module: str, purpose: str, extra: str) -> None:
+    """Nothing, if a module that an extra installs can be imported.
+
+    Raises:
+        ImportError: it cannot; says what it is for and how to get it.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{purpose}: pip install 'pydeqsolve[{extra}]'") from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .chain import Chain
 from .files import replacing
+from .output import require
 
 DPI = 100
 CURVES_DPI = 160  # lines and letters stay sharp where a page shows them larger
@@ -27,15 +28,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart 
 
 
 def require_matplotlib() -> None:
-    """Nothing, if pictures can be drawn.
-
-    Raises:
-        ImportError: matplotlib is not installed; says how to get it.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError("matplotlib draws the pictures: pip install 'pydeqsolve[viz]', or --no-pictures") from error
+    """Nothing, if pictures can be drawn; else ImportError."""
+    require(
+        "matplotlib.figure", "matplotlib draws the pictures (--no-pictures does without, where it is an option)", "viz"
+    )
 
 
 class Sheet:

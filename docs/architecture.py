@@ -12,8 +12,8 @@ from xml.sax.saxutils import escape
 import networkx
 
 PROGRAM = {
-    "__main__", "cli", "commands", "demo", "doctor", "inversion", "summary", "output", "record", "machine", "timing",
-    "pictures", "reproduction", "frechet", "fit", "training", "data",
+    "__main__", "cli", "options", "commands", "demo", "doctor", "inversion", "summary", "output", "record", "machine",
+    "timing", "pictures", "reproduction", "frechet", "fit", "training", "data",
 }  # fmt: skip
 APART = {"testing"}
 PITCH, ROW, HIGH, MARGIN, BAND = 128, 54, 28, 22, 46

@@ -1,8 +1,10 @@
 """The program deq-ddim as the tests run it, in this process or as one of its own, and pictures for it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,25 @@ def program(*argv, **options):
         [sys.executable, *map(str, argv)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         **options,
     )  # fmt: skip
+
+
+def signal_when(process, condition, number):
+    """Send a signal to a program once a condition holds; the lines of its standard error."""
+    end = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    return err.splitlines()
+
+
+def kill_when(condition, *argv):
+    """Run the program and kill it, with no chance to save, once a condition holds."""
+    process = program("-m", "diffusion", *argv)
+    signal_when(process, condition, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
 
 
 def write_pictures(folder, count=5):

@@ -2,11 +2,10 @@
 
 import json
 import signal
-import time
 
 import pytest
 import torch
-from program import program, run, write_pictures
+from program import program, run, signal_when, write_pictures
 from safetensors.torch import load_file
 
 from diffusion.unet import UNet
@@ -20,18 +19,6 @@ INTERRUPTIBLE = (
 )
 
 
-def interrupt_when(process, condition):
-    """Send Ctrl-C to a process once a condition holds; its standard error."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    return err.splitlines()
-
-
 def assert_same_tensors(first, second):
     first, second = load_file(first), load_file(second)
     assert first.keys() == second.keys()
@@ -43,7 +30,7 @@ def test_an_interrupted_inversion_goes_on_to_the_same_result(tmp_path, capsys):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     argv = [*DESCENT, "--epochs", "150", "--threads", "1"]
     process = program("-c", INTERRUPTIBLE, *argv, "--output", cut)
-    err = interrupt_when(process, (cut / "inversion.safetensors").exists)
+    err = signal_when(process, (cut / "inversion.safetensors").exists, signal.SIGINT)
     assert process.returncode == 130
     assert len(err) == 1
     assert err[0].startswith("deq-ddim: interrupted after 0 of 3 images and ")
@@ -142,7 +129,7 @@ def test_an_interrupted_training_goes_on_to_the_same_result(tmp_path, capsys):
     ]  # fmt: skip
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     process = program("-c", INTERRUPTIBLE, *argv, "--threads", "1", "--output", cut)
-    err = interrupt_when(process, (cut / "training" / "state.safetensors").exists)
+    err = signal_when(process, (cut / "training" / "state.safetensors").exists, signal.SIGINT)
     assert process.returncode == 130
     assert len(err) == 1
     assert err[0].startswith("deq-ddim: interrupted after ")

@@ -1,15 +1,13 @@
 """The report: what it measures, that an interrupt loses no measurement, and what it writes."""
 
 import json
-import signal
-import time
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import program, run
+from program import kill_when, run
 
 from diffusion import load_checkpoint, sample
 from diffusion.checkpoint import SHIPPED
@@ -118,15 +116,7 @@ def test_other_settings_leave_what_was_measured_in_place(report, capsys):
 
 def test_a_report_killed_on_the_way_goes_on_from_there(tmp_path, capsys):
     argv = [*SMALL[:-1], 40, "--output", tmp_path]
-    process = program("-m", "diffusion", *argv)
-    end = time.monotonic() + 90
-    while not list(tmp_path.glob("measurements/*naive*/inversion.safetensors")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    kill_when(lambda: list(tmp_path.glob("measurements/*naive*/inversion.safetensors")), *argv)
     kept = {file: file.read_bytes() for file in (tmp_path / "measurements").glob("*.safetensors")}
     assert kept
     code, _, err = run(*argv[:-1], tmp_path, capsys=capsys)

@@ -1,8 +1,6 @@
 """The program under bad weather: full disks, kills, and files that are not what they say they are."""
 
 import json
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from program import program, run, write_pictures
+from program import kill_when, program, run, write_pictures
 from safetensors.torch import load_file, save_file
 
 from diffusion import Schedule, load_checkpoint, save_checkpoint
@@ -65,26 +63,13 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(argv, limit, tmp_path):
             json.loads(file.read_text())
 
 
-def killed_once(argv, written):
-    """Run the program, kill it as soon as it has written something, and say how often that was before its end."""
-    process = program("-m", "diffusion", *argv)
-    end = time.monotonic() + 90
-    while not written():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-
-
 def test_a_training_that_is_killed_goes_on_to_the_same_result(tmp_path, capsys):
     argv = [
         "fit", "--data", write_pictures(tmp_path / "pictures"), "--shape", 1, 8, 8, "--steps", 60, "--batch", 2,
         "--save-every", 3, "--threads", 1,
     ]  # fmt: skip
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    killed_once([*argv, "--output", cut], (cut / "training" / "state.safetensors").exists)
+    kill_when((cut / "training" / "state.safetensors").exists, *argv, "--output", cut)
     for folder in (cut, whole):
         assert run(*argv, "--output", folder, capsys=capsys)[0] == 0
     one, other = load_file(cut / "model.safetensors"), load_file(whole / "model.safetensors")
@@ -98,7 +83,7 @@ def test_an_inversion_that_is_killed_goes_on_to_the_same_result(tmp_path, capsys
         "--no-pictures",
     ]  # fmt: skip
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    killed_once([*argv, "--output", cut], (cut / "inversion.safetensors").exists)
+    kill_when((cut / "inversion.safetensors").exists, *argv, "--output", cut)
     for folder in (cut, whole):
         assert run(*argv, "--output", folder, capsys=capsys)[0] == 0
     one, other = load_file(cut / "inversion.safetensors"), load_file(whole / "inversion.safetensors")

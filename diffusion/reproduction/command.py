@@ -17,10 +17,10 @@ from .. import pictures
 from ..doctor import environment
 from ..files import write_json, write_text
 from ..machine import device_of
-from ..output import finite, writable
+from ..output import finite, require, writable
 from .figures import figure1, figure2
 from .ledger import Ledger
-from .page import render, require_jinja
+from .page import render
 from .subject import Subject, subjects
 from .tables import table1, table3
 
@@ -32,7 +32,7 @@ MEASUREMENTS, PAGE, SUMMARY = "measurements", "report.html", "report.json"
 def run_report(args: Namespace) -> dict[str, Any]:
     """Measure what is not measured yet, write pictures, JSON and page, and return the summary."""
     pictures.require_matplotlib()
-    require_jinja()
+    require("jinja2", "Jinja writes the page", "viz")
     device = device_of(args.device)
     with writable(args.output) as folder:
         start = time.perf_counter()

@@ -25,18 +25,6 @@ PAPER_TABLE3 = (
 )
 
 
-def require_jinja() -> None:
-    """Nothing, if the page can be written.
-
-    Raises:
-        ImportError: Jinja is not installed; says how to get it.
-    """
-    try:
-        import jinja2  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Jinja writes the page: pip install 'pydeqsolve[viz]'") from error
-
-
 def render(report: dict[str, Any], folder: Path) -> str:
     """Return the page of a report whose pictures lie in `folder`."""
     from jinja2 import Environment, StrictUndefined

@@ -1,0 +1,199 @@
+"""The options of the command deq-ddim, and what they may be."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+OK, MISUSED = 0, 2  # exit codes
+
+DESCRIPTION = """\
+Samples images from a diffusion model with all time steps of the DDIM chain in parallel, and finds
+the latent that a real image comes from."""
+EPILOG = """\
+examples:
+  deq-ddim demo                                    both shipped models, pictures and a table, in a few minutes
+  deq-ddim sample --model digits --count 16        16 images in parallel over time, into sample-output/
+  deq-ddim invert --model fashion --method exact   latents of the shipped test images, into invert-output/
+  deq-ddim fit --data digits --output my-digits    trains a model; then: deq-ddim sample --model my-digits
+  deq-ddim report                                  the paper's figures and tables, into report-output/report.html
+  deq-ddim classifier --data digits                trains the classifier in whose features the report measures
+  deq-ddim doctor                                  versions, native module, devices, threads, and what to change
+
+An interrupted invert, fit or report goes on when the same command is given again.
+exit codes: 0 done, 1 the work failed, 2 wrong options or input, 130 interrupted (Ctrl-C)"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong option in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"deq-ddim: error: {message} (see {self.prog} --help)\n")
+        raise SystemExit(MISUSED)
+
+
+class Version(argparse.Action):
+    """Prints the version, which is only looked up then: that imports torch."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, help="print the version and exit", **options)
+
+    def __call__(self, *_: object) -> NoReturn:
+        from pydeqsolve import __version__
+
+        print(f"deq-ddim {__version__}")
+        raise SystemExit(OK)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return a reader of integers from `least` to 2^62."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if not least <= value <= 2**62:
+            raise argparse.ArgumentTypeError(f"an integer of at least {least} is required, got {text}")
+        return value
+
+    return integer
+
+
+def positive(text: str) -> float:
+    """Return the positive number that a text says."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a positive number is required, got {text}")
+    return value
+
+
+def step_counts(text: str) -> tuple[int, ...] | None:
+    """Return the levels that a text names: auto, none, or step counts with commas between."""
+    if text in ("auto", "none"):
+        return None if text == "auto" else ()
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"auto, none or step counts with commas between are required, got {text}")
+    return tuple(int(part) for part in text.split(","))
+
+
+def build_parser() -> Parser:
+    """Return the parser of all commands."""
+    layout = argparse.RawTextHelpFormatter
+    parser = Parser(prog="deq-ddim", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
+    parser.add_argument("--version", action=Version)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _add_demo(_command(commands, "demo", "sample and invert with both shipped models, compare, draw"))
+    _add_sample(_command(commands, "sample", "make images, all time steps in parallel or one after the other"))
+    _add_invert(_command(commands, "invert", "find the latents that real images come from"))
+    _add_fit(_command(commands, "fit", "train a model"))
+    _add_report(_command(commands, "report", "measure the paper's figures and tables anew, as one HTML page"))
+    _add_classifier(_command(commands, "classifier", "train the classifier in whose features the report measures"))
+    _command(commands, "doctor", "say what is installed and what to change", writes=False)
+    return parser
+
+
+def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> argparse.ArgumentParser:
+    example = next(line for line in EPILOG.splitlines() if line.startswith(f"  deq-ddim {name}")).split("   ")[0]
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example:{example}"
+    )
+    add = command.add_argument
+    if writes:
+        add("--output", default=f"{name}-output", metavar="FOLDER", help="where files go (default %(default)s)")
+        add("--seed", type=whole(0), default=0, help="of everything random (default 0)")
+    add("--threads", type=whole(1), help="threads that torch uses (default: torch's own; demo measures which is best)")
+    add("--json", action="store_true", help="print the summary as JSON on standard output, all else on standard error")
+    add("--debug", action="store_true", help="show where an error arose")
+    return command
+
+
+def _add_chain(add: Callable[..., Any], steps: int) -> None:
+    add("--model", default="digits", metavar="NAME", help="digits, fashion or a checkpoint's folder (default digits)")
+    add("--steps", type=int, default=steps, help="T, the length of the chain (default %(default)s)")
+    add(
+        "--spacing",
+        default="linspace",
+        metavar="NAME",
+        help="of the time steps: linspace, leading, trailing or quadratic",
+    )
+    add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
+        "(default: gaussian if the checkpoint carries mean and variance of its data, else v)")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    add("--no-pictures", dest="pictures", action="store_false", help="write no PNG files; needs no matplotlib")
+
+
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", default=None, metavar="NAME", help="digits, fashion or a folder (default: digits and fashion)")
+    add("--count", type=whole(1), default=16, help="images to sample (default 16); half as many are inverted")
+    add("--steps", type=whole(1), help="T of sampling (default: digits 1000, others 100)")
+    add("--invert-steps", type=whole(1), default=50, metavar="STEPS", help="T of inversion (default 50)")
+    add("--epochs", type=whole(1), default=12, help="of naive and deq (default 12)")
+    add("--lr", type=positive, default=0.1, help="of naive and deq (default 0.1)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+
+
+def _add_sample(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_chain(add, 100)
+    add("--count", type=whole(1), default=16, help="images (default 16)")
+    add("--method", default="parallel", metavar="NAME", help="parallel or sequential (default parallel)")
+    add("--eta", type=float, default=0.0, help="share of fresh noise: 0 is DDIM, 1 DDPM (default 0)")
+    add("--levels", type=step_counts, metavar="LIST", help="coarser chains solved first: auto, none or, say, 40,200")
+    add("--window", type=whole(1), help="time steps evaluated at once, at most (default: all)")
+    add("--rtol", type=positive, default=1e-4, help="relative error allowed in the images (default 1e-4)")
+    add("--batch", type=whole(1), default=16, help="images at a time (default 16)")
+
+
+def _add_invert(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_chain(add, 50)
+    add("--images", metavar="PATH", help="a picture or a folder of pictures (default: test images of the model)")
+    add("--count", type=whole(1), default=8, help="images, at most (default 8)")
+    add("--resize", action="store_true", help="cut and scale pictures of another size")
+    add("--method", default="exact", metavar="NAME", help="ddim, naive, deq or exact (default exact)")
+    add("--epochs", type=whole(1), help="of naive and deq (default 400)")
+    add("--lr", type=positive, default=0.01, help="learning rate of naive and deq (default 0.01)")
+    add("--gradient", choices=("phantom", "implicit"), default="phantom", help="of deq (default phantom)")
+    add("--batch", type=whole(1), default=8, help="images at a time (default 8)")
+    add("--restart", action="store_true", help="start again, whatever the folder holds")
+
+
+def _add_data(add: Callable[..., Any], holding: str) -> None:
+    add("--data", required=True, metavar="NAME", help=f"digits, fashion, or a folder of {holding}")
+    add("--shape", type=whole(1), nargs=3, default=(1, 28, 28), metavar=("C", "H", "W"),
+        help="what pictures of a folder are cut and scaled to (default 1 28 28)")  # fmt: skip
+
+
+def _add_fit(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_data(add, "PNG or JPEG files")
+    add("--steps", type=whole(1), help="optimiser steps (default: digits and folders 20000, fashion 16000)")
+    add("--lr", type=positive, help="largest learning rate (default 0.0015)")
+    add("--batch", type=whole(1), help="images per step (default 64)")
+    add("--save-every", type=whole(1), help="steps between two saves (default 1000)")
+    add("--restart", action="store_true", help="start again, whatever the folder holds")
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", nargs="+", metavar="NAME", help="digits, fashion or folders (default: digits and fashion)")
+    add("--dataset-folder", metavar="FOLDER", help="real images of one model of your own: FOLDER/train/<class>/…, "
+        "FOLDER/<class>/… or pictures side by side")  # fmt: skip
+    add("--quick", action="store_true", help="few images, short chains: under a minute, to see that all works")
+    add("--steps", type=whole(1), nargs="+", metavar="T", help="chains of Figure 1; the longest also of Table 1")
+    add("--runs", type=whole(1), help="latents of Figure 1 (default 25)")
+    add("--samples", type=whole(2), help="images per row of Table 1 (default: digits 256, others 128)")
+    add("--invert-steps", type=whole(1), nargs="+", metavar="T", help="chains of Table 3")
+    add("--images", type=whole(1), help="real images inverted, at most (default 100)")
+    add("--epochs", type=whole(1), help="of naive and deq (default 30)")
+    add("--lr", type=positive, help="of naive and deq (default 0.1)")
+    add("--batch", type=whole(1), help="images sampled at a time")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+
+
+def _add_classifier(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    _add_data(add, "pictures, classes as subfolders")
+    add("--steps", type=whole(1), help="optimiser steps (default: digits 600, fashion 1200, folders 1000)")

@@ -101,7 +101,8 @@ def sample(
             a few time steps and every step evaluated once, which saves most of the rows (`diffusion.passes`; it needs
             eta = 0, no edit and no window). None is "nodes" for chains of 250 steps and more that allow it, else ().
         rows_per_call: rows per model call; None is 256 on a CPU, all on a GPU. Calls of one round count once.
-        callback: callback(round, trajectory, residual) after each round; a true return stops the solve.
+        callback: callback(round, trajectory, residual) after each round of a parallel solve's finest level; a true
+            return stops it. Of sequential sampling, `edit` sees every state.
         edit: edit(x, k, image) → x, what becomes of the states x (n, …), float64, that k of the T steps leave,
             k = 1 … T, of the images numbered `image` (n,): `Inpaint`, or a function of your own. It must treat images
             alone and answer alike when asked again: every round applies it to all T states in turn, so what calls a
@@ -122,6 +123,8 @@ def sample(
     if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
         raise TypeError(f"gradient: None, Implicit() or Phantom() is required, got {type(gradient).__name__}")
     check_gradient(gradient, edit)
+    if callback is not None and method != "parallel":
+        raise ValueError('callback: of the rounds of method="parallel"; with "sequential" edit= sees every state')
     goal = stop or replace(STOP, max_steps=len(chain))
     goal = replace(goal, rtol=reachable(goal.rtol, run.map.network.dtype))
     bar = progress_bar(progress, "sampling", "round")

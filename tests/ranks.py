@@ -107,6 +107,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one row for many ranks": {"count": 1, "window": 1},
     "window and noise": {"window": 7, "eta": 0.5},
     "levels and small calls": {"steps": 60, "levels": (6, 20), "rows_per_call": 5},
+    "nodes": {"steps": 300},
     "conditioning": {"inputs": (latents(2, 6, seed=5),)},
 }
 

@@ -25,3 +25,13 @@ def test_two_processes_share_the_rows_of_one_image():
     assert len(shares) == 2
     assert int(rows) <= sum(shares) < 1.5 * int(rows)
     assert float(error) < 1e-3
+
+
+def test_latents_are_optimised_until_a_classifier_sees_the_target():
+    printed = output_of(str(EXAMPLES / "optimise_latent.py"), "--iterations", "8", "--steps", "20", "--images", "3")
+    before, after = (
+        [float(p) for p in line.split(",")] for line in re.findall(r"probability of 8: ([\d., ]+) \(", printed)
+    )
+    accuracy = float(re.search(r"classifier: ([\d.]+)%", printed).group(1))
+    assert accuracy > 90
+    assert sum(after) > sum(before) + 1

@@ -5,7 +5,7 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Schedule, Splitting, load_checkpoint, sample
-from pydeqsolve import Anderson, Picard, Stop
+from pydeqsolve import Anderson, Implicit, Picard, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 TIGHT = Stop(rtol=1e-9, max_steps=1000)
@@ -219,6 +219,34 @@ def test_a_callback_sees_every_round_and_may_stop():
 
     sample(model, x, chain, callback=watch)
     assert seen == [(1, (2, 31, 6)), (2, (2, 31, 6)), (3, (2, 31, 6))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_every_hook_and_limit_at_once_changes_no_image(method, capfd):
+    model, chain, x, shift = Mixture(SCHEDULE, means()), SCHEDULE.chain(60), latents(3, 6), latents(3, 6, seed=5)
+    plain = sample(model, x, chain, method=method, inputs=(shift,), stop=TIGHT)
+    largest, states, rounds = [], [], []
+    watched = lambda x, t, c: largest.append(len(x)) or model(x, t, c)  # noqa: E731
+    parallel = method == "parallel"
+    got = sample(
+        watched, x, chain, method=method, inputs=(shift,), stop=TIGHT, progress=True, rows_per_call=5,
+        gradient=Implicit(), edit=lambda x, k, image: states.append(k) or x,
+        **({"window": 9, "levels": (6, 20), "callback": lambda r, *_: rounds.append(r)} if parallel else {}),
+    )  # fmt: skip
+    assert relative(got.trajectory, plain.trajectory) < 1e-7
+    assert max(largest) <= 5
+    assert sum(largest) == int(got.evaluations.sum())
+    assert set(states) == set(range(1, 61))
+    assert rounds == list(range(1, len(rounds) + 1))
+    assert capfd.readouterr().err == ""  # no bar where there is no terminal
+
+
+def test_a_callback_of_rounds_is_refused_where_there_are_none():
+    with pytest.raises(ValueError, match="callback"):
+        sample(
+            Mixture(SCHEDULE, means()), latents(1, 6), SCHEDULE.chain(3), method="sequential", callback=lambda *_: None
+        )
 
 
 def test_an_empty_batch_gives_an_empty_result():

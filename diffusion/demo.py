@@ -16,9 +16,10 @@ from . import pictures
 from .chain import Chain
 from .checkpoint import Checkpoint
 from .commands import load, noise, options_of
+from .descent import EPOCHS
 from .files import write_json
 from .inversion import reconstruct
-from .invert import EPOCHS, METHODS, invert
+from .invert import METHODS, invert
 from .machine import cores, device_of, threads
 from .output import finite, say, writable
 from .sample import Sample, sample

@@ -17,8 +17,9 @@ from .chain import Chain
 from .checkpoint import Checkpoint
 from .commands import load, options_of
 from .data import picture_files, read_picture
+from .descent import EPOCHS, LEARNING_RATES, Epoch
 from .files import fingerprint, write_json
-from .invert import EPOCHS, METHODS, Epoch, Inversion, invert
+from .invert import METHODS, Inversion, invert
 from .machine import device_of
 from .output import finite, say, writable
 from .record import SETTINGS, TENSORS, Record
@@ -85,7 +86,8 @@ def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: t
         "method": args.method, "steps": args.steps, "spacing": args.spacing,
         "splitting": options_of(checkpoint, args.splitting)["splitting"], "batch": args.batch, "device": device.type,
         "epochs": (EPOCHS[args.method] if args.epochs is None else args.epochs) if iterated else None,
-        "lr": args.lr if iterated else None, "seed": args.seed if iterated else None,
+        "lr": (LEARNING_RATES[args.method] if args.lr is None else args.lr) if iterated else None,
+        "seed": args.seed if iterated else None,
         "gradient": args.gradient if args.method == "deq" else None,
     }  # fmt: skip
 

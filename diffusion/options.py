@@ -154,7 +154,7 @@ def _add_invert(command: argparse.ArgumentParser) -> None:
     add("--resize", action="store_true", help="cut and scale pictures of another size")
     add("--method", default="exact", metavar="NAME", help="ddim, naive, deq or exact (default exact)")
     add("--epochs", type=whole(1), help="of naive and deq (default 400)")
-    add("--lr", type=positive, default=0.01, help="learning rate of naive and deq (default 0.01)")
+    add("--lr", type=positive, help="learning rate of naive and deq (default 0.3 and 0.1)")
     add("--gradient", choices=("phantom", "implicit"), default="phantom", help="of deq (default phantom)")
     add("--batch", type=whole(1), default=8, help="images at a time (default 8)")
     add("--restart", action="store_true", help="start again, whatever the folder holds")

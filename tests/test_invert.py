@@ -5,6 +5,7 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Schedule, invert, load_checkpoint, sample
+from diffusion.exact import stiff_steps
 from pydeqsolve import Implicit, Phantom, Status, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -34,12 +35,42 @@ def test_exact_inversion_recovers_the_latent():
     assert (found.x_T - x_T).square().mean().sqrt() <= 1e-3
 
 
-def test_real_digits_come_back_from_their_latents():
+@pytest.mark.parametrize(("steps", "loss"), [(10, 1e-4), (20, 1e-4), (50, 1e-6), (100, 1e-6)])
+def test_real_digits_come_back_from_their_latents_in_36_rounds(steps, loss):
     checkpoint = load_checkpoint("digits")
-    x_0, chain = checkpoint.images[:4], checkpoint.schedule.chain(100)
+    x_0, chain = checkpoint.images[:16], checkpoint.schedule.chain(steps)
     found = invert(checkpoint.model, x_0, chain)
-    assert found.loss.max() <= 1e-6
+    assert found.loss.median() <= loss
+    assert found.rounds - found.check <= 40
+    assert found.evaluations.max() <= 12 * steps
     assert found.x_T.dtype == torch.float32
+    with torch.no_grad():
+        again = sample(checkpoint.model, found.x_T, chain, method="sequential").x_0
+    assert (again - x_0).double().square().flatten(1).sum(1).median() <= loss
+
+
+def test_the_last_steps_of_a_coarse_chain_are_solved_by_themselves():
+    counts = [stiff_steps(SCHEDULE.chain(steps)) for steps in (10, 20, 50, 100, 1000)]
+    assert counts == [2, 2, 2, 2, 1]
+    assert stiff_steps(Schedule.linear(1000, 1e-4, 0.02).chain(10, "trailing")) == 1
+
+
+def test_a_budget_too_small_for_the_stiff_steps_leaves_them_to_the_others():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(10)
+    x_0 = images(model, chain)
+    found = invert(model, x_0, chain, stop=Stop(0.0, 2e-6, max_steps=4))
+    assert found.rounds - found.check == len(found.history) == 4
+    assert found.status.tolist() == [Status.MAX_STEPS] * 4
+    assert found.loss.isfinite().all()
+
+
+def test_a_long_chain_is_checked_in_fewer_rounds_than_it_has_steps():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(300)
+    x_0 = images(model, chain)
+    found = invert(model, x_0, chain)
+    assert found.check < 150
+    again = sample(model, found.x_T, chain, method="sequential").x_0
+    torch.testing.assert_close(found.loss, (again - x_0).square().sum(1), rtol=0.1, atol=1e-10)
 
 
 def test_an_image_that_exact_inversion_misses_is_never_worse_than_one_pass():
@@ -60,6 +91,24 @@ def test_one_pass_inversion_is_rough_and_costs_one_row_a_step():
     assert rough.evaluations.tolist() == [200] * 4  # the pass and the sampling that measures its loss
     assert 1e-9 < rough.loss.median() < 0.1 * x_0.square().sum(1).median()
     assert exact.loss.median() < 1e-3 * rough.loss.median()
+
+
+def test_deq_comes_to_a_tenth_of_the_loss_of_naive_in_as_many_epochs():
+    checkpoint = load_checkpoint("digits")
+    x_0, chain = checkpoint.images[:4], checkpoint.schedule.chain(10)
+    naive, deq = (
+        invert(checkpoint.model, x_0, chain, method, epochs=200, generator=torch.Generator().manual_seed(0)).loss
+        for method in ("naive", "deq")
+    )
+    assert deq.median() <= 0.1 * naive.median()
+
+
+def test_the_solves_of_deq_become_finer_as_the_loss_falls():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(10)
+    x_0 = images(model, chain)
+    found = invert(model, x_0, chain, "deq", epochs=200, generator=torch.Generator().manual_seed(0))
+    assert found.loss.max() <= 2e-7  # solves to a relative 1e-3 stop at 1e-5
+    torch.testing.assert_close(found.loss, found.history.min(0).values, rtol=0.1, atol=1e-12)
 
 
 @pytest.mark.parametrize(

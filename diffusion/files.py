@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -70,7 +71,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     """Return 16 hexadecimal digits that depend on every bit of the tensors, in their order."""
     digest = hashlib.sha256()
     for value in tensors:
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()[:16]
 
 

@@ -80,7 +80,7 @@ class FeatureSpace:
 
     def of(self, images: Tensor) -> Tensor:
         """Return the features (n, F) float64, on the CPU, of images (n, C, H, W)."""
-        device = self.mean.device
+        device = next(self.model.parameters()).device
         with torch.no_grad():
             parts = [self.model.features(x.to(device, torch.float32)) for x in images.split(ROWS)]
         return torch.cat(parts).double().cpu()
@@ -164,7 +164,7 @@ def fit_classifier(
 def _space(model: Classifier, data: Dataset, task: str, steps: int, generator: torch.Generator) -> FeatureSpace:
     """Return the feature space of a trained classifier, its accuracy measured on the held-out images."""
     device = next(model.parameters()).device
-    empty = torch.zeros(0, device=device)
+    empty = torch.zeros(0)
     space = FeatureSpace(model, empty, empty, empty, {})
     images, labels = _turned(data.test, data.test_labels, task, generator)
     batches = zip(images.split(ROWS), labels.split(ROWS), strict=True)

@@ -12,6 +12,7 @@ from program import kill_when, run
 from diffusion import load_checkpoint, sample
 from diffusion.checkpoint import SHIPPED
 from diffusion.cli import main
+from diffusion.files import fingerprint
 from diffusion.reproduction.figures import chain_residual, paper_states
 from diffusion.reproduction.ledger import Ledger, Measurement
 from diffusion.reproduction.page import power, short
@@ -134,6 +135,15 @@ def test_an_interrupt_is_one_line_that_says_where_the_measurements_are(tmp_path,
     assert f"kept in {tmp_path / 'measurements'}: the same command goes on" in err[-1]
 
 
+def test_a_fingerprint_tells_apart_what_differs_in_one_bit_of_any_type():
+    for dtype in (torch.float64, torch.bfloat16, torch.int64, torch.bool):
+        x, y = torch.ones(3, dtype=dtype), torch.ones(3, dtype=dtype)
+        assert fingerprint([x]) == fingerprint([y])
+        y[2] = 0
+        assert fingerprint([x]) != fingerprint([y])
+    assert fingerprint([torch.tensor(1.0)]) == fingerprint([torch.tensor([1.0])])
+
+
 def test_a_cut_measurement_is_made_again(tmp_path):
     ledger, calls = Ledger(tmp_path, {"version": 1}), []
 
@@ -150,24 +160,41 @@ def test_a_cut_measurement_is_made_again(tmp_path):
     assert Ledger(tmp_path, {"version": 2}).once("a", {"T": 1}, measure).facts == {"value": 4}
 
 
-@pytest.mark.parametrize("split", [True, False])
-def test_a_folder_of_real_images_and_a_model_of_ones_own_give_the_same_report(split, tmp_path, capsys):
-    digits = load_checkpoint("digits")
-    folder = tmp_path / "data"
-    for i, image in enumerate(digits.images):
+def write_images(folder, split):
+    """The shipped digits as PNG files: by class and split, or side by side."""
+    for i, image in enumerate(load_checkpoint("digits").images):
         name = "even" if i % 2 else "odd"
         place = folder / ("test" if i < 8 else "train") / name if split else folder
         place.mkdir(parents=True, exist_ok=True)
         pixels = ((image[0] + 1) * 127.5).round().numpy().astype(np.uint8)
         Image.fromarray(pixels).save(place / f"{i:02}.png")
+    return folder
+
+
+def write_diffusers_model(folder):
+    """An untrained network in the layout of diffusers."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["checkpoint, classes", "diffusers, no classes"])
+def test_a_folder_of_real_images_and_a_model_give_the_same_report(own, tmp_path, capsys):
+    folder = write_images(tmp_path / "data", split=own)
+    model = SHIPPED / "digits" if own else write_diffusers_model(tmp_path / "unet")
     argv = [*SMALL, "--quick", "--dataset-folder", folder, "--output", tmp_path / "out", "--json"]
-    argv[2] = SHIPPED / "digits"
+    argv[2] = model
     code, out, _ = run(*argv, capsys=capsys)
-    (model,) = json.loads(out)["models"]
+    (found,) = json.loads(out)["models"]
     assert code == 0
-    assert model["classifier"]["task"] == ("classes" if split else "rotations")
-    assert model["table1"]["rows"][2]["error_max"] < 1e-3
-    assert [row["images"] for row in model["table3"]] == [2, 2, 2]
+    assert found["name"] == model.name
+    assert found["classifier"]["task"] == ("classes" if own else "rotations")
+    assert found["table1"]["rows"][2]["error_max"] < 1e-3
+    assert [row["images"] for row in found["table3"]] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ def _subject(args: Namespace, checkpoint: Checkpoint, ledger: Ledger) -> Subject
         images, space = _shipped_images(checkpoint), load_features(SHIPPED / checkpoint.name)
     else:
         data = class_folder(args.dataset_folder, checkpoint.shape)
-        images, space = data.test, _features(data, plan, args.seed, checkpoint.name, ledger)
-    images = images[: plan.images]
+        images, space = data.test, _features(data, plan, args.seed, checkpoint, ledger)
+    images = images[: plan.images].clone()  # not a view, which would keep the whole set
     identity = {
         "weights": fingerprint(checkpoint.model.state_dict().values()), "images": fingerprint([images]),
         "features": fingerprint([space.mean, *space.model.state_dict().values()]), "seed": args.seed,
@@ -123,11 +123,12 @@ def _shipped_images(checkpoint: Checkpoint) -> Tensor:
     return checkpoint.images.cpu()
 
 
-def _features(data: Dataset, plan: Plan, seed: int, name: str, ledger: Ledger) -> FeatureSpace:
+def _features(data: Dataset, plan: Plan, seed: int, checkpoint: Checkpoint, ledger: Ledger) -> FeatureSpace:
     """Return the features of a classifier trained on these images, once."""
     settings = {"images": fingerprint([data.train, data.train_labels]), "seed": seed, "steps": plan.classifier_steps}
-    folder = ledger.place(f"{name}-classifier", settings)
+    folder = ledger.place(f"{checkpoint.name}-classifier", settings)
     if not (folder / FEATURES_FILE).is_file():
         say(f"training a classifier on the {len(data.train)} images of the folder")
-        save_features(folder, fit_classifier(data, steps=plan.classifier_steps, seed=seed))
+        device = next(checkpoint.model.parameters()).device
+        save_features(folder, fit_classifier(data, steps=plan.classifier_steps, seed=seed, device=device))
     return load_features(folder)

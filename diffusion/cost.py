@@ -1,8 +1,8 @@
 """What a way of sampling will cost on this device with this model: two measured times, and counts that were measured.
 
 A call on B rows, the sequential step, is timed, and a call on many; between them time is taken as linear in the rows.
-The times are kept for as long as the model lives. Choosing costs a few calls once per model, batch size, image shape,
-dtype, device and number of threads, and nothing afterwards.
+Choosing costs a few calls once per model, batch size, image shape, dtype, device and number of threads, and nothing
+afterwards: the times are kept for as long as the model lives, and corrected by what every chosen run then took.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 TOGETHER = (1.0, 1.0, 0.97, 0.7, 0.42, 0.3, 0.2, 0.12, 0.05, 0.02)
 ON_NODES = (1.0, 0.95, 0.85, 0.65, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 1.0, 0.7, 0.4, 0.2)
 PER_ROUND, PER_ENTRY = 4e-4, 1.2e-8  # seconds of the solver itself on a CPU: per round, and per entry of the state
-MARGIN = 0.9  # parallel must promise to take at most so much of the sequential time
+MARGIN = 0.85  # a parallel way must promise to take at most so much of the sequential time
 MANY = 64  # rows of the larger call
 
 
 @dataclass
 class Timing:
-    """Seconds of a call on `few` rows and on `many`, and what sampling on nodes took of late, by T."""
+    """Seconds of a call on `few` rows and on `many`; and by how much runs took longer than foretold, by way and T."""
 
     few: int
     seconds_few: float
     many: int
     seconds_many: float
-    seen: dict[int, float]  # T → seconds of the last run on nodes over those foretold
+    seen: dict[tuple[str, int], float]
 
     def call(self, rows: float) -> float:
         """Seconds of one round with so many rows."""
@@ -46,19 +46,27 @@ class Timing:
         slope = max(0.0, self.seconds_many - self.seconds_few) / (self.many - self.few)
         return self.seconds_few + slope * (rows - self.few)
 
-    def sequential(self, T: int) -> float:
-        """Seconds of T steps on B = few rows each."""
-        return T * self.seconds_few
-
     def rounds(self, shares: tuple[float, ...], steps: int, width: int) -> float:
         """Seconds of rounds on those shares of `steps` time steps, D = width."""
         rows = self.few * steps
         return sum(self.call(max(self.few, share * rows)) + PER_ROUND + PER_ENTRY * rows * width for share in shares)
 
-    def on_nodes(self, T: int, n: int, width: int) -> float:
-        """Seconds of one pass over all steps and what goes on at n nodes."""
-        foretold = self.rounds((1.0,), T, width) + self.rounds(ON_NODES, n, width)
-        return foretold * self.seen.get(T, 1.0)
+    def foretell(self, way: str, T: int, n: int | None, width: int) -> float:
+        """Seconds of T steps on B = few images of D = width: "sequential", "together" or on n "nodes"."""
+        if way == "nodes" and n is None:
+            return math.inf
+        if way == "sequential":
+            seconds = T * self.seconds_few
+        elif way == "together":
+            seconds = self.rounds(TOGETHER, T, width)
+        else:
+            seconds = self.rounds((1.0,), T, width) + self.rounds(ON_NODES, n or 0, width)
+        return seconds * self.seen.get((way, T), 1.0)
+
+    def note(self, way: str, T: int, n: int | None, width: int, seconds: float) -> None:
+        """Takes in what a run took: half the weight to it, half to those before."""
+        ratio = seconds / self.foretell(way, T, n, width)
+        self.seen[way, T] = self.seen.get((way, T), 1.0) * (1 + ratio) / 2
 
 
 _kept: weakref.WeakKeyDictionary[Any, dict[Any, Timing]] = weakref.WeakKeyDictionary()
@@ -81,8 +89,8 @@ def timing(run: Sampler) -> Timing:
 def _measure(run: Sampler, most: int) -> Timing:
     B = len(run.x_T)
     many = max(B, min(most, max(MANY, B)))
-    few = min(_seconds(run, B) for _ in range(3))
-    return Timing(B, few, many, few if many == B else min(_seconds(run, many) for _ in range(2)), {})
+    few = min(_seconds(run, B) for _ in range(4))
+    return Timing(B, few, many, few if many == B else min(_seconds(run, many) for _ in range(3)), {})
 
 
 def _seconds(run: Sampler, rows: int) -> float:
@@ -102,24 +110,19 @@ def _seconds(run: Sampler, rows: int) -> float:
     return time.perf_counter() - start
 
 
-def timed(run: Sampler, steps: int, n: int, solve: Callable[[], Any]) -> Any:
-    """solve(), a run on nodes, its time noted for the next choice at the same T."""
-    known, width = timing(run), run.x_T.shape[1]
+def cheapest(run: Sampler, n: int | None) -> str:
+    """ "sequential", "together" or "nodes", by the time foretold; n is the number of nodes, None without."""
+    known, T, width = timing(run), len(run.map.chain), run.x_T.shape[1]
+    costs = {way: known.foretell(way, T, n, width) for way in ("together", "nodes")}
+    best = min(costs, key=lambda way: costs[way])
+    return best if costs[best] <= MARGIN * known.foretell("sequential", T, n, width) else "sequential"
+
+
+def timed(run: Sampler, way: str, n: int | None, solve: Callable[[], Any]) -> Any:
+    """solve(), its time noted for the next choice."""
     start = time.perf_counter()
     out = solve()
     if run.x_T.device.type == "cuda":
         torch.cuda.synchronize(run.x_T.device)
-    known.seen.pop(steps, None)
-    known.seen[steps] = (time.perf_counter() - start) / known.on_nodes(steps, n, width)
+    timing(run).note(way, len(run.map.chain), n, run.x_T.shape[1], time.perf_counter() - start)
     return out
-
-
-def cheapest(run: Sampler, n: int | None) -> str:
-    """ "sequential", "together" or "nodes", by the time foretold; n is the number of nodes, None without."""
-    known, T, width = timing(run), len(run.map.chain), run.x_T.shape[1]
-    costs = {
-        "sequential": known.sequential(T) * MARGIN,
-        "together": known.rounds(TOGETHER, T, width),
-        "nodes": math.inf if n is None else known.on_nodes(T, n, width),
-    }
-    return min(costs, key=lambda name: costs[name])

@@ -132,16 +132,14 @@ def sample(
         with torch.no_grad():
             way, counts = _way(run, method, goal, window, levels)
             if way == "sequential":
-                trajectory, solution, rounds, evaluations = run.sequential(bar)
+                solve: Callable[[], Any] = partial(run.sequential, bar)
             elif way == "nodes":
-                passes = Passes(run, solver or SOLVER, goal, bar, callback)
-                noted = method == "auto" and group is None
-                solve = partial(timed, run, len(chain), len(passes.at), passes.solve) if noted else passes.solve
-                trajectory, solution, rounds, evaluations = solve()
+                solve = Passes(run, solver or SOLVER, goal, bar, callback).solve
             else:
-                trajectory, solution, rounds, evaluations = run.parallel(
-                    solver or SOLVER, goal, window, counts, bar, callback
-                )
+                solve = partial(run.parallel, solver or SOLVER, goal, window, counts, bar, callback)
+            if method == "auto" and levels is None and group is None and len(x_T):
+                solve = partial(timed, run, way, len(nodes(len(chain))), solve)
+            trajectory, solution, rounds, evaluations = solve()
     finally:
         bar.close()
     if isinstance(gradient, Implicit):

@@ -44,17 +44,27 @@ def test_a_chain_that_has_no_nodes_is_not_sent_there(monkeypatch):
 def test_time_is_linear_between_the_two_measured_calls_and_beyond():
     timing = Timing(few=4, seconds_few=1.0, many=64, seconds_many=4.0, seen={})
     assert [timing.call(rows) for rows in (1, 4, 34, 64, 124)] == [1.0, 1.0, 2.5, 4.0, 7.0]
-    assert timing.sequential(10) == 10.0
+    assert timing.foretell("sequential", 10, None, 6) == 10.0
     assert timing.rounds((1.0,), 16, 0) == pytest.approx(4.0, abs=1e-2)
     assert len(TOGETHER) == pytest.approx(timing.rounds(TOGETHER, 1, 0), rel=1e-2)
 
 
-def test_a_run_that_took_longer_than_foretold_is_foretold_longer_next_time():
+@pytest.mark.parametrize("way", ["sequential", "together", "nodes"])
+def test_a_run_that_took_longer_than_foretold_is_foretold_longer_next_time(way):
     timing = Timing(1, 1.0, 64, 2.0, {})
-    before = timing.on_nodes(100, 20, 6)
-    timing.seen[100] = 1.5
-    assert timing.on_nodes(100, 20, 6) == pytest.approx(1.5 * before)
-    assert timing.on_nodes(200, 20, 6) < timing.seen[100] * timing.on_nodes(200, 20, 6)
+    before, other = (timing.foretell(way, T, 20, 6) for T in (100, 200))
+    for _ in range(20):
+        timing.note(way, 100, 20, 6, 1.5 * before)
+    assert timing.foretell(way, 100, 20, 6) == pytest.approx(1.5 * before, rel=1e-4)
+    assert timing.foretell(way, 200, 20, 6) == other
+
+
+def test_a_way_that_disappoints_is_left(monkeypatch):
+    device(monkeypatch, 1e-2, 1e-9)
+    run = problem(Mixture(SCHEDULE, means()), 50)
+    assert cost.cheapest(run, None) == "together"
+    cost.timing(run).note("together", 50, None, 6, 50.0)
+    assert cost.cheapest(run, None) == "sequential"
 
 
 @torch.no_grad()

@@ -17,15 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import Sample, load_checkpoint, sample
+from diffusion import Sample, Splitting, load_checkpoint, sample
+from diffusion.data import digits, fashion
 from pydeqsolve import Stop
 
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {"method": "sequential"},
     "together, v": {"levels": ()},
     "together, gaussian": {"levels": (), "splitting": "gaussian"},
+    "together, frequencies": {"levels": (), "basis": "frequencies"},
+    "together, covariance": {"levels": (), "basis": "covariance"},
     "nodes, v": {"levels": "nodes"},
     "nodes, gaussian": {"levels": "nodes", "splitting": "gaussian"},
+    "nodes, covariance": {"levels": "nodes", "basis": "covariance"},
     "auto, gaussian": {"method": "auto", "splitting": "gaussian"},
 }
 
@@ -67,8 +71,16 @@ def main() -> None:
         generator = torch.Generator().manual_seed(args.seed)
         latents = torch.randn(args.noises, *checkpoint.shape, generator=generator).split(args.batch)
 
-        def run(way: str, x: Tensor, chain: Any = chain) -> Sample:
+        fitted = {
+            basis: Splitting.fitted(chain, {"digits": digits, "fashion": fashion}[args.model]().train[:20_000], basis)
+            for basis in {WAYS[way].get("basis") for way in args.ways} - {None}
+        }
+
+        def run(way: str, x: Tensor, chain: Any = chain, fitted: Any = fitted) -> Sample:
             options = {"method": "parallel", "stop": Stop(rtol=args.error / 10, max_steps=len(chain)), **WAYS[way]}
+            basis = options.pop("basis", None)
+            if basis is not None:
+                options["splitting"] = fitted[basis]
             return sample(model, x, chain, checkpoint.prediction, mean=checkpoint.mean, variance=checkpoint.variance,
                           **options)  # fmt: skip
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,12 +128,36 @@ def _timesteps(N: int, T: int, spacing: str, offset: int) -> Tensor:
 class Splitting:
     """The linear part of ε that is solved exactly: ε(x, t_k) ≈ κ_k x + b_k.
 
-    kappa: (T, 1) or (T, D) float64. offset b: the same, or None for 0. The fixed point is the same for every splitting;
-    the number of rounds is not.
+    kappa: (T, 1) or (T, D) float64. offset b: the same, or None for 0. basis Q (D, D), orthonormal columns: κ and b are
+    for y = Qᵀ x; None is x itself. The fixed point is the same for every splitting; the number of rounds is not.
     """
 
     kappa: Tensor
     offset: Tensor | None = None
+    basis: Tensor | None = None
+
+    @staticmethod
+    def fitted(chain: Chain, images: Tensor, basis: str = "pixels") -> Splitting:
+        """The "gaussian" splitting with mean and variances of images (n, C, H, W), per entry of a basis.
+
+        basis: "pixels"; "frequencies", of the cosine transform of every channel; or "covariance", the eigenvectors of
+        the images' own covariance, for which it is exact for Gaussian data of any kind (D³ operations).
+        """
+        if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2:
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images: a tensor (n, C, H, W), n ≥ 2, is required, got {got}")
+        data = images.detach().double().cpu().flatten(1)
+        mean = data.mean(0)
+        if basis == "pixels":
+            return Splitting.named("gaussian", chain, mean, data.var(0))
+        if basis == "frequencies":
+            channels, height, width = images.shape[1:]
+            Q = torch.kron(torch.eye(channels, dtype=torch.float64), torch.kron(cosines(height), cosines(width)))
+        elif basis == "covariance":
+            Q = torch.linalg.eigh(torch.cov(data.T)).eigenvectors
+        else:
+            raise ValueError(f'basis: "pixels", "frequencies" or "covariance" is required, got {basis!r}')
+        return replace(Splitting.named("gaussian", chain, mean @ Q, (data @ Q).var(0)), basis=Q)
 
     @staticmethod
     def named(name: str, chain: Chain, mean: Tensor | None = None, variance: Tensor | None = None) -> Splitting:
@@ -170,6 +195,13 @@ class Splitting:
             raise ValueError(f"splitting: κ must be ({len(chain)},) or ({len(chain)}, D), got {tuple(splitting.shape)}")
         kappa = splitting.double().cpu()
         return Splitting(kappa[:, None] if kappa.dim() == 1 else kappa)
+
+
+def cosines(n: int) -> Tensor:
+    """(n, n) float64, orthonormal: column j is cos(π j (i + ½)/n), the cosine transform of type II."""
+    i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    columns = torch.cos(torch.pi / n * j.double() * (i.double() + 0.5))
+    return columns / columns.norm(dim=0)
 
 
 class LinearChain:
@@ -249,9 +281,14 @@ class EditedChain(LinearChain):
 
 def interpolation(positions: Tensor, count: int) -> Tensor:
     """(count, n) float64: from values at `positions` (n,) to 0 … count−1, by a cubic spline (n ≥ 4) or linearly."""
+    return _interpolation(tuple(positions.tolist()), count).clone()
+
+
+@lru_cache(maxsize=64)
+def _interpolation(at: tuple[int, ...], count: int) -> Tensor:
     from scipy.interpolate import CubicSpline, make_interp_spline
 
-    at, n = positions.numpy(), len(positions)
+    n = len(at)
     identity = np.eye(n)
     grid = np.arange(count)
     spline = CubicSpline(at, identity) if n >= 4 else make_interp_spline(at, identity, k=min(1, n - 1))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .basis import Rotated
 from .remainder import CPU_ROWS
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ def timing(run: Sampler) -> Timing:
     network, x = run.map.network, run.x_T
     most = network.rows or (CPU_ROWS if x.device.type == "cpu" else MANY * len(x))
     key = (tuple(x.shape), network.dtype, str(x.device), torch.get_num_threads(), most)
+    model = network.model.model if isinstance(network.model, Rotated) else network.model
     try:
-        kept = _kept.setdefault(network.model, {})
+        kept = _kept.setdefault(model, {})
     except TypeError:  # a callable that cannot be referred to weakly, or has no hash
         kept = {}
     if key not in kept:

@@ -27,7 +27,7 @@ from .sampler import MARGIN, Sampler, Silent, block_stop, scale_of
 FEWEST_STEPS = 60  # with fewer the nodes are too few to tell what they miss
 STEPS_PER_NODE, MOST_NODES = 5, 24
 PASSES = 2
-FIRST, CORRECTION = 50.0, 2.0  # tolerances on the nodes, in units of rtol
+FIRST, CORRECTION = 20.0, 2.0  # tolerances on the nodes, in units of rtol
 SETTLED = 30.0  # change of x_0 by the correction, relative, in units of rtol: three times the error asked for
 
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from pydeqsolve import Implicit, Phantom, Solution, Stop
 
 from .adjoint import check_gradient, through_chain
+from .basis import Rotated, rotate, rotate_states, rotated_callback, rotated_edit
 from .chain import Chain, Splitting
 from .cost import cheapest, timed
 from .edit import Edit
 from .passes import Passes, nodes, possible
 from .phantom import through_phantom
 from .remainder import Model, reachable
-from .sampler import SOLVER, Sampler, progress_bar
+from .sampler import SOLVER, Sampler, check_arguments, model_dtype, progress_bar
 
 STOP = Stop(rtol=1e-4)
 METHODS = ("sequential", "parallel", "auto")
@@ -82,7 +83,8 @@ def sample(
         x_T: (B, …) latents, usually standard normal.
         chain: from `Schedule.chain`.
         prediction: "epsilon", "v" or "sample".
-        splitting: "v", "epsilon", "gaussian" (with `mean` and `variance`, the data's, of the shape of an image), or κ.
+        splitting: "v", "epsilon", "gaussian" (with `mean` and `variance`, the data's, of the shape of an image), κ (T,)
+            or (T, D), or a `Splitting`: `Splitting.fitted` makes one of images, per pixel, frequency or covariance.
         solver: of the fixed point; Anderson(2, coupling="causal").
         stop: rtol is a tenth of the relative error of x_0 that is asked for (default 1e-4: within 1e-3 of sequential
             sampling, met by all but a few in a thousand images), taken no smaller than the machine epsilon of the
@@ -117,6 +119,12 @@ def sample(
 
     The states are float64 whatever the model's dtype: in float32 a frozen step leaves an error which the rest inherits.
     """
+    if isinstance(splitting, Splitting) and splitting.basis is not None:
+        return _in_basis(
+            model, x_T, chain, prediction, splitting, edit, callback, noises, method=method, solver=solver, stop=stop,
+            window=window, generator=generator, group=group, progress=progress, inputs=inputs, gradient=gradient,
+            levels=levels, rows_per_call=rows_per_call,
+        )  # fmt: skip
     run = Sampler.of(
         model, x_T, chain, prediction, splitting, generator, group, inputs, mean, variance, rows_per_call, edit, noises
     )
@@ -148,6 +156,30 @@ def sample(
         trajectory = through_phantom(run.map, trajectory, x_T, list(inputs), run.drift, gradient)
     images = trajectory.to(x_T.dtype).unflatten(2, x_T.shape[1:]) if len(x_T) else trajectory.to(x_T.dtype)
     return Sample(images[:, -1], images, solution, rounds, evaluations)
+
+
+def _in_basis(
+    model: Model, x_T: Tensor, chain: Chain, prediction: str, splitting: Splitting, edit: Edit | None, callback: Any,
+    noises: Tensor | None, *, generator: torch.Generator | None, inputs: Sequence[Tensor], **options: Any,
+) -> Sample:  # fmt: skip
+    """`sample` in the splitting's basis, its result rotated back."""
+    check_arguments(model, x_T, "x_T", chain, prediction, inputs)
+    Q, D = splitting.basis, x_T.shape[1:].numel()
+    if Q is None or Q.shape != (D, D):
+        raise ValueError(f"splitting: a basis ({D}, {D}) is required, got {None if Q is None else tuple(Q.shape)}")
+    if chain.clip is not None:
+        raise ValueError("splitting: a basis and a chain that clips go ill together: clipping is per pixel")
+    if noises is None and chain.eta > 0:
+        device = generator.device if generator is not None else x_T.device
+        shape = (len(x_T), len(chain), *x_T.shape[1:])
+        noises = torch.randn(shape, dtype=torch.float64, generator=generator, device=device)
+    out = sample(
+        Rotated(model, Q, model_dtype(model, x_T.dtype)), rotate(x_T, Q), chain, prediction,
+        splitting=replace(splitting, basis=None), inputs=inputs, edit=rotated_edit(edit, Q),
+        callback=rotated_callback(callback, Q), noises=None if noises is None else rotate_states(noises, Q), **options,
+    )  # fmt: skip
+    trajectory = rotate_states(out.trajectory, Q.T)
+    return replace(out, x_0=trajectory[:, -1], trajectory=trajectory)
 
 
 def _way(

@@ -101,6 +101,8 @@ class Sampler:
     ) -> Sampler:  # fmt: skip
         check_arguments(model, x_T, "x_T", chain, prediction, inputs)
         split = Splitting.of(splitting, chain, *(None if s is None else s.flatten() for s in (mean, variance)))
+        if split.basis is not None:
+            raise ValueError("splitting: one with a basis is for sample alone")
         D = x_T[0].numel() if len(x_T) else x_T.shape[1:].numel()
         if split.kappa.shape[1] not in (1, D):
             raise ValueError(f"splitting: κ must be (steps, 1) or (steps, {D}), got {tuple(split.kappa.shape)}")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Schedule, Splitting, load_checkpoint, sample
+from diffusion import Schedule, Splitting, invert, load_checkpoint, sample
+from diffusion.chain import cosines
 from pydeqsolve import Anderson, Implicit, Picard, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -181,6 +182,97 @@ def test_any_linear_part_leads_to_the_same_images():
     per_pixel = Splitting(kappa[:, None].repeat(1, 6) * torch.linspace(0.5, 1, 6), offset=latents(20, 6, seed=2))
     for splitting in (kappa, per_pixel):
         assert relative(sample(model, x, chain, splitting=splitting, stop=TIGHT).x_0, oracle) < 1e-7
+
+
+def correlated(count, seed=3):
+    """(count, 1, 4, 4) draws of a Gaussian of far from equal variances in no special basis."""
+    g = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=g)).Q
+    root = Q * torch.logspace(0, -1, 16, dtype=torch.float64)
+    mean = torch.randn(16, dtype=torch.float64, generator=g)
+    data = mean + torch.randn(count, 16, dtype=torch.float64, generator=g) @ root.T
+    return data.reshape(count, 1, 4, 4)
+
+
+@torch.no_grad()
+def test_the_covariance_of_gaussian_data_makes_every_step_linear():
+    images = correlated(40)
+    data = images.flatten(1)
+    mean, covariance = data.mean(0), torch.cov(data.T)
+
+    def model(x, t):  # exact ε of that Gaussian
+        alpha = SCHEDULE.alphas_cumprod[t][:, None, None]
+        eye = torch.eye(16, dtype=torch.float64)
+        offset = x.flatten(1) - alpha[:, :, 0].sqrt() * mean
+        return (
+            (1 - alpha).sqrt() * torch.linalg.solve(alpha * covariance + (1 - alpha) * eye, offset[..., None])
+        ).view_as(x)
+
+    chain, x = SCHEDULE.chain(40), latents(3, 1, 4, 4)
+    expected = sample(model, x, chain, method="sequential")
+    rounds = {}
+    for basis in ("pixels", "frequencies", "covariance"):
+        got = sample(model, x, chain, splitting=Splitting.fitted(chain, images, basis), stop=TIGHT)
+        assert relative(got.trajectory, expected.trajectory) < 1e-7
+        rounds[basis] = got.rounds
+    assert rounds["covariance"] <= 2 < rounds["pixels"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_a_basis_changes_no_image_of_any_prediction_noise_edit_or_input(prediction, eta):
+    model, chain, x = (
+        Mixture(SCHEDULE, means(size=16), prediction=prediction),
+        SCHEDULE.chain(15, eta=eta),
+        latents(2, 1, 4, 4),
+    )
+    splitting, shift = Splitting.fitted(chain, correlated(40), "covariance"), latents(2, 16, seed=9)
+    shared = {"inputs": (shift,), "edit": lambda x, k, image: x.clamp(-3, 3)}
+    seen = []
+    got, expected = (
+        sample(model, x, chain, prediction, generator=torch.Generator().manual_seed(3), **shared, **options)
+        for options in (
+            {"splitting": splitting, "stop": TIGHT, "callback": lambda step, states, residual: seen.append(states)},
+            {"method": "sequential"},
+        )
+    )
+    assert relative(got.trajectory, expected.trajectory) < 1e-6
+    assert relative(seen[-1], expected.trajectory) < 1e-4
+
+
+def test_gradients_pass_through_a_basis():
+    model, chain = Mixture(SCHEDULE, means(size=16)), SCHEDULE.chain(8)
+    splitting, gradients = Splitting.fitted(chain, correlated(40), "frequencies"), []
+    for options in ({"splitting": splitting, "stop": TIGHT}, {"method": "sequential"}):
+        x = latents(2, 1, 4, 4).requires_grad_()
+        out = sample(model, x, chain, gradient=Implicit(), **options)
+        gradients.append(torch.autograd.grad(out.x_0.sin().sum(), [x, model.means]))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_the_cosine_basis_is_orthonormal_and_that_of_scipy(n):
+    from scipy.fft import dct
+
+    Q = cosines(n)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(n, dtype=torch.float64))
+    torch.testing.assert_close(Q.T, torch.from_numpy(dct(torch.eye(n).double().numpy(), norm="ortho", axis=0)))
+
+
+def test_a_basis_that_does_not_fit_is_named():
+    chain = SCHEDULE.chain(10)
+    splitting = Splitting.fitted(chain, correlated(40), "covariance")
+    with pytest.raises(ValueError, match="splitting: a basis"):
+        sample(Mixture(SCHEDULE, means()), latents(2, 6), chain, splitting=splitting)
+    with pytest.raises(ValueError, match="basis"):
+        Splitting.fitted(chain, correlated(40), "wavelets")
+    with pytest.raises(ValueError, match="images"):
+        Splitting.fitted(chain, latents(3, 6))
+    with pytest.raises(ValueError, match="basis"):
+        invert(Mixture(SCHEDULE, means(size=16)), latents(2, 1, 4, 4), chain, splitting=splitting)
 
 
 @torch.no_grad()

@@ -68,12 +68,15 @@ def positive(text: str) -> float:
     return value
 
 
-def step_counts(text: str) -> tuple[int, ...] | None:
-    """Return the levels that a text names: auto, none, or step counts with commas between."""
-    if text in ("auto", "none"):
-        return None if text == "auto" else ()
+def step_counts(text: str) -> tuple[int, ...] | str | None:
+    """Return the levels that a text names: auto, nodes, none, or step counts with commas between."""
+    named: dict[str, tuple[int, ...] | str | None] = {"auto": None, "nodes": "nodes", "none": ()}
+    if text in named:
+        return named[text]
     if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"auto, none or step counts with commas between are required, got {text}")
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(named)} or step counts with commas between are required, got {text}"
+        )
     return tuple(int(part) for part in text.split(","))
 
 
@@ -138,11 +141,23 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_chain(add, 100)
     add("--count", type=whole(1), default=16, help="images (default 16)")
-    add("--method", default="parallel", metavar="NAME", help="parallel or sequential (default parallel)")
+    add(
+        "--method",
+        default="parallel",
+        metavar="NAME",
+        help="parallel, sequential, or auto: whichever should be faster (default parallel)",
+    )
     add("--eta", type=float, default=0.0, help="share of fresh noise: 0 is DDIM, 1 DDPM (default 0)")
-    add("--levels", type=step_counts, metavar="LIST", help="coarser chains solved first: auto, none or, say, 40,200")
+    add(
+        "--levels",
+        type=step_counts,
+        metavar="LIST",
+        help="coarser chains solved first: auto, nodes, none or, say, 40,200",
+    )
     add("--window", type=whole(1), help="time steps evaluated at once, at most (default: all)")
-    add("--rtol", type=positive, default=1e-4, help="relative error allowed in the images (default 1e-4)")
+    add(
+        "--rtol", type=positive, default=1e-4, help="a tenth of the relative error allowed in the images (default 1e-4)"
+    )
     add("--batch", type=whole(1), default=16, help="images at a time (default 16)")
 
 
@@ -188,7 +203,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
     add("--invert-steps", type=whole(1), nargs="+", metavar="T", help="chains of Table 3")
     add("--images", type=whole(1), help="real images inverted, at most (default 100)")
     add("--epochs", type=whole(1), help="of naive and deq (default 30)")
-    add("--lr", type=positive, help="of naive and deq (default 0.1)")
+    add("--lr", type=positive, help="of naive and deq (default: each its own)")
     add("--batch", type=whole(1), help="images sampled at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
 

@@ -42,6 +42,15 @@ def test_parallel_and_sequential_commands_agree(tmp_path, capsys):
     assert (images[0] - images[1]).norm() / images[1].norm() < 1e-3
 
 
+@pytest.mark.parametrize("options", [["--method", "auto"], ["--levels", "nodes"], ["--levels", "8,15"]], ids=" ".join)
+def test_every_way_of_sampling_can_be_asked_for(options, tmp_path, capsys):
+    argv = ["sample", "--steps", 60, "--count", 1, "--no-pictures", "--threads", 1]
+    for folder, more in (("expected", ["--method", "sequential"]), ("found", options)):
+        assert run(*argv, *more, "--output", tmp_path / folder, capsys=capsys)[0] == 0
+    found, expected = (load_file(tmp_path / f / "samples.safetensors")["x_0"] for f in ("found", "expected"))
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_inversion_reads_the_pictures_of_a_folder_and_reports_each(tmp_path, capsys):
     folder = write_pictures(tmp_path / "pictures")
     argv = ["invert", "--method", "ddim", "--images", folder, "--steps", 10, "--batch", 2, "--json"]

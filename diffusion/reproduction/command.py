@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import time
 from argparse import Namespace
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pydeqsolve import __version__
+import pydeqsolve
 
 from .. import pictures
 from ..doctor import environment
@@ -37,7 +38,7 @@ def run_report(args: Namespace) -> dict[str, Any]:
     with writable(args.output) as folder:
         start = time.perf_counter()
         threads = args.threads or torch.get_num_threads()
-        common = {"version": __version__, "torch": torch.__version__, "device": str(device), "threads": threads}
+        common = {"code": code(), "torch": torch.__version__, "device": str(device), "threads": threads}
         ledger = Ledger(folder / MEASUREMENTS, common)
         try:
             models = [_study(subject, args.threads, folder, ledger) for subject in subjects(args, device, ledger)]
@@ -52,6 +53,15 @@ def run_report(args: Namespace) -> dict[str, Any]:
         write_json(folder / SUMMARY, report)
         write_text(folder / PAGE, render(report, folder))
     return report
+
+
+def code() -> str:
+    """Return a digest of the source of both packages: what other code measured is measured anew."""
+    digest = hashlib.sha256()
+    for package in (Path(pydeqsolve.__file__).parent, Path(__file__).parents[1]):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _study(subject: Subject, threads: int | None, folder: Path, ledger: Ledger) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Plan:
         invert_steps: lengths T of the chains of Table 3.
         images: real images inverted.
         epochs: of naive and deq.
-        lr: learning rate of naive and deq.
+        lr: learning rate of naive and deq; None is the one that suits each.
         batch: images sampled at a time.
         classifier_steps: of training the classifier, where none is shipped.
     """
@@ -31,7 +31,7 @@ class Plan:
     invert_steps: tuple[int, ...] = (10, 20)
     images: int = 100
     epochs: int = 30
-    lr: float = 0.1
+    lr: float | None = None
     batch: int = 16
     classifier_steps: int = 1000
 

@@ -136,7 +136,7 @@ def reachable(rtol: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
     Below its rounding the network is a step function: no residual shrinks there, and every step would wait to be exact.
     """
-    least = torch.finfo(dtype).eps
+    least = torch.finfo(dtype).eps / 2
     if isinstance(rtol, Tensor):
         return torch.where(rtol > 0, rtol.clamp_min(least), rtol)
     return max(rtol, least) if rtol > 0 else rtol

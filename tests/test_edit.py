@@ -1,5 +1,7 @@
 """What happens to a state between two steps: sampling in parallel is sampling step by step, whatever it is."""
 
+import dataclasses
+
 import pytest
 import torch
 from mixture import Mixture, latents, means
@@ -100,6 +102,20 @@ def test_predicted_images_held_in_range_are_those_of_sequential_sampling(clip, e
         for method in ("sequential", "parallel")
     ]
     assert relative(runs[1].trajectory, runs[0].trajectory) < 1e-7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["parallel", "auto"])
+def test_a_long_chain_that_clips_is_solved_through_a_window(method):
+    checkpoint = load_checkpoint("digits")
+    chain = dataclasses.replace(checkpoint.schedule, clip=Clip(1.0)).chain(300)
+    x, largest = latents(1, *checkpoint.shape).float(), []
+    oracle = sample(checkpoint.model, x, chain, method="sequential")
+    watched = lambda x, t: largest.append(len(x)) or checkpoint.model(x, t)  # noqa: E731
+    got = sample(watched, x, chain, method=method)
+    assert relative(got.x_0, oracle.x_0) < 1e-3
+    assert max(largest) <= 100
+    assert got.rounds < 60 if method == "parallel" else got.rounds == 300
 
 
 @torch.no_grad()

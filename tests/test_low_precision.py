@@ -56,15 +56,17 @@ def test_sums_over_a_thousand_steps_lose_nothing_to_a_low_precision_network(dtyp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("steps", [50, 100])
+@pytest.mark.parametrize(
+    ("dtype", "steps"),  # a CPU is slow at float16 convolutions
+    [(torch.bfloat16, 50), (torch.bfloat16, 100), (torch.bfloat16, 1000), (torch.float16, 50), (torch.float16, 100)],
+)
 def test_parallel_and_sequential_agree_to_the_precision_of_the_network_in_few_rounds(dtype, steps):
     checkpoint = load_checkpoint("digits")
     model, chain = checkpoint.model.to(dtype), checkpoint.schedule.chain(steps)
     x = latents(4, *checkpoint.shape).float()
     oracle = sample(model, x, chain, method="sequential").x_0
     got = sample(model, x, chain)  # asks for 1e-4, which no such network has
-    assert relative(got.x_0, oracle) < 5 * torch.finfo(dtype).eps
+    assert relative(got.x_0, oracle) < 6 * torch.finfo(dtype).eps
     assert got.rounds < 25
     assert got.solution.converged.all()
 

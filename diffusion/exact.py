@@ -154,7 +154,7 @@ def exact(sampler: Sampler, target: Tensor, solver: Any, stop: Stop, bar: Any) -
     for j in range(stiff):
         budget = stop.max_steps - way.rounds - (RESERVE if k > 1 else 0)
         if j + 1 < stiff:  # the one next to the image is the easiest: the model hardly denoises so near to it
-            budget //= 4
+            budget //= 5
         if budget <= 0:
             break
         k -= 1

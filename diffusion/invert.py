@@ -38,8 +38,9 @@ class Inversion:
         typicality: (B,) |x_T|²/D, near 1 for a latent that the model would draw; an image that is not like the data has
             its preimage far out, above 1. A coarse chain makes the same image of many latents: which one is found is
             not always the one it was sampled from, however small the loss.
-        rounds: model calls one after the other, those of the check included. check: calls of the check alone, which
-            samples from x_T to measure the loss. evaluations: (B,) model rows per image, the check included.
+        rounds: model calls one after the other until x_T was found.
+        check: calls of the sampling from x_T that then measures the loss.
+        evaluations: (B,) model rows per image, the check included.
         state: what `invert(..., state=...)` continues from, as tensors by name.
     """
 
@@ -142,8 +143,8 @@ def _finish(sampler: Sampler, target: Tensor, outcome: Outcome, x_0: Tensor) -> 
     x_T, status = outcome.x_T, outcome.status
     # Short chains are sampled step by step: T rows, and exact; long ones in parallel from what is known of them.
     guess = outcome.N if len(sampler.map.chain) > LONG else None
-    sampled, rounds, rows = sampler.at(x_T).check(guess, LOSS_STOP)
-    loss, check = (sampled - target).square().sum(1), rounds
+    sampled, check, rows = sampler.at(x_T).check(guess, LOSS_STOP)
+    loss, rounds = (sampled - target).square().sum(1), outcome.rounds
     if status is None:
         status = torch.full((B,), int(Status.MAX_STEPS), device=target.device)
     else:
@@ -153,7 +154,7 @@ def _finish(sampler: Sampler, target: Tensor, outcome: Outcome, x_0: Tensor) -> 
     status = torch.where(loss.isfinite(), status, int(Status.NONFINITE))
     return Inversion(
         x_T.to(x_0.dtype).reshape(x_0.shape), loss, outcome.history, status, x_T.square().sum(1) / D,
-        outcome.rounds + rounds, outcome.evaluations + rows, outcome.state, check,
+        rounds, outcome.evaluations + rows, outcome.state, check,
     )  # fmt: skip
 
 

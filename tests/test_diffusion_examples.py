@@ -35,3 +35,11 @@ def test_latents_are_optimised_until_a_classifier_sees_the_target():
     accuracy = float(re.search(r"classifier: ([\d.]+)%", printed).group(1))
     assert accuracy > 90
     assert sum(after) > sum(before) + 1
+
+
+def test_a_walk_between_two_inverted_images_starts_and_ends_at_them(tmp_path):
+    picture = tmp_path / "walk.png"
+    printed = output_of(str(EXAMPLES / "interpolate.py"), "--steps", "50", "--count", "5", "--output", str(picture))
+    ends = [float(e) for e in re.search(r"real images: (\S+), (\S+) \(", printed).groups()]
+    assert max(ends) < 1e-3
+    assert picture.read_bytes().startswith(b"\x89PNG")

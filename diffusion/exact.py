@@ -32,7 +32,7 @@ SHARE, RESOLUTION = 0.75, 0.03
 STIFF_SOLVER = Broyden(memory=24)
 SOLVER = Anderson(memory=10, coupling="joint")
 STOP = Stop(rtol=0.0, atol=2e-6, max_steps=36)
-RESERVE = 9  # rounds of the budget that the stiff steps leave to the others
+RESERVE = 0.25  # of the rounds of the budget, which the stiff steps leave to the others
 
 
 @dataclass(eq=False)
@@ -152,7 +152,7 @@ def exact(sampler: Sampler, target: Tensor, solver: Any, stop: Stop, bar: Any) -
     own = Splitting(SHARE * variance.sqrt() / (variance + RESOLUTION**2))
     stiff = stiff_steps(chain)
     for j in range(stiff):
-        budget = stop.max_steps - way.rounds - (RESERVE if k > 1 else 0)
+        budget = stop.max_steps - way.rounds - (int(RESERVE * stop.max_steps) if k > 1 else 0)
         if j + 1 < stiff:  # the one next to the image is the easiest: the model hardly denoises so near to it
             budget //= 5
         if budget <= 0:

@@ -12,6 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .chain import Chain
 
+QUANTILE_ENTRIES = 2**24 - 1  # more, torch.quantile does not take at once
+
 Edit = Callable[[Tensor, int, Tensor], Tensor]
 
 
@@ -39,7 +41,8 @@ class Clip:
         """(n, D) → (n, D)."""
         if self.quantile is None:
             return x_0.clamp(-self.bound, self.bound)
-        s = torch.quantile(x_0.abs(), self.quantile, dim=1).clamp(1, self.bound)[:, None]
+        parts = x_0.abs().split(max(1, QUANTILE_ENTRIES // x_0.shape[1]))
+        s = torch.cat([torch.quantile(part, self.quantile, dim=1) for part in parts]).clamp(1, self.bound)[:, None]
         return torch.minimum(torch.maximum(x_0, -s), s) / s
 
 
@@ -68,5 +71,5 @@ class Inpaint:
     def __call__(self, x: Tensor, k: int, image: Tensor) -> Tensor:
         """States x (n, …) of step k with the known pixels of the images numbered `image` (n,)."""
         alpha = self.alphas[k]
-        x_0, noise, mask = (part[image].to(x) for part in (self.x_0, self.noise, self.mask))
+        x_0, noise, mask = (part[image.to(part.device)].to(x) for part in (self.x_0, self.noise, self.mask))
         return torch.lerp(x, alpha**0.5 * x_0 + (1 - alpha) ** 0.5 * noise, mask)

@@ -140,6 +140,9 @@ class DEQDDIMPipeline(DiffusionPipeline):
     def invert(self, image: Any, num_inference_steps: int = 50, method: str = "exact", **options: Any) -> Inversion:
         """The latents from which the pipeline (eta = 0) samples these images: `pipe(latents=found.x_T)`.
 
+        A chain that clips forgets what it cuts off, so it can only be inverted roughly; to edit images, give the
+        pipeline a scheduler without: `DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)`.
+
         Args:
             image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
             method: "exact", "ddim", "deq" or "naive", see `diffusion.invert`.

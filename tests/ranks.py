@@ -166,6 +166,8 @@ def agreeing(rank: int, group: Any) -> dict[str, Any]:
         model = Mixture(SCHEDULE, means())
         out = run(group, model, x_T=x_T, gradient=AT_ONCE)
         found["shared gradient"] = torch.autograd.grad(out.x_0.sin().sum(), [x_T, model.means])
+        swept = run(group, model, x_T=x_T, gradient=Implicit())
+        found["swept gradient"] = torch.autograd.grad(swept.x_0.sin().sum(), [x_T, model.means])
         found["shared products"] = out.solution.adjoint.evaluations
     return found
 

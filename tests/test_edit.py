@@ -135,6 +135,16 @@ def test_coarser_levels_hold_their_images_in_range_too():
     assert relative(got.x_0, oracle) < 1e-7
 
 
+def test_a_threshold_is_that_of_each_image_however_many_there_are(monkeypatch):
+    x, clip = 2 * latents(7, 5), Clip(3.0, quantile=0.6)
+    together = clip(x)
+    for i in range(7):
+        s = min(max(x[i].abs().quantile(0.6).item(), 1.0), 3.0)
+        torch.testing.assert_close(together[i], x[i].clamp(-s, s) / s)
+    monkeypatch.setattr("diffusion.edit.QUANTILE_ENTRIES", 11)  # two images at a time
+    assert torch.equal(clip(x), together)
+
+
 def test_a_schedule_that_clips_is_recorded_and_read_back():
     for clip in (Clip(0.9), Clip(2.0, quantile=0.995)):
         schedule = Schedule(SCHEDULE.alphas_cumprod, clip=clip)

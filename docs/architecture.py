@@ -11,10 +11,7 @@ from xml.sax.saxutils import escape
 
 import networkx
 
-PROGRAM = {
-    "__main__", "cli", "options", "commands", "demo", "doctor", "inversion", "summary", "output", "record", "machine",
-    "timing", "pictures", "reproduction", "frechet", "fit", "training", "data",
-}  # fmt: skip
+PROGRAM = {"__main__", "cli", "frechet", "fit", "training", "data"}
 APART = {"testing"}
 PITCH, ROW, HIGH, MARGIN, BAND = 128, 54, 28, 22, 46
 COLOURS = {"diffusion": "#d55e00", "pydeqsolve": "#0072b2", "csrc": "#009e73"}

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 import diffusion
 import pydeqsolve
-from diffusion import load_checkpoint, pictures, sample
-from diffusion.doctor import advice
+from diffusion import load_checkpoint, sample
 from diffusion.frechet import load_features
+from diffusion.program import pictures
+from diffusion.program.doctor import advice
 from diffusion.unet import UNet
 
 
@@ -80,7 +81,7 @@ def test_the_demonstration_writes_its_pictures_and_a_summary(tmp_path, capsys):
 
 
 def test_a_demonstration_that_disagrees_fails(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("diffusion.demo.AGREEMENT", 0.0)
+    monkeypatch.setattr("diffusion.program.demo.AGREEMENT", 0.0)
     argv = ["demo", "--model", "digits", "--steps", 5, "--invert-steps", 2, "--epochs", 1, "--count", 1]
     code, _, err = run(*argv, "--threads", 1, "--output", tmp_path, capsys=capsys)
     assert code == 1
@@ -149,8 +150,10 @@ def test_an_image_is_drawn_as_squares_of_its_own_pixels(tmp_path):
 
 def test_threads_are_restored(tmp_path, capsys, monkeypatch):
     seen, calls = [], torch.get_num_threads()
-    monkeypatch.setattr("diffusion.machine.cores", lambda: 3)
-    monkeypatch.setattr("diffusion.commands.run_sample", lambda args: seen.append(torch.get_num_threads()) or 1 / 0)
+    monkeypatch.setattr("diffusion.program.machine.cores", lambda: 3)
+    monkeypatch.setattr(
+        "diffusion.program.commands.run_sample", lambda args: seen.append(torch.get_num_threads()) or 1 / 0
+    )
     assert run("sample", "--threads", 2, "--output", tmp_path, capsys=capsys)[0] == 1
     assert (seen, torch.get_num_threads()) == ([2], calls)
 
@@ -289,8 +292,8 @@ def test_a_program_that_has_loaded_torch_starts_again_with_its_wait_policy(tmp_p
     script = tmp_path / "policy.py"
     script.write_text(
         "import os, sys\nprint(os.environ.get('OMP_WAIT_POLICY'), flush=True)\n"
-        "import diffusion.commands\nfrom diffusion.cli import main\n"
-        "diffusion.commands.run_sample = lambda args: print(os.environ['OMP_WAIT_POLICY']) or sys.exit(5)\n"
+        "import diffusion.program.commands\nfrom diffusion.cli import main\n"
+        "diffusion.program.commands.run_sample = lambda args: print(os.environ['OMP_WAIT_POLICY']) or sys.exit(5)\n"
         "sys.exit(main())\n"
     )
     process = program(script, "sample")

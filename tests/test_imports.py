@@ -117,3 +117,11 @@ def test_every_planted_defect_still_has_its_place_and_its_test():
         assert (ROOT / "pydeqsolve" / defect.file).read_text(encoding="utf-8").count(defect.before) == 1, defect.name
         file, name = defect.test.split("::")
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), defect.name
+
+
+def test_the_library_knows_nothing_of_the_program():
+    outside = [path for path in (ROOT / "diffusion").glob("*.py") if path.stem not in ("cli", "__main__")]
+    assert not [
+        path.name for path in outside for module, names in imports(path) if "program" in (module.strip("."), *names)
+    ]
+    assert not [path.name for path in outside for module, _ in imports(path) if module.startswith(".program")]

@@ -78,7 +78,7 @@ def test_a_wheel_without_the_native_module_is_for_every_platform_and_has_what_it
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {f"{p.relative_to(ROOT)}" for part in ("pydeqsolve", "diffusion") for p in (ROOT / part).rglob("*.py")}
     needed = {
-        "pydeqsolve/py.typed", "diffusion/py.typed", "diffusion/reproduction/page.html",
+        "pydeqsolve/py.typed", "diffusion/py.typed", "diffusion/program/reproduction/page.html",
         *(f"diffusion/checkpoints/{model}/{file}" for model in ("digits", "fashion")
           for file in ("config.json", "model.safetensors", "images.safetensors", "features.safetensors")),
     }  # fmt: skip

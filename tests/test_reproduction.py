@@ -13,9 +13,9 @@ from diffusion import load_checkpoint, sample
 from diffusion.checkpoint import SHIPPED
 from diffusion.cli import main
 from diffusion.files import fingerprint
-from diffusion.reproduction.figures import chain_residual, paper_states
-from diffusion.reproduction.ledger import Ledger, Measurement
-from diffusion.reproduction.page import power, short
+from diffusion.program.reproduction.figures import chain_residual, paper_states
+from diffusion.program.reproduction.ledger import Ledger, Measurement
+from diffusion.program.reproduction.page import power, short
 from diffusion.unet import UNet
 
 SMALL = [

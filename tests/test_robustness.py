@@ -16,9 +16,9 @@ from diffusion.unet import UNet
 
 SHAPE = (1, 4, 4)
 LIMITED = (
-    "import resource, sys; from diffusion.cli import main; import diffusion.commands, diffusion.inversion, "
-    "diffusion.reproduction.command; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
-    "sys.exit(main(sys.argv[1:]))"
+    "import resource, sys; from diffusion.cli import main; import diffusion.program.inversion, "
+    "diffusion.program.commands, diffusion.program.reproduction.command; "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); sys.exit(main(sys.argv[1:]))"
 )
 REPORT = [
     "report", "--model", "digits", "--steps", 4, "--runs", 2, "--samples", 2, "--invert-steps", 3, "--images", 2,

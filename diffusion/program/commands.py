@@ -13,16 +13,16 @@ from torch import Tensor
 
 from pydeqsolve import ConvergenceError, Stop
 
+from ..chain import Chain
+from ..checkpoint import CONFIG, Checkpoint, load_checkpoint
+from ..data import Dataset, class_folder, digits, fashion, image_folder
+from ..files import read_json, write_json, write_tensors
+from ..fit import fit, recipes
+from ..frechet import FEATURES_FILE, fit_classifier, save_features
+from ..sample import Sample, sample
 from . import pictures
-from .chain import Chain
-from .checkpoint import CONFIG, Checkpoint, load_checkpoint
-from .data import Dataset, class_folder, digits, fashion, image_folder
-from .files import read_json, write_json, write_tensors
-from .fit import fit, recipes
-from .frechet import FEATURES_FILE, fit_classifier, save_features
 from .machine import device_of
 from .output import finite, say, writable
-from .sample import Sample, sample
 
 CLASSIFIER_STEPS = {"digits": 600, "fashion": 1200}  # where it is not 1000
 SHOWN = 64  # images in the picture of the samples, at most

@@ -14,9 +14,9 @@ import torch
 
 import pydeqsolve
 
+from ...files import write_json, write_text
 from .. import pictures
 from ..doctor import environment
-from ..files import write_json, write_text
 from ..machine import device_of
 from ..output import finite, require, writable
 from .figures import figure1, figure2
@@ -58,7 +58,7 @@ def run_report(args: Namespace) -> dict[str, Any]:
 def code() -> str:
     """Return a digest of the source of both packages: what other code measured is measured anew."""
     digest = hashlib.sha256()
-    for package in (Path(pydeqsolve.__file__).parent, Path(__file__).parents[1]):
+    for package in (Path(pydeqsolve.__file__).parent, Path(__file__).parents[2]):
         for path in sorted(package.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import SHIPPED, Checkpoint
+from ...checkpoint import SHIPPED, Checkpoint
+from ...data import Dataset, class_folder, digits
+from ...files import fingerprint
+from ...frechet import FEATURES_FILE, FeatureSpace, fit_classifier, load_features, save_features
+from ...sample import Sample, sample
 from ..commands import load, options_of
-from ..data import Dataset, class_folder, digits
-from ..files import fingerprint
-from ..frechet import FEATURES_FILE, FeatureSpace, fit_classifier, load_features, save_features
 from ..output import say
-from ..sample import Sample, sample
 from .ledger import Ledger
 from .plan import Plan, plan_of
 

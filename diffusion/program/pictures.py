@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chain import Chain
-from .files import replacing
+from ..chain import Chain
+from ..files import replacing
 from .output import require
 
 DPI = 100

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from pydeqsolve import Implicit, Phantom, Status
 
+from ..chain import Chain
+from ..checkpoint import Checkpoint
+from ..data import picture_files, read_picture
+from ..descent import EPOCHS, LEARNING_RATES, Epoch
+from ..files import fingerprint, write_json
+from ..invert import METHODS, Inversion, invert
+from ..sample import sample
 from . import pictures
-from .chain import Chain
-from .checkpoint import Checkpoint
 from .commands import load, options_of
-from .data import picture_files, read_picture
-from .descent import EPOCHS, LEARNING_RATES, Epoch
-from .files import fingerprint, write_json
-from .invert import METHODS, Inversion, invert
 from .machine import device_of
 from .output import finite, say, writable
 from .record import SETTINGS, TENSORS, Record
-from .sample import sample
 
 SHOWN = 16  # images in the picture of the reconstructions, at most
 GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}

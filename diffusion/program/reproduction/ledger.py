@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import read_tensors, write_tensors
+from ...files import read_tensors, write_tensors
 from ..output import say
 
 RESULT = "result"

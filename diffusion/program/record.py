@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .descent import Epoch
-from .files import read_tensors, write_json, write_tensors
-from .invert import Inversion
+from ..descent import Epoch
+from ..files import read_tensors, write_json, write_tensors
+from ..invert import Inversion
 
 TENSORS, SETTINGS = "inversion.safetensors", "inversion.json"
 SAVE_EVERY = 5.0  # seconds

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pydeqsolve import Phantom, Status
 
+from ...invert import Inversion, invert
 from .. import pictures
 from ..commands import options_of
-from ..invert import Inversion, invert
 from ..output import say
 from ..record import Record
 from ..timing import measure, relative_errors, thread_counts, timed

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from pydeqsolve import Status, Stop
 
+from ..chain import Chain
+from ..checkpoint import Checkpoint
+from ..descent import EPOCHS
+from ..files import write_json
+from ..invert import METHODS, invert
+from ..sample import Sample, sample
 from . import pictures
-from .chain import Chain
-from .checkpoint import Checkpoint
 from .commands import load, noise, options_of
-from .descent import EPOCHS
-from .files import write_json
 from .inversion import reconstruct
-from .invert import METHODS, invert
 from .machine import cores, device_of, threads
 from .output import finite, say, writable
-from .sample import Sample, sample
 from .timing import compare, relative_errors, thread_counts
 
 MODELS = ("digits", "fashion")

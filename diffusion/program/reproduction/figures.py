@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Stop
 
+from ...chain import Chain, LinearChain
+from ...checkpoint import Checkpoint
+from ...remainder import Network
+from ...sample import sample
+from ...sampler import model_dtype
 from .. import pictures
-from ..chain import Chain, LinearChain
-from ..checkpoint import Checkpoint
 from ..commands import options_of
-from ..remainder import Network
-from ..sample import sample
-from ..sampler import model_dtype
 from .ledger import Ledger, Measurement
 from .subject import Subject
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sample import Sample
 from .machine import cores, threads
-from .sample import Sample
 
 Run = Callable[[Tensor], Sample]
 

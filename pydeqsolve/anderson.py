@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .picard import check_damping
 from .ring import COUPLINGS, Method
-from .stop import check_count
+from .stop import check_count, check_real
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Anderson:
         check_damping(self.damping)
         if self.kind not in ("I", "II"):
             raise ValueError(f'kind must be "I" or "II", got {self.kind!r}')
+        if self.ridge is not None:
+            check_real("ridge", self.ridge)
+        check_real("safeguard", self.safeguard)
         if self.ridge is not None and not 0 <= self.ridge < 1:
             raise ValueError(f"ridge must be None or in [0, 1), got {self.ridge}")
         if self.ridge and self.kind == "I":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .ring import Method
-from .stop import check_count
+from .stop import check_count, check_real
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Broyden:
 
     line_search: halvings of a step whose residual grows, at most, each one evaluation of fn (Li & Fukushima 2000); 0 is
     none. It takes the place of the safeguard and keeps the history where that restarts. A trial at which fn is NaN or
-    infinite is halved too, but forgets the history.
+    infinite is halved too, but forgets the history. `Solution.rejections` counts the halvings. Goes with neither a
+    `Front` nor a kept history.
     """
 
     memory: int = 10
@@ -32,6 +33,7 @@ class Broyden:
     def __post_init__(self) -> None:
         check_count("memory", self.memory, least=1)
         check_count("line_search", self.line_search, least=0)
+        check_real("safeguard", self.safeguard)
         if self.kind not in ("good", "bad"):
             raise ValueError(f'kind must be "good" or "bad", got {self.kind!r}')
         if not self.safeguard > 1:

@@ -78,4 +78,4 @@ def jacobian_penalty(
         for _ in range(probes):
             probe = torch.randn(flat.shape, dtype=flat.dtype, device=flat.device, generator=generator)
             total = total + _transposed(f, at, probe, create_graph=True).square().sum()
-    return total / (probes * flat.numel())
+    return total / max(1, probes * flat.numel())

@@ -11,16 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .gmres import GMRES
 from .implicit import AdjointSolve, attach
 from .iterate import Problem
-from .linearise import Good, evaluate
+from .linearise import Good, Replace, evaluate, is_wanted
 from .solution import Adjoint, Solution
-from .stop import Stop, check_count
+from .stop import Stop, check_count, check_real
 
 
 class LinearSolver(Protocol):
@@ -49,9 +48,11 @@ class Implicit:
     `Solution.evaluations`, and keeps its graph, whatever the solve took.
 
     Second derivatives (`create_graph=True`) are right: they cost two more evaluations of fn, a solve for u's own
-    derivative and an adjoint solve. With create_graph, tensors that fn closes over must be leaves or be passed in
-    `inputs` to receive a gradient themselves. Third derivatives raise NotImplementedError. Forward mode by dual numbers
-    (`torch.autograd.forward_ad`) solves v = ḟ + J v.
+    derivative and an adjoint solve. fn is then evaluated in the backward pass, and a RuntimeError says when it has
+    become another map (new dropout masks, a functional_call that has ended). With create_graph, tensors that fn closes
+    over must be leaves or be passed in `inputs` to receive a gradient themselves. Forward mode by dual numbers
+    (`torch.autograd.forward_ad`) solves v = ḟ + J v. Third derivatives, and forward mode mixed with reverse mode, raise
+    NotImplementedError.
     """
 
     solver: Any = field(default_factory=GMRES)
@@ -61,7 +62,10 @@ class Implicit:
     def __post_init__(self) -> None:
         if self.on_failure not in ("warn", "raise", "phantom"):
             raise ValueError(f'on_failure must be "warn", "raise" or "phantom", got {self.on_failure!r}')
-        if not (hasattr(self.solver, "solve") or hasattr(self.solver, "method")):
+        if not isinstance(self.stop, Stop):
+            raise TypeError(f"stop must be a Stop, got {type(self.stop).__name__}")
+        of_a_kind = hasattr(self.solver, "solve") or hasattr(self.solver, "method")
+        if isinstance(self.solver, type) or not of_a_kind:
             raise TypeError(f"solver must be GMRES(), Neumann() or a forward solver, got {type(self.solver).__name__}")
 
     def attach(self, problem: Problem, solution: Solution) -> Tensor:
@@ -89,6 +93,7 @@ class Phantom:
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, least=1)
+        check_real("damping", self.damping)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 
@@ -97,41 +102,32 @@ class Phantom:
 
     def attach_at(self, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
         """z (B, T, D), any iterate, with the graph of the steps from it, for the samples that are `finite` (B,)."""
-        if not torch.is_grad_enabled():
+        if not is_wanted():
             return z
-        good = Good.of(problem, finite)
-        start = good.take(z).detach()
-        moved = start
-        for _ in range(self.steps):
-            moved = self.damping * evaluate(problem, moved, good.inputs) + (1 - self.damping) * moved
+        while True:
+            good = Good.of(problem, finite)
+            start = moved = good.take(z).detach()
+            for _ in range(self.steps):
+                moved = self.damping * evaluate(problem, moved, good.inputs) + (1 - self.damping) * moved
+            lost = good.mask_taken() & ~moved.isfinite().flatten(1).all(1)
+            if not bool(lost.any()):
+                break
+            finite = good.without(lost)  # its NaN would reach the others through what they share
+        good.tell_lost(moved)
         if not moved.requires_grad and forward_ad.unpack_dual(moved).tangent is None:
             return z
         # The value stays that of z, whose residual was measured.
-        return good.put(_Replace.apply(moved, start), z)
+        return good.put(Replace.apply(moved, start), z)
 
 
 @dataclass(frozen=True)
 class Unrolled:
     """Differentiates through every step of the solver; memory and time grow with the steps.
 
-    Runs in PyTorch, not in the native step. z0 takes part in the graph.
+    The steps are replayed in PyTorch with their graph; z0 takes part in it. The value stays that of the solve. A sample
+    whose replay ends elsewhere (steps were refused, or rounding took over) keeps its z without a graph, and a
+    RuntimeWarning says so.
     """
 
     def attach(self, problem: Problem, solution: Solution) -> Tensor:
         raise NotImplementedError("Unrolled is carried out by solve itself")
-
-
-class _Replace(torch.autograd.Function):
-    """Value of `value`, gradient of `x`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return tangents[0]

@@ -16,8 +16,8 @@ class History:
 
     A solve that starts from it evaluates fn at `z` once more. What the map has changed there, δ = f_new(z) − f(z), is
     added to every stored row, which leaves the differences (the estimate of the Jacobian) as they are. Where nothing
-    has changed, δ = 0 and the solve goes on bit for bit as if it had never stopped. Takes 2 (memory + 1) + 1 words per
-    entry of the state.
+    has changed, δ = 0 and the solve goes on bit for bit as if it had never stopped, but for the best iterate, which it
+    looks for anew. Takes 2 (memory + 1) + 1 words per entry of the state.
     """
 
     method: Method
@@ -25,6 +25,8 @@ class History:
     z: Tensor  # (B, T, D) last iterate, dtype of the ring
     since: Tensor  # (B,) float64, steps since the last restart
     heads: Tensor  # (B,) slot of each sample's newest row
+    counts: Tensor  # (B, T) rows of each block when its sample finished
+    open: Tensor  # (B,) bool, not finished yet
 
     @staticmethod
     def begin(method: Method, ring: Ring, z0: Tensor) -> History:
@@ -32,17 +34,28 @@ class History:
         B = z0.shape[0]
         since = torch.zeros(B, dtype=torch.float64, device=z0.device)
         heads = torch.full((B,), ring.head, dtype=torch.int64, device=z0.device)
-        return History(method, ring, z0.to(ring.dtype), since, heads)
+        going = torch.ones(B, dtype=torch.bool, device=z0.device)
+        return History(method, ring, z0.to(ring.dtype), since, heads, torch.zeros_like(ring.count), going)
+
+    def note(self, rows: Tensor, running: Tensor) -> None:
+        """Marks the place of the samples at `rows` (n,) in the ring, as long as they are `running` (n,) and once more.
+
+        A finished sample may stay in the batch for a while (`Stop.check_every`), as the ring turns on without it.
+        """
+        open_ = self.open[rows]
+        self.heads[rows] = torch.where(open_, self.ring.head, self.heads[rows])
+        self.counts[rows] = torch.where(open_[:, None], self.ring.count[rows], self.counts[rows])
+        self.open[rows] = open_ & running
 
     def take(self, at: Tensor, z: Tensor, since: Tensor, lost: Tensor) -> None:
         """Puts in the samples `at` (k,): their iterates z (k, T, D) and steps since (k,); `lost` (k,) have no rows."""
         self.z[at], self.since[at] = z, since
-        self.heads[at] = self.ring.head
-        self.ring.count[at] = torch.where(lost[:, None], 0, self.ring.count[at])
+        self.counts[at] = torch.where(lost[:, None], 0, self.counts[at])
 
     def seal(self) -> History:
         """Itself, after turning every sample's rows so that the newest is at the head of the ring."""
         ring, M = self.ring, self.ring.slots
+        ring.count.copy_(self.counts)
         turn = (torch.arange(M, device=self.heads.device) + self.heads[:, None] - ring.head) % M  # (B, M) old slots
         if bool((self.heads != ring.head).any()):
             each = torch.arange(len(self.heads), device=self.heads.device)[:, None]
@@ -63,8 +76,8 @@ class History:
         wide = torch.float64 if z0.dtype == torch.float64 else torch.float32
         if self.z.shape != z0.shape or self.z.dtype != wide or self.z.device != z0.device:
             raise ValueError(
-                f"z0 holds a history of shape {tuple(self.z.shape)} on {self.z.device}, "
-                f"but the state has {tuple(z0.shape)} on {z0.device}"
+                f"z0 holds a history of shape {tuple(self.z.shape)} in {self.z.dtype} on {self.z.device}, "
+                f"but the state is {tuple(z0.shape)} in {z0.dtype} on {z0.device}"
             )
 
     def fork(self) -> Ring:
@@ -78,7 +91,10 @@ class History:
         """Adds what the map has changed at `z`, where its value is now f (B, T, D), to the rows of `ring`, a fork."""
         newest = (ring.head + 1) % ring.slots
         known = (self.ring.count > 0)[..., None]  # (B, T, 1)
-        change = torch.where(known, f - ring.F[:, newest], 0.0)
+        change = f - ring.F[:, newest]
+        change = torch.where(
+            known & change.isfinite(), change, 0.0
+        )  # a map that has become NaN must not spoil the rows
         if bool((change != 0).any()):
             ring.R += change[:, None]
             ring.F += change[:, None]

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from .iterate import Problem, Solver, iterate
 from .leaves import leaves
 from .linearise import Good, Linearised, evaluate
-from .solution import Adjoint, ConvergenceError, describe_failures
+from .solution import Adjoint, ConvergenceError, Status, describe_failures
 from .stop import Stop, relative_goal
 from .structure import Layout
 
@@ -74,11 +74,13 @@ class AdjointSolve:
 def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
     """The outcome (n,) spread over all samples (B,); those left out are NONFINITE."""
     if good.rows is None:
-        return outcome
+        status = torch.where(good.mask, outcome.status, int(Status.NONFINITE))
+        return Adjoint(status, outcome.residual, outcome.evaluations)
     B = good.mask.shape[0]
     full = Adjoint(
-        outcome.status.new_full((B,), 4), outcome.residual.new_full((B,), torch.inf), outcome.evaluations.new_zeros(B)
-    )
+        outcome.status.new_full((B,), int(Status.NONFINITE)), outcome.residual.new_full((B,), torch.inf),
+        outcome.evaluations.new_zeros(B),
+    )  # fmt: skip
     for name in ("status", "residual", "evaluations"):
         getattr(full, name)[good.rows] = getattr(outcome, name)
     return full
@@ -101,11 +103,29 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor) -> Te
     at = Linearised.of(problem, finite, z)
     if at is None:
         return z
-    given = [x for x in problem.inputs if x.requires_grad]
-    # Autograd must know of every tensor that a second derivative reaches without passing through f.
-    reached = [x for x in leaves(at.f) if x is not at.z and not any(x is y for y in given)]
-    step = _Step(how, problem, finite, z.detach(), at)
+    # Autograd must know of every tensor that a second derivative reaches without passing through f: the inputs, and
+    # what fn reads besides them, an input among that too.
+    given = list({id(x): x for x in problem.inputs if x.requires_grad}.values())
+    reached = [x for x in leaves(at.f) if x is not at.z]
+    step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z))
     return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached), z)
+
+
+@dataclass(frozen=True)
+class _Autocast:
+    """The autocast state of a forward pass, for maps that are evaluated again in the backward pass."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(z: Tensor) -> _Autocast:
+        kind = z.device.type
+        return _Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def again(self) -> Any:
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled)
 
 
 @dataclass(eq=False)
@@ -117,6 +137,7 @@ class _Step:
     finite: Tensor  # (B,) bool
     z: Tensor  # (B, T, D)
     at: Linearised
+    autocast: _Autocast
 
     def adjoint(self, g: Tensor) -> Tensor:
         """u (n, T, D) of u = g + Jᵀ u, without a graph."""
@@ -124,8 +145,9 @@ class _Step:
 
     def tangent(self, t: Tensor) -> Tensor:
         """v (n, T, D) of v = t + J v, without a graph; J v as the derivative of u ↦ Jᵀu, which is linear."""
-        f, at = forward_ad.unpack_dual(self.at.f).primal, self.at
+        at = self.at
         with torch.enable_grad():
+            f = forward_ad.unpack_dual(at.f).primal
             u = torch.zeros_like(f, requires_grad=True)
             (product,) = torch.autograd.grad(f, at.z, u, create_graph=True, allow_unused=True)
 
@@ -135,7 +157,9 @@ class _Step:
             (found,) = torch.autograd.grad(product, u, v.to(u.dtype), retain_graph=True, allow_unused=True)
             return torch.zeros_like(v) if found is None else forward_ad.unpack_dual(found).primal
 
-        return self.how(products, t, at.good)
+        with torch.no_grad():
+            v = self.how(products, t.detach(), at.good)
+        return _Mixed.apply(v, t)
 
     def differentiable(self, g: Tensor, boundary: tuple[Tensor, ...]) -> list[Tensor | None]:
         """The cotangents of the tensors `boundary`, as differentiable functions of g, of those tensors and of z*.
@@ -144,17 +168,31 @@ class _Step:
         one finds at a gate goes on, to z* and from there by its own implicit derivative.
         """
         gates = _Gates()
-        z = gates.put(attach(self.how, self.problem, self.finite, self.z))
-        swap = {id(x): gates.put(x) for x in self.problem.inputs if x.requires_grad}
-        problem = replace(self.problem, inputs=[swap.get(id(x), x) for x in self.problem.inputs])
-        good = Good.of(problem, self.finite)
-        start = good.take(z)
-        f = evaluate(problem, start, good.inputs)
+        with self.autocast.again():
+            z = gates.put(attach(self.how, self.problem, self.finite, self.z))
+            swap = {id(x): gates.put(x) for x in self.problem.inputs if x.requires_grad}
+            problem = replace(self.problem, inputs=[swap.get(id(x), x) for x in self.problem.inputs])
+            good = Good.of(problem, self.finite)
+            start = good.take(z)
+            f = evaluate(problem, start, good.inputs)
+        self._check_same(f, boundary[len(swap) :])
         u = self._attached_adjoint(f, start, g)
-        wanted = [swap.get(id(x), x) for x in boundary]
+        wanted = [*swap.values(), *boundary[len(swap) :]]
         found = torch.autograd.grad(f, wanted, u, create_graph=True, allow_unused=True)
         gates.open = True
         return list(found)
+
+    def _check_same(self, f: Tensor, reached: tuple[Tensor, ...]) -> None:
+        """Raises unless f (n, T, D), evaluated again for a second derivative, is that of the forward pass."""
+        before, now = self.at.f.detach(), f.detach()
+        allowed = torch.finfo(f.dtype).eps ** 0.5 * torch.linalg.vector_norm(before.double())
+        same = bool(torch.linalg.vector_norm((now - before).double()) <= allowed) or not bool(before.isfinite().all())
+        known = {id(x) for x in leaves(f)}
+        if not same or any(id(x) not in known for x in reached):
+            raise RuntimeError(
+                "create_graph evaluates fn again in the backward pass, and it was another map then: take the gradient "
+                "inside functional_call, bind loop variables, keep dropout masks and parameters as they were"
+            )
 
     def _attached_adjoint(self, f: Tensor, z: Tensor, g: Tensor) -> Tensor:
         """u (n, T, D) with its own implicit derivative, from f (n, T, D) at z with a graph of both."""
@@ -203,6 +241,8 @@ class _ImplicitFunction(torch.autograd.Function):
         boundary = ctx.saved_tensors
         if grads[0] is None:
             return None, None, None, *[None] * len(boundary)
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in (grads[0], ctx.step.at.f)):
+            raise NotImplementedError("forward mode over reverse mode through Implicit is not supported")
         if torch.is_grad_enabled():
             return None, None, None, *ctx.step.differentiable(grads[0], boundary)
         return ctx.step.adjoint(grads[0]), None, None, *[None] * len(boundary)
@@ -210,6 +250,18 @@ class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return None if tangents[0] is None else ctx.step.tangent(tangents[0])
+
+
+class _Mixed(torch.autograd.Function):
+    """Returns v, a tangent; refuses to be differentiated with respect to the tangent t that it came from."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, t: Tensor) -> Tensor:
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("reverse mode over forward mode through Implicit is not supported")
 
 
 class _AdjointFunction(torch.autograd.Function):

@@ -99,7 +99,7 @@ def loop(
         if trace:
             residuals.append(run.residual())
         if steps in snapshots:
-            seen[steps] = run.current()
+            seen[steps] = run.snapshot()
         if callback is not None and callback(steps, problem.layout.unpack(run.current()), run.residual()):
             break
         last = steps == stop.max_steps
@@ -155,7 +155,7 @@ class _Run:
         if history is not None:
             self.monitor["steps"] = (history.since - 1).clamp_min(0)
         self.search = LineSearch(line_search, self.z) if line_search else None
-        self.full = z0.clone()  # (B, T, D): finished samples, and the last iterate of the others
+        self.full = z0.clone()  # (B, T, D): finished samples, and z0 of the others
         self.best: Tensor | None = None  # (B, T, D): iterates of least residual that have been left behind
         self.before = self.z  # the previous iterate, at positions `origin` (n,)
         self.origin = self.rows
@@ -178,8 +178,7 @@ class _Run:
         z = self.z.to(layout.dtype)
         everyone = self.rows.numel() == self.full.shape[0]
         if not self.problem.compact and not everyone:
-            self.full[self.rows] = z
-            z = self.full.clone()
+            z = self.full.index_copy(0, self.rows, z)
         asked = None
         if self.front is not None and wanted is not None:
             asked = wanted if self.problem.compact or everyone else self._scatter(wanted)
@@ -209,15 +208,18 @@ class _Run:
             assert wanted is not None
             blocks = self._root(norms, self.z.shape[2])
             mode, broken = self.monitor.judge_blocks(blocks[..., 0], blocks[..., 1], wanted)
-            if bool(broken.any()):  # their rows would spoil the sums of later blocks
-                self.ring.count[self.rows] = torch.where(broken, 0, self.ring.count[self.rows])
+            # Rows of broken blocks would spoil the sums of later ones.
+            self.ring.count[self.rows] = torch.where(broken, 0, self.ring.count[self.rows])
             return mode
         mode, self.finished, left_behind = self.monitor.judge(norms, self.dropped, self.entries)
         self.dropped = None
         if left_behind is None or left_behind > 0:
             self._keep_best()
         if self.search is not None:
-            self.search.judge(self.monitor, self.z)
+            mode = self.search.judge(self.monitor, self.z, mode)
+            self.finished = None
+        if self.history is not None:
+            self.history.note(self.rows, self.monitor.running)
         return mode
 
     def _root(self, norms: Tensor, entries: int) -> Tensor:
@@ -280,7 +282,7 @@ class _Run:
         lost = (status == int(Status.NONFINITE)) | (status == int(Status.DIVERGED))
         at = self.rows[leaving]
         z = torch.where(lost[:, None, None], self.full[self.rows].to(z.dtype), z)
-        self.history.take(at, z[leaving], self.monitor["steps"][leaving], lost[leaving])
+        self.history.take(at, z[leaving], self.monitor["steps"][leaving], (lost | refused.any(1))[leaving])
 
     def advance(self, mode: Tensor) -> None:
         """The next iterate of the samples at hand."""
@@ -322,15 +324,21 @@ class _Run:
 
     def current(self) -> Tensor:
         """The current iterate of all samples, (B, T, D)."""
-        self.full[self.rows] = self.z.to(self.full.dtype)
-        return self.full.clone()
+        return self.full.index_copy(0, self.rows, self.z.to(self.full.dtype))
+
+    def snapshot(self) -> Tensor:
+        """The same, but of the samples that have finished what the solution will hold."""
+        kept = self.full if self.best is None else self.best
+        there = self.monitor.running | (self.monitor["fresh"] != 0)
+        z = torch.where(there[:, None, None], self.z.to(self.full.dtype), kept[self.rows])
+        return self.full.index_copy(0, self.rows, z)
 
     def solution(self, steps: int, trace: Tensor | None) -> Solution:
         r = self.result
         evaluations, status, rejections, rank_losses = (
             r[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")
         )
-        history = None if self.history is None else self.history.seal()
+        history = None if self.history is None else (self.earlier if self.earlier is not None else self.history.seal())
         if history is not None:
             ops.release(history.ring)
         return Solution(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ class Good:
     """The samples that a gradient passes through: those with a finite residual.
 
     A bad sample must stay out of the graph: a cotangent of zero times its NaN would still be NaN in the parameters.
-    With compaction it is left out of the batch; without, fn sees zeros in its place.
+    With compaction it is left out of the batch; without, fn sees a good sample's state in its place, and has to be
+    finite there (`tell_lost`).
     """
 
     mask: Tensor  # (B,) bool
@@ -41,7 +44,11 @@ class Good:
 
     def take(self, z: Tensor) -> Tensor:
         """(B, T, D) → (n, T, D), what fn is given."""
-        return torch.where(self.mask[:, None, None], z, 0.0) if self.rows is None else z[self.rows]
+        if self.rows is not None:
+            return z[self.rows]
+        first = self.mask.to(torch.uint8).argmax(0, keepdim=True)
+        stand_in = z.detach().index_select(0, first).nan_to_num(0.0, 0.0, 0.0) if len(z) else z
+        return torch.where(self.mask[:, None, None], z, stand_in)
 
     def mask_taken(self) -> Tensor:
         """(n,) bool: which of the taken samples are good."""
@@ -52,6 +59,27 @@ class Good:
         if self.rows is None:
             return torch.where(self.mask[:, None, None], part, z.detach())
         return z.detach().index_copy(0, self.rows, part)
+
+    def without(self, bad: Tensor) -> Tensor:
+        """The mask (B,) that is left without the taken samples `bad` (n,)."""
+        if self.rows is None:
+            return self.mask & ~bad
+        return self.mask.index_fill(0, self.rows[bad], False)
+
+    def tell_lost(self, f: Tensor) -> None:
+        """Warns when f (n, T, D) is not finite at a sample that is not good, and so in everything it shares."""
+        if self.rows is None and not bool((f.isfinite().flatten(1).all(1) | self.mask).all()):
+            warnings.warn(
+                "fn is NaN or infinite for a sample that has failed, and so are gradients of what the samples share: "
+                "give per-sample data in inputs, so that failed samples are left out",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def is_wanted() -> bool:
+    """Derivatives are: grad mode is on, or dual numbers are about."""
+    return torch.is_grad_enabled() or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 @dataclass(eq=False)
@@ -68,11 +96,13 @@ class Linearised:
 
         None when no gradient is asked for: grad mode off, or fn depends on nothing that requires one.
         """
-        if not torch.is_grad_enabled():
+        if not is_wanted():
             return None
         good = Good.of(problem, finite)
-        z = good.take(z).detach().clone().requires_grad_()
-        f = evaluate(problem, z, good.inputs)
+        with torch.enable_grad():
+            z = good.take(z).detach().clone().requires_grad_()
+            f = evaluate(problem, z, good.inputs)
+        good.tell_lost(f)
         if all(leaf is z for leaf in leaves(f)) and forward_ad.unpack_dual(f).tangent is None:
             return None
         return Linearised(z, f, good)
@@ -82,3 +112,19 @@ class Linearised:
         u = torch.where(self.good.mask_taken()[:, None, None], u, 0.0).to(self.f.dtype)
         (product,) = torch.autograd.grad(self.f, self.z, u, retain_graph=True, allow_unused=True)
         return torch.zeros_like(self.z) if product is None else product
+
+
+class Replace(torch.autograd.Function):
+    """Value of `value`, gradient of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0]

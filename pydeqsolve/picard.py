@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .ring import Method
+from .stop import check_real
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class Picard:
 
 def check_damping(damping: float) -> None:
     """Raises unless 0 < damping ≤ 2."""
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise TypeError(f"damping must be a float, got {type(damping).__name__}")
+    check_real("damping", damping)
     if not 0 < damping <= 2:
         raise ValueError(f"damping must be in (0, 2], got {damping}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .monitor import Monitor
+from .monitor import RUNNING, Monitor
+from .ops import MIX, REJECT
+from .solution import Status
 
 
 class LineSearch:
@@ -25,17 +27,30 @@ class LineSearch:
         self.halvings = torch.zeros(n, dtype=torch.int64, device=z.device)  # (n,) of the trial at hand
         self.taken = torch.zeros(n, dtype=torch.float64, device=z.device)  # (n,) k
 
-    def judge(self, monitor: Monitor, z: Tensor) -> None:
-        """Takes or refuses the trials z (n, T, D) that the monitor has just measured."""
+    def judge(self, monitor: Monitor, z: Tensor, mode: Tensor) -> Tensor:
+        """Takes or refuses the trials z (n, T, D) that the monitor has just measured; returns the mode (n, T).
+
+        A refused trial counts as a rejection. One that is not finite, or so large that the sample would be given up,
+        is refused like any other, but its row must go, and the history with it.
+        """
         found = monitor["residual"]
         allowed = (1 + 1 / self.taken.clamp_min(1).square()) * self.residual
-        refused = ~(found <= allowed) & (self.halvings < self.most) & (self.taken > 0)
+        ended = monitor["status"]
+        given_up = (ended == int(Status.NONFINITE)) | (ended == int(Status.DIVERGED))
+        open_ = (monitor["judged"] != 0) & (monitor.running | given_up) & (self.halvings < self.most) & (self.taken > 0)
+        refused = open_ & ~(found <= allowed)
+        forgets = refused & (given_up | ~found.isfinite())
+        monitor["status"] = torch.where(refused, float(RUNNING), ended)
         self.base = torch.where(refused[:, None, None], self.base, z)
         # Growth and stagnation are judged against the iterate taken, not against a trial beyond it.
         monitor["previous"] = torch.where(refused, self.residual, monitor["previous"])
+        monitor["rejections"] = monitor["rejections"] + (refused & (mode != REJECT).all(1))
         self.residual = torch.where(refused, self.residual, found)
         self.halvings = torch.where(refused, self.halvings + 1, 0)
         self.taken = self.taken + ~refused
+        return torch.where(forgets[:, None], REJECT, torch.where((refused & ~forgets)[:, None], MIX, mode)).to(
+            mode.dtype
+        )
 
     def redirect(self, z: Tensor, z_next: Tensor) -> Tensor:
         """z_next (n, T, D), but halfway back from the trial z where that was refused."""

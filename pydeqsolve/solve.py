@@ -14,7 +14,7 @@ from .gradient import Gradient, Implicit, Phantom, Unrolled
 from .iterate import Callback, Problem, Solver, iterate
 from .solution import Solution
 from .stop import Front, Stop, check_count
-from .structure import Layout, detached
+from .structure import Layout, detached, rebuild
 from .unroll import unroll
 
 ANDERSON, STOP, IMPLICIT = Anderson(), Stop(), Implicit()
@@ -75,12 +75,21 @@ def solve(
         history.check(solver.method(), flat)
     if front is not None and (keep_history or history is not None):
         raise ValueError("front must be None with a history: its blocks finish at places of their own")
-    if gradient is not None and not hasattr(gradient, "attach"):
+    if gradient is not None and (isinstance(gradient, type) or not hasattr(gradient, "attach")):
         raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {gradient!r}")
+    if not isinstance(snapshots, (tuple, list)):
+        raise TypeError(f"snapshots must be a tuple of steps, got {type(snapshots).__name__}")
     for k in snapshots:
         check_count("snapshots", k, least=1)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
     if isinstance(gradient, Unrolled) and snapshots:
         raise NotImplementedError("snapshots are not unrolled: use gradient=Implicit() or Phantom()")
+    searches = bool(getattr(solver, "line_search", 0))
+    if isinstance(gradient, Unrolled) and (history is not None or searches):
+        raise NotImplementedError("Unrolled replays neither a history nor a line search: use gradient=Implicit()")
+    if searches and (front is not None or keep_history or history is not None):
+        raise ValueError("line_search must be 0 with a front or a history")
     if isinstance(gradient, Unrolled) and flat.shape[0] and (front is not None or solver.method().coupling != "joint"):
         raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
     solution = iterate(
@@ -104,7 +113,7 @@ def _prepare(
     """The problem and the flat first guess, after checking every argument."""
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}")
-    if not hasattr(solver, "method"):
+    if isinstance(solver, type) or not hasattr(solver, "method"):
         raise TypeError(f"solver must be Anderson(), Broyden() or Picard(), got {solver!r}")
     if not isinstance(stop, Stop):
         raise TypeError(f"stop must be a Stop, got {type(stop).__name__}")
@@ -122,6 +131,10 @@ def _prepare(
             raise ValueError(f"stop.{name} must have shape ({B},), got {tuple(tolerance.shape)}")
     if isinstance(inputs, Tensor):
         raise TypeError("inputs must be a tuple or list of tensors, got a tensor: write inputs=(x,)")
+    if not isinstance(inputs, (tuple, list)):
+        raise TypeError(f"inputs must be a tuple or list of tensors, got {type(inputs).__name__}")
+    if compact is not None and not isinstance(compact, bool):
+        raise TypeError(f"compact must be True, False or None, got {type(compact).__name__}")
     for i, x in enumerate(inputs):
         if not isinstance(x, Tensor):
             raise TypeError(f"inputs[{i}] must be a tensor, got {type(x).__name__}")
@@ -145,9 +158,4 @@ def _with_phantom(problem: Problem, solution: Solution, gradient: Gradient | Non
 
 def _skeleton(tree: Any) -> Any:
     """The structure of z0 without its data, so that a Solution does not keep z0 alive."""
-    if isinstance(tree, Tensor):
-        return torch.empty(0)
-    if isinstance(tree, dict):
-        return type(tree)((key, _skeleton(part)) for key, part in tree.items())
-    parts = [_skeleton(part) for part in tree]
-    return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return rebuild(tree, lambda: torch.empty(0))

@@ -63,6 +63,12 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_real(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is an int or a float (bool excluded)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+
+
 @dataclass(frozen=True)
 class Front:
     """Blocks of a causal map finish one by one, from the front; a finished block costs nothing more.
@@ -85,5 +91,6 @@ class Front:
     def __post_init__(self) -> None:
         if self.window is not None:
             check_count("window", self.window, least=1)
+        check_real("margin", self.margin)
         if not 0 <= self.margin <= 1:
             raise ValueError(f"margin must be in [0, 1], got {self.margin}")

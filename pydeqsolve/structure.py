@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,10 @@ def rebuild(tree: Any, leaves: Callable[[], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return leaves()
     if isinstance(tree, dict):
-        return type(tree)((key, rebuild(part, leaves)) for key, part in tree.items())
+        other = copy.copy(tree)  # keeps what a subclass needs besides its items, as defaultdict does
+        for key, part in tree.items():
+            other[key] = rebuild(part, leaves)
+        return other
     parts = [rebuild(part, leaves) for part in tree]
     if hasattr(tree, "_fields"):
         return type(tree)(*parts)

@@ -88,7 +88,7 @@ def check_rotation_equivariance(
     tolerance: float = 1e-6, seed: int = 0,
 ) -> None:  # fmt: skip
     """Q f(Qᵀ z) from Q z0, Q orthogonal, ends at Q z with the same status after as many evaluations, give or take one
-    for rounding. `stop.norm` must not be "max"."""
+    and a tenth for rounding, which nearly dependent differences amplify. `stop.norm` must not be "max"."""
     B, stop = z0.shape[0], stop or Stop()
     D = z0[0].numel()
     noise = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -105,7 +105,8 @@ def check_rotation_equivariance(
     for i in range(B):
         _require(plain.status[i] == turned.status[i], f"sample {i} rotated: status {turned.status[i]}")
         apart = int((plain.evaluations[i] - turned.evaluations[i]).abs())
-        _require(apart <= 1, f"sample {i} rotated: evaluations differ by {apart}")
+        allowed = 1 + int(plain.evaluations[i]) // 10
+        _require(apart <= allowed, f"sample {i} rotated: evaluations differ by {apart}, more than {allowed}")
         _close(f"sample {i} rotated: z", back[i], plain.z[i], tolerance)
 
 
@@ -216,16 +217,22 @@ def check_gradient(
     def loss(how: Gradient | None) -> Tensor:
         return (c * solve(fn, z0, inputs, solver=solver, stop=stop, gradient=how).z).sum()
 
+    def loss_at(x: Tensor, value: Tensor) -> Tensor:
+        x.copy_(value)
+        return loss(None)
+
+    _require(bool(leaves), "no input or parameter requires a gradient")
     grads = torch.autograd.grad(loss(gradient or Implicit(stop=Stop(rtol=1e-10))), leaves)
     for k, (x, g) in enumerate(zip(leaves, grads, strict=True)):
         v = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x)
         h = 1e-5 * max(1.0, float(x.detach().abs().max()))
+        before = x.detach().clone()
         with torch.no_grad():
-            x.add_(v, alpha=h)
-            above = loss(None)
-            x.sub_(v, alpha=2 * h)
-            below = loss(None)
-            x.add_(v, alpha=h)
+            try:
+                above = loss_at(x, before + h * v)
+                below = loss_at(x, before - h * v)
+            finally:
+                x.copy_(before)
         expected, found = float(above - below) / (2 * h), float((g * v).sum())
         scale = float(g.norm() * v.norm())
         _require(abs(found - expected) <= tolerance * scale, f"derivative {k}: {found}, central difference {expected}")

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from .iterate import Problem, Solver
-from .linearise import Good, evaluate
+from .linearise import Good, Replace, evaluate
 from .reference import PIVOT_CUTOFF
 from .ring import Method
 from .solution import Solution
 
+ELSEWHERE = 1e-3  # relative to the largest entry of z
+
 
 def unroll(problem: Problem, z0: Tensor, solver: Solver, solution: Solution) -> Tensor:
-    """z (B, T, D) by as many steps from z0 as the solve of each sample took, with a graph through all of them.
+    """z (B, T, D) of the solution, with the graph of as many steps from z0 as the solve of each sample took.
 
-    Refusals and restarts are not replayed; samples without a finite residual keep their z, without a graph.
+    Refusals and restarts are not replayed: a sample whose replay does not end at its z keeps that, without a graph.
     """
-    good = Good.of(problem, solution.residual.isfinite())
+    finite = solution.residual.isfinite()
+    while True:
+        good = Good.of(problem, finite)
+        replayed = _replay(problem, good, good.take(z0), solver.method(), solution)
+        lost = good.mask_taken() & ~replayed.isfinite().flatten(1).all(1)
+        if not bool(lost.any()):
+            break
+        finite = good.without(lost)  # its NaN would reach the others through what they share
+    z = good.take(solution.z).detach()
+    apart = (replayed.detach() - z).double().flatten(1).abs().amax(1)
+    allowed = max(ELSEWHERE, 8 * torch.finfo(z.dtype).eps) * z.double().flatten(1).abs().amax(1)
+    elsewhere = good.mask_taken() & ~(apart <= allowed)
+    same = good.without(elsewhere)
+    if not bool((same | ~solution.residual.isfinite()).all()):
+        warnings.warn(
+            "Unrolled: the replay of some samples does not end at their solution (steps were refused, or it is not "
+            "finite), so they have no gradient: use gradient=Implicit()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if not bool(same.any()):
+        return solution.z
+    return torch.where(same[:, None, None], good.put(Replace.apply(replayed, z), solution.z), solution.z.detach())
+
+
+def _replay(problem: Problem, good: Good, z: Tensor, method: Method, solution: Solution) -> Tensor:
+    """The last iterates (n, T, D) of the steps from z (n, T, D)."""
     steps = solution.evaluations if good.rows is None else solution.evaluations[good.rows]
-    z = good.take(z0)
+    steps = torch.where(good.mask_taken(), steps, 0)
     values: list[Tensor] = []
     residuals: list[Tensor] = []
     for k in range(1, int(steps.max()) if steps.numel() else 0):
         running = (steps > k)[:, None, None]
         f = evaluate(problem, z, good.inputs)
-        values = [*values, f][-solver.method().memory - 1 :]
-        residuals = [*residuals, f - z][-solver.method().memory - 1 :]
-        z = torch.where(running, _update(solver.method(), values, residuals), z)
-    return good.put(z, solution.z)
+        values = [*values, f][-method.memory - 1 :]
+        residuals = [*residuals, f - z][-method.memory - 1 :]
+        z = torch.where(running, _update(method, values, residuals), z)
+    return z
 
 
 def _update(method: Method, values: list[Tensor], residuals: list[Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ DEFECTS = [
            'evaluations + 1, status, steps, rejections, rank_losses, trace,',
            "test_laws.py::test_evaluations_count_the_rows_passed_to_fn"),
     Defect("a bad sample is masked by multiplication", "linearise.py",
-           "torch.where(self.mask[:, None, None], z, 0.0) if self.rows is None", "z * self.mask[:, None, None] if True",
+           "torch.where(self.mask[:, None, None], z, stand_in)", "z * self.mask[:, None, None]",
            "test_gradient.py::test_a_first_guess_that_is_nan_poisons_no_gradient_without_compaction"),
     Defect("types I and II are swapped", "anderson.py", 'f"anderson {self.kind}"',
            '"anderson " + ("I" if self.kind == "II" else "II")',

@@ -108,6 +108,45 @@ def test_a_failed_sample_starts_again_from_its_best_without_history():
     torch.testing.assert_close(again.z[0], again.z[1], rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("solver", [Anderson(memory=4), Broyden(memory=4)], ids=str)
+def test_when_the_flags_are_read_changes_nothing_of_what_is_kept(solver):
+    problem = problems.mixed_batch(8)
+    ends = []
+    for interval in (1, 8):
+        start = solve(problem.fn, problem.start, problem.inputs, solver=solver, gradient=None, keep_history=True,
+                      stop=Stop(rtol=1e-4, max_steps=60, check_every=interval))  # fmt: skip
+        assert (start.history.ring.count > 1).all()
+        ends.append(solve(problem.fn, start, problem.inputs, solver=solver, gradient=None,
+                          stop=Stop(rtol=1e-9, max_steps=500)))  # fmt: skip
+    assert torch.equal(ends[0].z, ends[1].z)
+    assert torch.equal(ends[0].evaluations, ends[1].evaluations)
+
+
+@pytest.mark.parametrize(
+    "watch", [{}, {"callback": lambda *seen: False}, {"snapshots": (1,)}], ids=["no", "yes", "snap"]
+)
+def test_a_map_that_has_become_nan_ends_finite_and_harms_no_other(watch):
+    problem = problems.mixed_batch(4)
+    start = first(Anderson(), problem)
+    rate, b = problem.inputs
+    broken = torch.cat([rate[:1] * torch.nan, rate[1:]])
+    stop = Stop(rtol=1e-9, max_steps=500)
+    again = solve(problem.fn, start, (broken, b), stop=stop, gradient=None, **watch)
+    good = solve(problem.fn, start, (rate, b), stop=stop, gradient=None)
+    assert again.status[0] == Status.NONFINITE
+    assert again.z.isfinite().all()
+    assert torch.equal(again.z[1:], good.z[1:])
+
+
+def test_a_solve_without_steps_passes_the_history_on():
+    problem = problems.mixed_batch(4)
+    start = first(Anderson(), problem)
+    idle = solve(problem.fn, start, problem.inputs, stop=Stop(max_steps=0), gradient=None, keep_history=True)
+    ends = [solve(problem.fn, s, problem.inputs, stop=Stop(rtol=1e-9), gradient=None) for s in (start, idle)]
+    assert torch.equal(ends[0].z, ends[1].z)
+    assert torch.equal(ends[0].evaluations, ends[1].evaluations)
+
+
 def test_a_history_can_be_copied_and_pickled():
     problem = problems.mixed_batch(8)
     start = first(Broyden(), problem)
@@ -154,6 +193,15 @@ def test_a_warm_layer_starts_from_its_last_solution_until_it_is_reset(keep_histo
     layer.reset()
     assert torch.equal(layer(x), cold)
     assert torch.equal(layer.solution.evaluations, count)
+
+
+def test_a_warm_layer_whose_solver_has_changed_starts_from_z_alone():
+    x = torch.randn(4, 5, dtype=f64, generator=problems.generator(0))
+    layer = DEQ(Cell(), warm_start=True, keep_history=True)
+    layer(x)
+    layer.solver = Broyden()
+    layer(x)
+    assert layer.solution.evaluations.tolist() == [1] * 4
 
 
 def test_a_warm_layer_starts_cold_for_a_batch_of_another_shape():

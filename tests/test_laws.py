@@ -48,7 +48,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(solver, seed, dtype, norm):
     testing.check_independence(solver, bent, z0, inputs, stop=Stop(rtol=1e-5, norm=norm), seed=seed)
 
 
-@pytest.mark.parametrize("gradient", [Implicit(stop=Stop(rtol=1e-10)), Phantom(steps=2)], ids=["implicit", "phantom"])
+@pytest.mark.parametrize("gradient", [Implicit(stop=Stop(rtol=1e-10)), Phantom(steps=8)], ids=["implicit", "phantom"])
 @pytest.mark.parametrize("solver", [Anderson(), Broyden(), Picard()], ids=str)
 @few
 @given(seed=seeds)

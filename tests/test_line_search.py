@@ -4,7 +4,7 @@ import problems
 import pytest
 import torch
 
-from pydeqsolve import Broyden, Stop, solve, testing
+from pydeqsolve import Broyden, Front, Stop, solve, testing
 
 f64 = torch.float64
 
@@ -62,18 +62,45 @@ def test_the_last_trial_is_taken_as_it_is():
 
 
 def test_a_trial_outside_the_domain_is_halved_until_it_is_inside():
-    # ln z = c: a step that overshoots to z < 0 finds NaN.
-    g = problems.generator(3)
-    c, start = 3 * torch.rand(300, 1, dtype=f64, generator=g), 0.1 + torch.rand(300, 1, dtype=f64, generator=g)
-    stop = Stop(rtol=1e-12, max_steps=60)
+    # From 0 the plain step goes to 1, and the step after it to 10, where fn is NaN; so it is at 5.5 and 3.25.
+    seen = []
+
+    def fn(z):
+        seen.append(z.item())
+        inside = torch.where(z < 0.5, z + 1.0, torch.where(z < 2.2, z + 0.9, torch.nan))
+        return inside
+
+    solve(fn, torch.zeros(1, 1, dtype=f64), solver=Broyden(line_search=10), stop=Stop(rtol=1e-9, max_steps=6),
+          gradient=None)  # fmt: skip
+    assert seen[:3] == pytest.approx([0.0, 1.0, 10.0])
+    assert seen[3:] == pytest.approx([5.5, 3.25, 2.125])
+
+
+def test_a_first_step_outside_the_domain_is_halved_too():
+    # sqrt of a negative number after the first, plain step.
+    fn = lambda z: torch.where(z < 0, torch.nan, z - 3 * (torch.sqrt(z.clamp_min(0)) - 0.5))  # noqa: E731
+    solution = solve(fn, torch.full((1, 1), 4.0, dtype=f64), solver=Broyden(line_search=8), stop=Stop(rtol=1e-10),
+                     gradient=None).check()  # fmt: skip
+    torch.testing.assert_close(solution.z, torch.full((1, 1), 0.25, dtype=f64), rtol=1e-8, atol=0)
+    assert solution.rejections.item() >= 1
+
+
+def test_when_the_flags_are_read_moves_no_sample_that_has_finished():
+    fn = lambda z: torch.where(z < 0.5, z + 1.0, torch.where(z < 2, z + 0.999, z + 3.0))  # noqa: E731
     outcomes = [
-        solve(lambda z, c: z - 3 * (torch.log(z) - c), start, (c,), solver=Broyden(line_search=k, safeguard=1e30),
-              stop=stop, gradient=None) for k in (0, 12)
+        solve(fn, torch.zeros(1, 1, dtype=f64), solver=Broyden(line_search=5), gradient=None,
+              stop=Stop(rtol=1e-2, check_every=k)) for k in (1, 8)
     ]  # fmt: skip
-    assert outcomes[1].converged.sum() > outcomes[0].converged.sum()
-    assert outcomes[1].rejections.sum() > 0
-    solved = outcomes[1].converged
-    torch.testing.assert_close(outcomes[1].z[solved], c[solved].exp(), rtol=1e-9, atol=0)
+    assert outcomes[0].converged.all()
+    for name in ("z", "residual", "evaluations", "status", "rejections"):
+        assert torch.equal(getattr(outcomes[0], name), getattr(outcomes[1], name)), name
+
+
+def test_it_goes_with_neither_a_front_nor_a_history():
+    b = torch.ones(1, 3, 2, dtype=f64)
+    for keywords in ({"front": Front()}, {"keep_history": True}):
+        with pytest.raises(ValueError, match="line_search must be 0"):
+            solve(lambda z, b: b, b * 0, (b,), solver=Broyden(line_search=2), gradient=None, **keywords)
 
 
 @pytest.mark.parametrize("check_every", [1, 5])

@@ -98,3 +98,67 @@ def test_unrolled_carries_a_causal_coupling_or_says_that_it_cannot():
     except (NotImplementedError, ValueError):
         return
     torch.testing.assert_close(z.detach(), seen[-1], rtol=1e-6, atol=1e-9)
+
+
+# Samples that go wrong
+
+
+def exploding(z, w, x, bad):
+    return torch.where(bad > 0, 10 * z * z + 10 * w, torch.tanh(w * z + x))
+
+
+@pytest.mark.parametrize("gradient", [Phantom(8), Unrolled()], ids=str)
+@pytest.mark.filterwarnings("ignore:Unrolled:RuntimeWarning")
+def test_a_sample_that_explodes_beside_it_poisons_no_gradient(gradient):
+    w = torch.tensor(0.5, dtype=f64, requires_grad=True)
+    x = torch.ones(2, 1, dtype=f64)
+    bad = torch.tensor([[0.0], [1.0]], dtype=f64)
+
+    def grad(rows):
+        z = solve(lambda z, x, bad: exploding(z, w, x, bad), x[rows] * 0, (x[rows], bad[rows]), stop=TIGHT,
+                  gradient=gradient).z  # fmt: skip
+        assert z.isfinite().all()
+        return torch.autograd.grad(z[0].sum(), w)[0]
+
+    torch.testing.assert_close(grad([0, 1]), grad([0]), rtol=1e-10, atol=0)
+
+
+def test_a_sample_whose_closure_is_nan_warns_that_shared_gradients_are_lost():
+    w = torch.tensor(0.5, dtype=f64, requires_grad=True)
+    x = torch.tensor([[1.0], [torch.nan]], dtype=f64)
+    for gradient in (Implicit(), Phantom()):
+        with pytest.warns(RuntimeWarning, match="give per-sample data in inputs"):
+            solve(lambda z: torch.tanh(w * z + x), torch.zeros(2, 1, dtype=f64), gradient=gradient)
+
+
+def test_a_stand_in_for_a_failed_sample_has_a_finite_slope():
+    # At zero, where nobody is, sqrt has none.
+    w = torch.tensor(0.5, dtype=f64, requires_grad=True)
+    z0 = torch.tensor([[1.0], [torch.nan]], dtype=f64)
+    z = solve(lambda z: torch.sqrt(w * z) + 1, z0, gradient=Phantom(2)).z
+    assert torch.autograd.grad(z[0].sum(), w)[0].isfinite()
+
+
+def test_unrolled_keeps_the_measured_value_and_says_when_a_replay_ends_elsewhere():
+    # The fourth value jumps, is refused, and the history with it: a replay without refusals goes on from there.
+    calls = []
+    w = torch.tensor(0.9, dtype=f64, requires_grad=True)
+
+    def fn(z):
+        calls.append(1)
+        return w * torch.sin(3 * z) + 1 + (1000.0 if len(calls) == 4 else 0.0)
+
+    stop = Stop(rtol=1e-10, max_steps=8)
+    with pytest.warns(RuntimeWarning, match="does not end at their solution"):
+        solution = solve(fn, torch.zeros(1, 3, dtype=f64), solver=Anderson(), stop=stop, gradient=Unrolled())
+    r = 0.9 * torch.sin(3 * solution.z) + 1 - solution.z
+    torch.testing.assert_close(r.square().mean(1).sqrt(), solution.residual, rtol=1e-9, atol=0)
+    assert not solution.z.requires_grad
+
+
+def test_unrolled_refuses_what_it_cannot_replay():
+    z0 = torch.ones(1, 2, dtype=f64)
+    kept = solve(torch.cos, z0, gradient=None, keep_history=True)
+    for start, solver in ((z0, Broyden(line_search=4)), (kept, Anderson())):
+        with pytest.raises(NotImplementedError, match="neither a history nor a line search"):
+            solve(torch.cos, start, solver=solver, gradient=Unrolled())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from pydeqsolve import GMRES, Anderson, Implicit, Neumann, Phantom, Picard, Stop, Unrolled, solve
+from pydeqsolve import DEQ, GMRES, Anderson, Implicit, Neumann, Phantom, Picard, Stop, Unrolled, solve
 
 f64 = torch.float64
 TIGHT = Stop(rtol=1e-14, max_steps=400)
@@ -156,6 +156,96 @@ def test_a_graph_of_second_derivatives_is_freed():
     assert [d() for d in dead] == [None, None]
 
 
+def first_and_second_order(make):
+    """The gradients of Σ z² of `make()` → (z, leaves), plain and with a graph of their own."""
+    z, leaves = make()
+    plain = torch.autograd.grad(z.square().sum(), leaves, retain_graph=True)
+    return plain, torch.autograd.grad(z.square().sum(), leaves, create_graph=True)
+
+
+def twice_the_same_input(W, x):
+    return solve(lambda z, a, b: torch.tanh(z @ W.T + a * b), x.detach() * 0, (x, x), stop=TIGHT, gradient=EXACT).z
+
+
+def an_input_that_is_closed_over_too(W, x):
+    return solve(lambda z, a: torch.tanh(z @ W.T + a + x), x.detach() * 0, (x,), stop=TIGHT, gradient=EXACT,
+                 compact=False).z  # fmt: skip
+
+
+def an_input_and_its_multiple(W, x):
+    return solve(lambda z, a, b: torch.tanh(z @ W.T + a + b), x.detach() * 0, (x, 2 * x), stop=TIGHT, gradient=EXACT).z
+
+
+@pytest.mark.parametrize(
+    "fn", [solution, twice_the_same_input, an_input_that_is_closed_over_too, an_input_and_its_multiple]
+)
+def test_the_first_derivative_is_the_same_with_a_graph_of_its_own(fn):
+    # gradgradcheck alone would not see it: it compares the differentiable first derivative with itself.
+    W, x = data()
+    plain, graphed = first_and_second_order(lambda: (fn(W, x), [W, x]))
+    for a, b in zip(graphed, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert torch.autograd.gradgradcheck(fn, (W, x), atol=1e-6, rtol=1e-5)
+
+
+def under_functional_call(x):
+    layer = torch.nn.Linear(3, 3).double()
+    fn = DEQ(Wrapped(layer), stop=TIGHT, gradient=EXACT)
+    given = {name: (0.3 * p).detach().requires_grad_() for name, p in fn.named_parameters()}
+    return torch.func.functional_call(fn, given, (x,))
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z, x):
+        return torch.tanh(0.3 * self.layer(z) + x)
+
+
+def of_a_loop_variable(x):
+    scales = [0.2, 0.5]
+    for k in range(2):
+        z = solve(lambda z, x: torch.tanh(scales[k] * z + x), x.detach() * 0, (x,), stop=TIGHT, gradient=EXACT).z  # noqa: B023
+        k = 0
+    return z
+
+
+def with_dropout(x):
+    masks = iter(torch.rand(1000, *x.shape, generator=problems.generator(0)) > 0.5)
+    first = next(masks)
+    calls = []
+
+    def fn(z, x):
+        calls.append(1)
+        mask = first if len(calls) < 40 and not torch.is_grad_enabled() else next(masks)
+        return torch.tanh(0.5 * z + torch.where(mask, x, 0.0))
+
+    return solve(fn, x.detach() * 0, (x,), stop=TIGHT, gradient=EXACT, compact=False).z
+
+
+@pytest.mark.parametrize("make", [under_functional_call, of_a_loop_variable, with_dropout])
+def test_a_map_that_is_another_in_the_backward_pass_is_told(make):
+    _, x = data()
+    z = make(x)
+    with pytest.raises(RuntimeError, match="another map"):
+        torch.autograd.grad(z.sum(), x, create_graph=True)
+
+
+def test_autocast_of_the_forward_pass_is_that_of_the_second_derivative():
+    W, x = (t.detach().float().requires_grad_() for t in data())
+
+    def make():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = solve(lambda z, x: torch.tanh(z @ W.T + x), torch.zeros_like(x), (x,), stop=Stop(rtol=2e-2),
+                      gradient=Implicit(stop=Stop(rtol=5e-2))).z  # fmt: skip
+        return z, [W, x]
+
+    for a, b in zip(*first_and_second_order(make), strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+
+
 # Forward mode
 
 
@@ -188,6 +278,35 @@ def test_a_nan_sample_poisons_no_tangent():
         tangent = forward_ad.unpack_dual(dual).tangent
     assert tangent[[0, 2]].isfinite().all()
     assert (tangent[[0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize("gradient", [EXACT, Phantom(3)], ids=["implicit", "phantom"])
+def test_tangents_survive_no_grad(gradient):
+    W, x = data()
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = solution(W, forward_ad.make_dual(x.detach(), torch.ones_like(x)), gradient)
+        without = forward_ad.unpack_dual(dual).tangent
+    with forward_ad.dual_level():
+        dual = solution(W.detach(), forward_ad.make_dual(x.detach(), torch.ones_like(x)), gradient)
+        torch.testing.assert_close(without, forward_ad.unpack_dual(dual).tangent, rtol=1e-10, atol=0)
+
+
+def test_forward_over_reverse_is_refused():
+    W, x = data()
+    with forward_ad.dual_level():
+        z = solution(W, forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+        with pytest.raises(NotImplementedError, match="forward mode over reverse"):
+            torch.autograd.grad(z.sum(), W)
+
+
+@pytest.mark.parametrize("solver", [GMRES(), Anderson(), Neumann(100)], ids=str)
+def test_reverse_over_forward_is_refused(solver):
+    W, x = data()
+    with forward_ad.dual_level():
+        z = solution(W, forward_ad.make_dual(x.detach(), torch.ones_like(x)), Implicit(solver, Stop(rtol=1e-10)))
+        tangent = forward_ad.unpack_dual(z).tangent
+    with pytest.raises(NotImplementedError, match="reverse mode over forward"):
+        torch.autograd.grad(tangent.sum(), W)
 
 
 @pytest.mark.parametrize("gradient", [EXACT, Unrolled(), Phantom()], ids=["implicit", "unrolled", "phantom"])

@@ -60,6 +60,31 @@ def test_a_nan_sample_poisons_no_gradient():
     assert found.isfinite()
 
 
+@pytest.mark.parametrize("interval", [1, 8])
+def test_a_failed_sample_shows_the_z_that_is_returned(interval):
+    # sqrt(2 - z): 0, 1.41, .77, then NaN by force.
+    calls = []
+
+    def fn(z):
+        calls.append(1)
+        return torch.sqrt(2 - z) if len(calls) < 4 else torch.full_like(z, torch.nan)
+
+    solution = solve(fn, torch.zeros(1, 1, dtype=f64), solver=Picard(), gradient=None, snapshots=(2, 4, 6),
+                     stop=Stop(rtol=1e-12, check_every=interval))  # fmt: skip
+    assert solution.snapshots[0].item() == pytest.approx(2**0.5)
+    assert torch.equal(solution.snapshots[1], solution.z)
+    assert torch.equal(solution.snapshots[2], solution.z)
+
+
+def test_an_iterate_whose_value_is_nan_poisons_no_gradient():
+    w = torch.tensor(1.0, dtype=f64, requires_grad=True)
+    x = torch.tensor([[0.5], [3.0]], dtype=f64)
+    solution = solve(lambda z, x: torch.sqrt(2 * w - x * z), torch.zeros(2, 1, dtype=f64), (x,), solver=Picard(),
+                     snapshots=(1, 2, 3))  # fmt: skip
+    for z in solution.snapshots:
+        assert torch.autograd.grad(z[0].sum(), w, retain_graph=True)[0].isfinite()
+
+
 def test_nested_states_keep_their_structure():
     solution = solve(lambda z: {"a": 0.5 * z["a"] + 1}, {"a": torch.zeros(2, 3)}, gradient=None, snapshots=(1, 2))
     assert torch.equal(solution.snapshots[1]["a"], torch.ones(2, 3))

@@ -391,6 +391,17 @@ def test_low_precision_states_converge_to_a_few_units_in_the_last_place(dtype, s
         ({"z0": torch.tensor(1.0)}, ValueError, r"must have shape \(B, …\)"),
         ({"stop": Stop(rtol=torch.ones(3))}, ValueError, r"stop.rtol must have shape \(2,\)"),
         ({"front": 3}, TypeError, "front must be"),
+        ({"solver": Anderson}, TypeError, "solver must be"),
+        ({"gradient": Implicit}, TypeError, "gradient must be"),
+        (
+            {"inputs": (x for x in [torch.ones(2)])},
+            TypeError,
+            "inputs must be a tuple or list of tensors, got generator",
+        ),
+        ({"inputs": None}, TypeError, "inputs must be a tuple or list of tensors, got NoneType"),
+        ({"snapshots": 5}, TypeError, "snapshots must be a tuple of steps, got int"),
+        ({"callback": 3}, TypeError, "callback must be callable, got int"),
+        ({"compact": 1}, TypeError, "compact must be True, False or None, got int"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(keywords, kind, message):

@@ -1,6 +1,6 @@
 """Nested states, empty batches, strides, and what is said of a state or a value of the wrong structure."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import NamedTuple
 
 import problems
@@ -200,3 +200,11 @@ def test_the_solution_does_not_keep_the_first_guess_alive():
     del z0
     assert dead() is None
     assert solution.status.tolist() == [Status.CONVERGED] * 2
+
+
+def test_a_defaultdict_stays_one():
+    z0 = defaultdict(list, {"a": torch.ones(2, 3)})
+    z = solve(lambda z: defaultdict(list, {"a": torch.cos(z["a"])}), z0, gradient=None).z
+    assert type(z) is defaultdict
+    assert z.default_factory is list
+    assert torch.equal(z["a"], solve(torch.cos, torch.ones(2, 3), gradient=None).z)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from mixture import Mixture, latents, means
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from diffusion import Schedule, load_checkpoint, sample
 from pydeqsolve import Anderson, Implicit, Stop
@@ -112,11 +114,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def digits(group: Any) -> torch.Tensor:
+def digits(group: Any, model: nn.Module | None = None, count: int = 2, **options: Any) -> torch.Tensor:
     """Images of the shipped float32 model."""
     checkpoint = load_checkpoint("digits")
-    x_T = latents(2, *checkpoint.shape).float()
-    return sample(checkpoint.model, x_T, checkpoint.schedule.chain(50), group=group, stop=Stop(rtol=1e-6)).x_0
+    x_T, chain = latents(count, *checkpoint.shape).float(), checkpoint.schedule.chain(50)
+    return sample(model or checkpoint.model, x_T, chain, group=group, stop=Stop(rtol=1e-6), **options).x_0
 
 
 def message(action: Any) -> str:
@@ -156,6 +158,8 @@ def agreeing(rank: int, group: Any) -> dict[str, Any]:
     found["after errors"] = run(group).trajectory
     wrapped = nn.parallel.DistributedDataParallel(Normed().eval(), process_group=group)
     found["DDP shared"] = run(group, wrapped, count=1, window=1).x_0
+    network = load_checkpoint("digits").model.to(memory_format=torch.contiguous_format)  # which FSDP asks for
+    found["FSDP"] = digits(group, fully_shard(network, mesh=DeviceMesh.from_group(group, "cpu")), window=1, count=1)
     found["DDP alone"] = run(None, wrapped, count=1, steps=40 + 60 * rank).rounds
     with torch.enable_grad():
         loss = nn.parallel.DistributedDataParallel(SampledLoss(), process_group=group)

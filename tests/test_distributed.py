@@ -21,7 +21,9 @@ def everything(tmp_path_factory):
 @pytest.fixture(params=["pair", "three"])
 def found(request, everything):
     """What every rank of a group of two or three came to, by case."""
-    return everything[0][request.param]
+    results = everything[0][request.param]
+    assert len(results) == {"pair": 2, "three": 3}[request.param], f"exit codes {everything[1]}"
+    return results
 
 
 @torch.no_grad()
@@ -76,6 +78,13 @@ def test_a_model_in_ddp_with_buffers_is_sampled_by_the_group(found):
 
 
 @torch.no_grad()
+def test_a_model_sharded_by_fsdp_is_called_alike_on_all_ranks_also_when_rows_are_fewer(found):
+    alone = ranks.digits(None, window=1, count=1)  # one row at a time
+    for rank in found:
+        assert (rank["FSDP"] - alone).norm() <= 1e-5 * alone.norm()
+
+
+@torch.no_grad()
 def test_ranks_that_sample_a_model_in_ddp_for_themselves_may_take_different_numbers_of_rounds(found):
     for rank, mine in enumerate(found):
         assert mine["DDP alone"] == ranks.run(None, ranks.Normed().eval(), count=1, steps=40 + 60 * rank).rounds
@@ -117,8 +126,16 @@ def test_a_silent_rank_is_an_error_within_the_time_limit(everything):
 def test_a_dead_rank_is_an_error_on_the_others(everything):
     found, codes = everything
     assert codes == [0, 0, 7]
+    assert len(found["lost"]) == 2
     for rank in found["lost"]:
         assert "RuntimeError: group: a rank died or did not answer" in rank["dead"]
+
+
+@torch.no_grad()
+def test_a_model_in_data_parallel_is_sampled_like_the_model():
+    model = ranks.Normed().eval()
+    wrapped = torch.nn.DataParallel(model)
+    assert torch.equal(ranks.run(None, wrapped).trajectory, ranks.run(None, model).trajectory)
 
 
 def test_something_else_than_a_group_is_refused_by_name():

@@ -1,6 +1,7 @@
 """Inversion of real images by every method: loss, model rows, depth, time, and what becomes of known latents.
 
     python benchmarks/inversion_table.py                                # digits, 100 test images, T = 10, 20, 50, 100
+    python benchmarks/inversion_table.py --spacing quadratic --descents 0
     python benchmarks/inversion_table.py --model fashion --steps 10 50 --json fashion.json
 
 After Table 3 and Figure 3 of Pokle, Geng & Kolter 2022. loss is ‖x̂_0 − x_0‖² of the image that the chain makes of the
@@ -146,6 +147,7 @@ def main() -> None:
     add("--descents", type=int, default=16, help="of them for deq and naive, which take some hundred times as long")
     add("--epochs", type=int, default=400, help="of deq")
     add("--steps", type=int, nargs="+", default=[10, 20, 50, 100], help="lengths of the chains")
+    add("--spacing", default="linspace", help="of the time steps: linspace, leading, trailing or quadratic")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1)
     add("--json", metavar="FILE", help="write everything there")
@@ -154,7 +156,8 @@ def main() -> None:
     checkpoint = load_checkpoint(args.model)
     x_0 = images_of(checkpoint, args.count)
     about = {
-        "model": checkpoint.name, "shape": list(checkpoint.shape), "images": len(x_0), "dtype": str(x_0.dtype),
+        "model": checkpoint.name, "shape": list(checkpoint.shape), "images": len(x_0), "spacing": args.spacing,
+        "dtype": str(x_0.dtype),
         "device": "cpu", "machine": platform.machine(), "torch": torch.__version__, "threads": args.threads,
         "pydeqsolve": importlib.metadata.version("pydeqsolve"),
     }  # fmt: skip
@@ -162,7 +165,7 @@ def main() -> None:
     print("    T method images  loss min    median       max      rows   depth+check s/image  epochs |x_T|²/D")
     rows, recovered = [], []
     for steps in args.steps:
-        chain = checkpoint.schedule.chain(steps)
+        chain = checkpoint.schedule.chain(steps, args.spacing)
         found = table(checkpoint, x_0, chain, args.descents, args.epochs, args.seed)
         show(found)
         rows += found

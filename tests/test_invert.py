@@ -35,6 +35,17 @@ def test_exact_inversion_recovers_the_latent():
     assert (found.x_T - x_T).square().mean().sqrt() <= 1e-3
 
 
+def test_exact_inversion_recovers_the_latents_of_digits_where_steps_are_dense_next_to_the_image():
+    checkpoint = load_checkpoint("digits")
+    chain = checkpoint.schedule.chain(50, "quadratic")
+    x_T = latents(8, *checkpoint.shape).float()
+    with torch.no_grad():
+        x_0 = sample(checkpoint.model, x_T, chain, method="sequential").x_0
+    found = invert(checkpoint.model, x_0, chain)
+    assert (found.x_T - x_T).square().flatten(1).mean(1).sqrt().max() <= 1e-3
+    assert found.status.tolist() == [Status.CONVERGED] * 8
+
+
 @pytest.mark.parametrize(("steps", "loss"), [(10, 1e-4), (20, 1e-4), (50, 1e-6), (100, 1e-6)])
 def test_real_digits_come_back_from_their_latents_in_36_rounds(steps, loss):
     checkpoint = load_checkpoint("digits")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion import invert, load_checkpoint, sample
-from diffusion.pictures import draw_rows
+from diffusion.program.pictures import draw_rows
 
 
 def spherical(a: Tensor, b: Tensor, count: int) -> Tensor:

@@ -3,17 +3,20 @@
     python benchmarks/native_step.py [--threads N] [--repeats N]
 
 fn costs nothing (it returns a stored tensor), so what is timed is the solver. (2m + 3)·B·D words must move per
-evaluation; the floor is the time to read as many at the bandwidth measured in the same run. TorchDEQ is optional:
-pip install torchdeq==0.1.0.
+evaluation; the floor is the time to read as many at the bandwidth measured right before and after each timing, of which
+the fraction achieved is the inverse. Ratios are medians of the ratios of single repeats, so that a machine whose
+bandwidth others share is compared with itself. TorchDEQ is optional: pip install torchdeq==0.1.0.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -32,21 +35,38 @@ SHAPES = [
 ]
 
 
-def median_time(run: Callable[[], None], repeats: int) -> float:
-    """Median seconds of `run` over `repeats`, after one warm-up."""
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
     run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return time.perf_counter() - start
 
 
-def read_bandwidth(repeats: int) -> float:
-    """Bytes per second of summing 512 MB, far more than the caches hold."""
+def reader() -> Callable[[], float]:
+    """A measurement of the bandwidth, bytes per second, by summing 512 MB: far more than the caches hold."""
     x = torch.ones(64 * 1024 * 1024, dtype=torch.float64)
-    return x.numel() * 8 / median_time(lambda: x.sum().item(), repeats)
+    return lambda: x.numel() * 8 / seconds(lambda: x.sum().item())
+
+
+@dataclass
+class Timing:
+    """One repeat: seconds per evaluation of both solvers, and the floor."""
+
+    ours: float
+    theirs: float
+    floor: float
+
+
+def measure(B: int, m: int, D: int, read: Callable[[], float], repeats: int) -> list[Timing]:
+    moved = (2 * m + 3) * B * D * 4
+    steps = 40 if moved > 1e6 else 200
+    mine, peer = ours(B, m, D, steps), torchdeq(B, m, D, steps)
+    timings = []
+    for _ in range(repeats + 1):  # the first warms up
+        before = read()
+        own = seconds(mine) / steps
+        bandwidth = (before + read()) / 2
+        timings.append(Timing(own, seconds(peer) / steps if peer else math.nan, moved / bandwidth))
+    return timings[1:]
 
 
 def ours(B: int, m: int, D: int, steps: int) -> Callable[[], None]:
@@ -100,19 +120,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(build_info())
-    bandwidth = read_bandwidth(options.repeats)
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, {options.threads} threads; median of {options.repeats}")
-    print(f"{'B, m, D':>20} {'bytes':>10} {'floor ms':>9} {'ours ms':>9} {'x floor':>8} {'TorchDEQ':>9} {'ratio':>7}")
+    read = reader()
+    print(f"{options.threads} threads; medians of {options.repeats} repeats")
+    print(
+        f"{'B, m, D':>20} {'bytes':>10} {'GB/s':>6} {'floor ms':>9} {'ours ms':>9} {'x floor':>8} {'fraction':>9}",
+        end="",
+    )
+    print(f" {'TorchDEQ':>9} {'ratio':>7}")
     for B, m, D in SHAPES:
+        timings = measure(B, m, D, read, options.repeats)
+        floor, mine, theirs = (
+            statistics.median(getattr(t, name) for t in timings) for name in ("floor", "ours", "theirs")
+        )
+        over = statistics.median(t.ours / t.floor for t in timings)
+        gain = statistics.median(t.theirs / t.ours for t in timings)
         moved = (2 * m + 3) * B * D * 4
-        steps = 40 if moved > 1e6 else 200
-        floor = moved / bandwidth
-        mine = median_time(ours(B, m, D, steps), options.repeats) / steps
-        peer = torchdeq(B, m, D, steps)
-        theirs = median_time(peer, options.repeats) / steps if peer else float("nan")
         print(
-            f"{f'{B}, {m}, {D}':>20} {moved:>10.3g} {floor * 1e3:>9.4f} {mine * 1e3:>9.4f} {mine / floor:>8.2f} "
-            f"{theirs * 1e3:>9.3f} {theirs / mine:>7.1f}",
+            f"{f'{B}, {m}, {D}':>20} {moved:>10.3g} {moved / floor / 1e9:>6.1f} {floor * 1e3:>9.4f} {mine * 1e3:>9.4f} "
+            f"{over:>8.2f} {1 / over:>9.2f} {theirs * 1e3:>9.3f} {gain:>7.1f}",
             flush=True,
         )
 

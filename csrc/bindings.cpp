@@ -79,6 +79,23 @@ void measure(const Ring& ring, int head, std::int64_t n, Address index, Address 
   });
 }
 
+// A whole step on the host; returns how many samples have finished and how many were left behind.
+std::pair<std::int64_t, std::int64_t> step(const Ring& ring, int head, std::int64_t n, Address index, Address wanted,
+                                           Address f, Address z, Address table, double safeguard, double entries,
+                                           bool is_max, int coupling, double ridge, double damping, Address mode,
+                                           Address z_next, int threads) {
+  py::gil_scoped_release release;
+  Counts counts{0, 0};
+  with_scalar(ring.is_double, [&](auto scalar) {
+    using S = decltype(scalar);
+    counts =
+        step_cpu<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
+                    {safeguard, ring.eps, entries, is_max}, at<Record>(table),
+                    {static_cast<Coupling>(coupling), ridge, damping}, at<std::uint8_t>(mode), at<S>(z_next), threads);
+  });
+  return {counts.finished, counts.left_behind};
+}
+
 void advance(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma, Address dropped,
              int coupling, double ridge, double damping, Address z, Address z_next, int threads) {
   py::gil_scoped_release release;
@@ -147,6 +164,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MAX_SLOTS") = kMaxSlots;
   m.def("measure", &measure);
   m.def("advance", &advance);
+  m.def("step", &step);
   m.def("use_large_pages", &use_large_pages);
   m.def("judge", &judge_samples);
   m.attr("RECORD") = sizeof(Record) / sizeof(double);

@@ -56,33 +56,41 @@ PYDEQSOLVE_HD static inline double square_root(double x) {
 // Solves the symmetric positive semidefinite A x = b by Cholesky, in place, newest difference first; returns the rank
 // kept. A is scaled to a unit diagonal first, so `ridge` and `cutoff` are relative: multiplying the problem by any
 // power of two changes no bit of the result. A difference that depends on newer ones (pivot <= cutoff) gets weight 0.
-PYDEQSOLVE_HD static inline int solve_positive(int n, double* A, double* b, double* scale, double ridge,
-                                               double cutoff) {
-  for (int i = 0; i < n; ++i) scale[i] = A[i * n + i] > 0 ? 1 / square_root(A[i * n + i]) : 0;
+// Number is double, or a vector of doubles with as many systems side by side; root is its square root. Rows of zeros at
+// the end of a system change no bit of the rest.
+template <class Number, class Root>
+PYDEQSOLVE_HD static inline Number solve_positive(int n, Number* A, Number* b, Number* scale, double ridge,
+                                                  double cutoff, const Root& root) {
+  const Number zero{};
+  for (int i = 0; i < n; ++i) {
+    const auto positive = A[i * n + i] > zero;
+    scale[i] = positive ? 1.0 / root(A[i * n + i]) : zero;
+  }
   for (int i = 0; i < n; ++i) {
     b[i] *= scale[i];
     for (int j = 0; j <= i; ++j) A[i * n + j] *= scale[i] * scale[j];
   }
   // L replaces A row by row, with 1 / L_jj on the diagonal; a dropped row is all zeros and so takes no further part.
-  int rank = 0;
+  Number rank = zero;
   for (int j = 0; j < n; ++j) {
-    double pivot = A[j * n + j] + ridge;
+    Number pivot = A[j * n + j] + ridge;
     for (int k = 0; k < j; ++k) {
-      double sum = A[j * n + k];
+      Number sum = A[j * n + k];
       for (int i = 0; i < k; ++i) sum -= A[j * n + i] * A[k * n + i];
       A[j * n + k] = sum * A[k * n + k];
       pivot -= A[j * n + k] * A[j * n + k];
     }
-    const bool kept = scale[j] > 0 && pivot > cutoff;  // false for NaN too
-    A[j * n + j] = kept ? 1 / square_root(pivot) : 0;
-    for (int k = 0; k < j && !kept; ++k) A[j * n + k] = 0;
-    double sum = kept ? b[j] : 0;
+    const auto kept = (scale[j] > zero) & (pivot > zero + cutoff);  // false for NaN too
+    const Number inverse = 1.0 / root(pivot);
+    A[j * n + j] = kept ? inverse : zero;
+    for (int k = 0; k < j; ++k) A[j * n + k] = kept ? A[j * n + k] : zero;
+    Number sum = kept ? b[j] : zero;
     for (int k = 0; k < j; ++k) sum -= A[j * n + k] * b[k];
     b[j] = sum * A[j * n + j];
-    rank += kept;
+    rank += kept ? zero + 1.0 : zero;
   }
   for (int j = n - 1; j >= 0; --j) {
-    double sum = b[j];
+    Number sum = b[j];
     for (int k = j + 1; k < n; ++k) sum -= A[k * n + j] * b[k];
     b[j] = sum * A[j * n + j];
   }
@@ -168,17 +176,31 @@ constexpr double kPivotCutoff = 1e-14;
 
 constexpr double kNoise = 16;  // units of rounding of f that a difference may consist of
 
-// Solves for the weights, which replace b; returns how many differences were left out. Differences carry the rounding
-// of f, about eps |f|; weights so large that they raise it to the size of the residual itself say nothing (a residual
-// that does not change leads there), and then all are left out. squares: of r and of f, summed as the system was.
+// Whether weights say anything. Differences carry the rounding of f, about eps |f|; weights so large that they raise it
+// to the size of the residual itself do not (a residual that does not change leads there), and then all are left out.
+// rr and ff: squares of r and of f, summed as the system was.
+template <class Number>
+PYDEQSOLVE_HD static inline auto is_sound(int n, const Number* weights, Number rr, Number ff, double eps) {
+  Number largest{};
+  for (int i = 0; i < n; ++i) {
+    const Number size = weights[i] < Number{} ? -weights[i] : weights[i];
+    largest = size <= largest ? largest : size;
+  }
+  const Number noise = kNoise * eps * largest;
+  return noise * noise * ff <= rr;
+}
+
+struct Root {
+  PYDEQSOLVE_HD double operator()(double x) const { return square_root(x); }
+};
+
+// Solves for the weights, which replace b; returns how many differences were left out.
 PYDEQSOLVE_HD static inline int solve_system(Kind kind, int n, double* A, double* b, double* scale, int* order,
                                              double ridge, const double* squares, double eps) {
-  const int rank = kind == Kind::kAndersonII ? solve_positive(n, A, b, scale, ridge, kPivotCutoff)
-                                             : solve_general(n, A, b, scale, order, kPivotCutoff);
-  double largest = 0;
-  for (int i = 0; i < n; ++i) largest = magnitude(b[i]) <= largest ? largest : magnitude(b[i]);
-  const double noise = kNoise * eps * largest;
-  if (noise * noise * squares[1] <= squares[0]) return n - rank;
+  const int rank = kind == Kind::kAndersonII
+                       ? static_cast<int>(solve_positive(n, A, b, scale, ridge, kPivotCutoff, Root()))
+                       : solve_general(n, A, b, scale, order, kPivotCutoff);
+  if (is_sound(n, b, squares[0], squares[1], eps)) return n - rank;
   for (int i = 0; i < n; ++i) b[i] = 0;
   return n;
 }

@@ -1,6 +1,7 @@
 // Chooses the CPU build of the step once, by what this processor can run.
 #include <initializer_list>
 
+#include "judge.h"
 #include "step.h"
 
 namespace pydeqsolve {
@@ -15,6 +16,9 @@ namespace pydeqsolve {
   template <class Scalar>                                                                                           \
   void mix(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double, const Scalar*, Scalar*, \
            int);                                                                                                    \
+  template <class Scalar>                                                                                           \
+  Counts step(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, const Judgement&, Record*,         \
+              const Update&, std::uint8_t*, Scalar*, int);                                                          \
   }
 PYDEQSOLVE_DECLARE(portable)
 #if defined(PYDEQSOLVE_X86)
@@ -81,13 +85,22 @@ void mix_cpu(const Rows& rows, const History<Scalar>& history, const double* gam
   PYDEQSOLVE_DISPATCH(mix(rows, history, gamma, mode, beta, z, z_next, threads));
 }
 
+template <class Scalar>
+Counts step_cpu(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z,
+                const Judgement& rule, Record* table, const Update& update, std::uint8_t* mode, Scalar* z_next,
+                int threads) {
+  PYDEQSOLVE_DISPATCH(step(rows, history, f, z, rule, table, update, mode, z_next, threads));
+}
+
 #define PYDEQSOLVE_INSTANTIATE(Scalar)                                                                                \
   template void measure_cpu<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm, \
                                     int);                                                                             \
   template void weights_cpu<Scalar>(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*,       \
                                     double*, std::int32_t*, int);                                                     \
   template void mix_cpu<Scalar>(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double,      \
-                                const Scalar*, Scalar*, int);
+                                const Scalar*, Scalar*, int);                                                         \
+  template Counts step_cpu<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*,                 \
+                                   const Judgement&, Record*, const Update&, std::uint8_t*, Scalar*, int);
 PYDEQSOLVE_INSTANTIATE(float)
 PYDEQSOLVE_INSTANTIATE(double)
 

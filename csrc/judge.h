@@ -26,7 +26,7 @@ enum Status : int { kRunning = -1, kConverged = 0, kMaxSteps = 1, kStalled = 2, 
 constexpr int kFlatSteps = 10;
 constexpr double kRounding = 8;
 
-inline Mode judge(Record& s, double residual, double size, bool lost_rank, const Judgement& rule) {
+static inline Mode judge(Record& s, double residual, double size, bool lost_rank, const Judgement& rule) {
   s.residual = residual;
   s.rank_losses += lost_rank;
   s.judged = s.status == kRunning;
@@ -64,8 +64,8 @@ struct Counts {
 };
 
 // All n samples: norms (n, T, 2), dropped (n, T) of the step before or null, table (n,), mode (n, T).
-inline Counts judge_all(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped, Record* table,
-                        const Judgement& rule, std::uint8_t* mode) {
+static inline Counts judge_all(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped,
+                               Record* table, const Judgement& rule, std::uint8_t* mode) {
   Counts counts{0, 0};
   for (std::int64_t i = 0; i < n; ++i) {
     double total[2] = {0, 0};
@@ -84,6 +84,13 @@ inline Counts judge_all(std::int64_t n, std::int64_t T, const double* norms, con
     counts.left_behind += table[i].left_behind != 0;
   }
   return counts;
+}
+
+// Counts a step of T blocks that left differences out, dropped (T,), in its sample's record.
+static inline void count_losses(Record& s, std::int64_t T, const std::int32_t* dropped) {
+  bool lost_rank = false;
+  for (std::int64_t t = 0; t < T; ++t) lost_rank = lost_rank || dropped[t] > 0;
+  s.rank_losses += lost_rank;
 }
 
 }  // namespace pydeqsolve

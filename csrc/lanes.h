@@ -1,5 +1,4 @@
-// Vectors of doubles and the row kernels built on them: every row is read once, and everything it takes part in is
-// accumulated in registers. Included by step_cpu.cpp alone, once per instruction set.
+// Vectors of doubles, and of the scalars they are read from. Included by step_cpu.cpp alone, once per instruction set.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -40,10 +39,24 @@ inline typename Vector<Scalar>::type read(const Scalar* p) {
 }
 
 inline Lanes widen(const Lanes& v) { return v; }
-inline Lanes widen(const HalfLanes& v) { return __builtin_convertvector(v, Lanes); }
+// One instruction each; what GCC 12 makes of __builtin_convertvector takes four, and these bound the row kernels.
+inline Lanes widen(const HalfLanes& v) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX__)
+  return (Lanes)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, Lanes);
+#endif
+}
 
 template <class Scalar>
 inline typename Vector<Scalar>::type narrow(const Lanes& v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Scalar) == 4) return (HalfLanes)_mm512_cvtpd_ps((__m512d)v);
+#elif defined(__AVX__)
+  if constexpr (sizeof(Scalar) == 4) return (HalfLanes)_mm256_cvtpd_ps((__m256d)v);
+#endif
   return __builtin_convertvector(v, typename Vector<Scalar>::type);
 }
 
@@ -53,10 +66,31 @@ inline Lanes broadcast(double x) {
   return v;
 }
 
+struct LanesRoot {
+  Lanes operator()(const Lanes& v) const {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX__)
+    return (Lanes)_mm256_sqrt_pd((__m256d)v);
+#else
+    return Lanes{__builtin_sqrt(v[0]), __builtin_sqrt(v[1])};
+#endif
+  }
+};
+
+// Halves are added to halves, so the order is that of a tree.
 inline double sum_lanes(const Lanes& v) {
-  double sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += v[l];
-  return sum;
+#if defined(__AVX512F__)
+  const __m256d quarter = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+#elif defined(__AVX__)
+  const __m256d quarter = (__m256d)v;
+#endif
+#if defined(__AVX__)
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(quarter), _mm256_extractf128_pd(quarter, 1));
+  return _mm_cvtsd_f64(pair) + _mm_cvtsd_f64(_mm_unpackhi_pd(pair, pair));
+#else
+  return v[0] + v[1];
+#endif
 }
 
 // `past_cache` stores do not first read the line they overwrite; they need whole, aligned vectors.
@@ -81,86 +115,6 @@ inline void fence() {
 template <class Scalar>
 inline bool is_aligned(const Scalar* p) {
   return reinterpret_cast<std::uintptr_t>(p) % (kLanes * sizeof(Scalar)) == 0;
-}
-
-constexpr int kMaxOlder = 10;  // differences kept in registers; more take the tiled kernel
-
-// Fetches the rows of the next sample in the order of their addresses. Short rows read side by side would hide from the
-// processor's own prefetching that the whole is one sequential stream.
-template <class Scalar>
-inline void prefetch(const Scalar* p, std::int64_t length) {
-  const char* const bytes = reinterpret_cast<const char*>(p);
-  for (std::int64_t i = 0; i < length * static_cast<std::int64_t>(sizeof(Scalar)); i += 64)
-    __builtin_prefetch(bytes + i);
-}
-constexpr std::int64_t kShortRow = 2048;  // entries
-
-// r = f - z over `length` entries, a multiple of kLanes: writes R0 = r and F0 = f, and with y_a = r_a - r_{a+1} adds
-// dots[a] += y_0.y_a, dots[C + a] += r.y_a, dots[2C] += r.r, dots[2C + 1] += f.f.
-template <class Scalar, int C>
-void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar* R0, Scalar* F0,
-                  const Scalar* const* older, double* dots) {
-  Lanes gram[C + 1], rhs[C + 1], rr = {}, ff = {};
-#pragma GCC unroll 16
-  for (int a = 0; a < C; ++a) gram[a] = rhs[a] = Lanes{};
-  for (std::int64_t i = 0; i < length; i += kLanes) {
-    const auto f_row = read(f + i), r_row = f_row - read(z + i);
-    write<false>(R0 + i, r_row);
-    write<false>(F0 + i, f_row);
-    const Lanes r = widen(r_row), value = widen(f_row);
-    rr += r * r;
-    ff += value * value;
-    Lanes newer = r, y0 = {};
-#pragma GCC unroll 16
-    for (int a = 0; a < C; ++a) {
-      const Lanes next = widen(read(older[a] + i)), y = newer - next;
-      if (a == 0) y0 = y;
-      gram[a] += y * y0;
-      rhs[a] += y * r;
-      newer = next;
-    }
-  }
-#pragma GCC unroll 16
-  for (int a = 0; a < C; ++a) {
-    dots[a] += sum_lanes(gram[a]);
-    dots[C + a] += sum_lanes(rhs[a]);
-  }
-  dots[2 * C] += sum_lanes(rr);
-  dots[2 * C + 1] += sum_lanes(ff);
-}
-
-// out = F_0 - sum_a weight[a] (F_a - F_{a+1}) over `length` entries, a multiple of kLanes; rows[0] is F_0.
-template <class Scalar, int C, bool past_cache>
-void mix_rows(std::int64_t length, const Scalar* const* rows, const double* weight, Scalar* out) {
-  Lanes w[C + 1];
-#pragma GCC unroll 16
-  for (int a = 0; a < C; ++a) w[a] = broadcast(weight[a]);
-  for (std::int64_t i = 0; i < length; i += kLanes) {
-    Lanes newer = widen(read(rows[0] + i)), x = newer;
-#pragma GCC unroll 16
-    for (int a = 0; a < C; ++a) {
-      const Lanes next = widen(read(rows[a + 1] + i));
-      x -= w[a] * (newer - next);
-      newer = next;
-    }
-    write<past_cache>(out + i, narrow<Scalar>(x));
-  }
-}
-
-// The instances by number of differences C = 0 … kMaxOlder.
-template <class Scalar, int C = 0>
-void measure_rows_of(int differences, std::int64_t length, const Scalar* f, const Scalar* z, Scalar* R0, Scalar* F0,
-                     const Scalar* const* older, double* dots) {
-  if (differences == C) return measure_rows<Scalar, C>(length, f, z, R0, F0, older, dots);
-  if constexpr (C < kMaxOlder) {
-    measure_rows_of<Scalar, C + 1>(differences, length, f, z, R0, F0, older, dots);
-  }
-}
-
-template <class Scalar, bool past_cache, int C = 0>
-void mix_rows_of(int differences, std::int64_t length, const Scalar* const* rows, const double* weight, Scalar* out) {
-  if (differences == C) return mix_rows<Scalar, C, past_cache>(length, rows, weight, out);
-  if constexpr (C < kMaxOlder) mix_rows_of<Scalar, past_cache, C + 1>(differences, length, rows, weight, out);
 }
 
 }  // namespace

@@ -66,7 +66,24 @@ template <class Scalar>
 void mix_cpu(const Rows& rows, const History<Scalar>& history, const double* gamma, const std::uint8_t* mode,
              double beta, const Scalar* z, Scalar* z_next, int threads);
 
-// The same three on the current CUDA device, in order on `stream`; they neither allocate nor wait. partial is
+// What the second half of a step takes besides the history.
+struct Update {
+  Coupling coupling;
+  double ridge;
+  double beta;
+};
+struct Record;     // judge.h
+struct Judgement;  // judge.h
+struct Counts;     // judge.h
+
+// A whole step: the passes above with the judgement between them, table (n,), which fills mode (n, T). A sample whose
+// rows fit in a core's cache passes through all of them before the next one is read, so that each row is read once.
+template <class Scalar>
+Counts step_cpu(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z,
+                const Judgement& rule, Record* table, const Update& update, std::uint8_t* mode, Scalar* z_next,
+                int threads);
+
+// The first three on the current CUDA device, in order on `stream`; they neither allocate nor wait. partial is
 // workspace of partial_doubles() doubles. Each returns null, or what the launch reported.
 template <class Scalar>
 const char* measure_cuda(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z,

@@ -621,7 +621,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (team.piece < plan.pieces) {
     const Piece piece(rows, plan, M, team.piece);
     const std::uint8_t what = mode[piece.block];
-    const int differences = what == kMix ? h.count[piece.at] - 1 : 0;
+    const int differences = what == kMix ? larger(h.count[piece.at] - 1, 0) : 0;
     const int newest = what == kReject && M > 1 ? 1 : 0;  // a ring of one row has no other to go back to
     double* const places = work + mix_shared_doubles(M, solve) - M;
     fill_table(team, piece, rows, h, M, places);

@@ -95,14 +95,14 @@ def loop(
         wanted = run.wanted()
         f = run.evaluate(wanted)
         steps += 1
-        mode = run.measure(f, wanted)
+        last = steps == stop.max_steps
+        mode = run.measure(f, wanted, last)
         if trace:
             residuals.append(run.residual())
         if steps in snapshots:
             seen[steps] = run.snapshot()
         if callback is not None and callback(steps, problem.layout.unpack(run.current()), run.residual()):
             break
-        last = steps == stop.max_steps
         if last or steps % interval == 0:
             mode = run.retire(mode)
         if not last and run.rows.numel():
@@ -163,6 +163,9 @@ class _Run:
         self.finished: int | None = None  # samples finished at the last measurement, where that is known
         self.buffers: list[Tensor] = []
         self.entries = T * D
+        # Nothing then looks at a sample between its measurement and its move, which may follow each other natively.
+        self.at_once = front is None and self.search is None and self.history is None and ops.can_step(self.ring)
+        self.next: Tensor | None = None  # (n, T, D): where `advance` will go
 
     def wanted(self) -> Tensor | None:
         """(n, T) bool: blocks to evaluate; None means all."""
@@ -198,11 +201,19 @@ class _Run:
         full[self.rows] = wanted
         return full
 
-    def measure(self, f: Tensor, wanted: Tensor | None) -> Tensor:
-        """Mode (n, T) after taking f in; keeps the best iterate."""
+    def measure(self, f: Tensor, wanted: Tensor | None, last: bool) -> Tensor:
+        """Mode (n, T) after taking f in; keeps the best iterate. Finds where to `advance` as well where that pays."""
         if self.earlier is not None:
             self.earlier.shift(self.ring, f)
             self.earlier = None
+        if self.at_once and not last:
+            self.next = self._spare()
+            mode, self.finished, behind = self.monitor.step(
+                self.ring, f, self.z, self.rows, wanted, self.entries, self.next
+            )
+            if behind > 0:
+                self._keep_best()
+            return mode
         norms = ops.measure(self.ring, f, self.z, self.rows, wanted, self.stop.norm)
         if isinstance(self.monitor, FrontMonitor):
             assert wanted is not None
@@ -252,6 +263,8 @@ class _Run:
         self.rows, self.z = self.rows[stay], self.z[stay]
         self.before, self.origin = self.z, torch.arange(stay.numel(), device=stay.device)
         self.monitor.select(stay)
+        if self.next is not None:
+            self.next = self.next[stay]
         if self.search is not None:
             self.search.select(stay)
         if self.problem.compact:
@@ -286,7 +299,10 @@ class _Run:
 
     def advance(self, mode: Tensor) -> None:
         """The next iterate of the samples at hand."""
-        z, self.dropped = ops.advance(self.ring, self.z, mode, self.rows, self._spare())
+        if self.next is not None:
+            z, self.next = self.next, None
+        else:
+            z, self.dropped = ops.advance(self.ring, self.z, mode, self.rows, self._spare())
         if self.search is not None:
             z = self.search.redirect(self.z, z)
         self.before, self.origin = self.z, self._everyone()
@@ -298,10 +314,10 @@ class _Run:
             return torch.arange(n, device=self.z.device)
         return self.origin
 
-    def _spare(self) -> Tensor | None:
+    def _spare(self) -> Tensor:
         """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
         if self.z.device.type != "cpu":  # another stream may still read what Python has let go
-            return None
+            return torch.empty_like(self.z)
         for buffer in self.buffers:
             unused = buffer is not self.z and buffer is not self.before and _holders(buffer) <= _ALONE
             if unused and buffer.shape == self.z.shape:

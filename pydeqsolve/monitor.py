@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import ACCEPT, KEEP, MIX, REJECT
+from .ring import Ring
 from .solution import Status
 from .stop import Front, Stop
 
@@ -66,7 +67,7 @@ class Monitor:
         Returns mode (n, T): MIX, REJECT, or KEEP when finished; and how many samples are finished and how many are
         left behind, None where counting would wait for the device. dropped (n, T) is what the step before dropped.
         """
-        rule = (self.safeguard, self.eps, float(entries if self.stop.norm == "rms" else 1), self.stop.norm == "max")
+        rule = (self.safeguard, self.eps, self._entries(entries), self.stop.norm == "max")
         native = ops.judge(self.table, norms, dropped, *rule)
         if native is not None:
             return native
@@ -74,6 +75,16 @@ class Monitor:
         lost = (dropped > 0).any(1) if dropped is not None else torch.zeros_like(self.running)
         mode = self._judge(totals[:, 0], totals[:, 1], lost)
         return mode[:, None].expand(-1, norms.shape[1]).contiguous(), None, None
+
+    def step(
+        self, ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, entries: int, out: Tensor
+    ) -> tuple[Tensor, int, int]:
+        """`ops.measure`, `judge` and `ops.advance` at once, where `ops.can_step` says so; the result is judge's."""
+        is_max = self.stop.norm == "max"
+        return ops.step(ring, f, z, rows, wanted, self.table, self.safeguard, self._entries(entries), is_max, out)
+
+    def _entries(self, entries: int) -> float:
+        return float(entries if self.stop.norm == "rms" else 1)
 
     def _judge(self, residual: Tensor, size: Tensor, lost: Tensor) -> Tensor:
         """The rules, in the order of csrc/judge.h; residual, size and lost (n,)."""

@@ -18,7 +18,20 @@ from . import reference
 from .reference import ACCEPT, KEEP, MIX, PLAIN, REJECT
 from .ring import COUPLINGS, KINDS, Ring
 
-__all__ = ["ACCEPT", "KEEP", "MIX", "PLAIN", "REJECT", "advance", "build_info", "judge", "measure", "start"]
+__all__ = [
+    "ACCEPT",
+    "KEEP",
+    "MIX",
+    "PLAIN",
+    "REJECT",
+    "advance",
+    "build_info",
+    "can_step",
+    "judge",
+    "measure",
+    "start",
+    "step",
+]
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -79,19 +92,25 @@ def release(ring: Ring) -> None:
     ring.__dict__.pop(_handles, None)
 
 
+def _turn(ring: Ring) -> None:
+    """The oldest row makes way for the newest."""
+    ring.head = (ring.head + 1) % ring.slots
+
+
 def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
     """Pass 1. f, z (n, T, D) in the ring's dtype, contiguous; rows (n,) int64; wanted (n, T) bool or None.
 
     Returns norms (n, T, 2) float64, of r and of f: sums of squares, or maxima when norm is "max"; NaN or infinity in a
     block makes its norm NaN or infinite. Blocks that are not wanted return 0 and lose their history.
     """
-    ring.head = (ring.head + 1) % ring.slots
+    _turn(ring)
     backend, handle = ring.__dict__[_handles]
     if backend is None:
         return reference.measure(ring, f, z, rows, wanted, norm)
     _check(ring, f, z)
     norms = torch.zeros(f.shape[0], f.shape[1], 2, dtype=torch.float64, device=f.device)
-    mask = 0 if wanted is None else wanted.contiguous().data_ptr()
+    wanted = None if wanted is None else wanted.contiguous()
+    mask = 0 if wanted is None else wanted.data_ptr()
     shared = (handle, ring.head, f.shape[0], rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr())
     if backend == "cpu":
         _native.measure(*shared, int(norm == "max"), torch.get_num_threads())
@@ -116,6 +135,34 @@ def judge(
     counts = _native.judge(
         n, T, norms.data_ptr(), 0 if dropped is None else dropped.data_ptr(), table.data_ptr(), safeguard, eps, entries,
         is_max, mode.data_ptr(),
+    )  # fmt: skip
+    return (mode, *counts)
+
+
+def can_step(ring: Ring) -> bool:
+    """Whether `step` can take steps of this ring: on the host, natively."""
+    return ring.__dict__[_handles][0] == "cpu"
+
+
+def step(
+    ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, table: Tensor, safeguard: float,
+    entries: float, is_max: bool, out: Tensor,
+) -> tuple[Tensor, int, int]:  # fmt: skip
+    """`measure`, `judge` and `advance` at once: each sample passes through all three while it is in a core's cache.
+
+    Writes the next iterate to out (n, T, D), which must share no memory with f and z; counts in `table` what it drops.
+    Returns mode (n, T), samples finished, samples left behind.
+    """
+    _turn(ring)
+    _check(ring, f, z)
+    n, T, _ = f.shape
+    mode = torch.empty(n, T, dtype=torch.uint8)
+    wanted = None if wanted is None else wanted.contiguous()
+    counts = _native.step(
+        ring.__dict__[_handles][1], ring.head, n, rows.data_ptr(),
+        0 if wanted is None else wanted.data_ptr(), f.data_ptr(), z.data_ptr(), table.data_ptr(),
+        safeguard, entries, is_max, COUPLINGS.index(ring.coupling), ring.ridge, ring.damping, mode.data_ptr(),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return (mode, *counts)
 

@@ -164,5 +164,6 @@ def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
         z_next, dropped, _ = kernels.advance(ring, z, mode, rows, out)
         return z_next, dropped
 
-    with mock.patch.object(ops, "measure", measure), mock.patch.object(ops, "advance", advance):
+    replaced = {"measure": measure, "advance": advance, "can_step": lambda ring: False}
+    with mock.patch.multiple(ops, **replaced):
         yield kernels

@@ -1,0 +1,115 @@
+// The general pass over the rows: any memory, kind and norm. A tile of each difference is formed in L1, then
+// multiplied. Included by step_cpu.cpp alone, once per instruction set.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include "core.h"
+#include "lanes.h"
+
+namespace pydeqsolve::PYDEQSOLVE_ISA {
+namespace {
+
+constexpr int kTile = 512;  // elements whose differences stay in L1
+
+// u.v over one tile, padded alike.
+inline double dot(int length, const double* u, const double* v) {
+  Lanes even = {}, odd = {};
+  for (int i = 0; i < length; i += 2 * kLanes) {
+    even += read(u + i) * read(v + i);
+    odd += read(u + i + kLanes) * read(v + i + kLanes);
+  }
+  return sum_lanes(even + odd);
+}
+
+// x.u and x.v over one tile of `length` elements (padded with zeros to a multiple of 2 kLanes).
+inline void two_dots(int length, const double* x, const double* u, const double* v, double* xu, double* xv) {
+  Lanes u0 = {}, u1 = {}, v0 = {}, v1 = {};
+  for (int i = 0; i < length; i += 2 * kLanes) {
+    const Lanes x0 = read(x + i), x1 = read(x + i + kLanes);
+    u0 += x0 * read(u + i);
+    u1 += x1 * read(u + i + kLanes);
+    v0 += x0 * read(v + i);
+    v1 += x1 * read(v + i + kLanes);
+  }
+  *xu += sum_lanes(u0 + u1);
+  *xv += sum_lanes(v0 + v1);
+}
+
+inline void track(double x, double& largest) {
+  const double size = magnitude(x);
+  if (!(size <= largest)) largest = size;
+}
+
+// What one piece of one block adds up: offsets into a row of `dots_per_item` doubles.
+struct Dots {
+  int ages;  // capacity M
+  double* row;
+  double& gram_row(int a) const { return row[a]; }              // w_0 . y_a
+  double& gram_column(int a) const { return row[ages + a]; }    // w_a . y_0
+  double& rhs(int a) const { return row[2 * ages + a]; }        // w_a . r_0
+  double& steps_row(int a) const { return row[3 * ages + a]; }  // s_0 . s_a
+  double& squares(int which) const { return row[4 * ages + which]; }
+  double& largest(int which) const { return row[4 * ages + 2 + which]; }
+  static constexpr int size(int ages) { return 4 * ages + 4; }
+  void add(const Dots& other) const {
+    for (int k = 0; k < 4 * ages + 2; ++k) row[k] += other.row[k];
+    for (int which = 0; which < 2; ++which) track(other.largest(which), largest(which));
+  }
+};
+
+// One tile: writes r and f into the ring, adds to the dots. r and fv hold `older + 1` row pointers, newest first.
+template <class Scalar>
+void measure_tile(int length, int older, bool steps, Norm norm, const Scalar* f, const Scalar* z, Scalar* const* R,
+                  Scalar* const* F, const Dots& dots) {
+  // Zero padding to whole lanes leaves every sum unchanged.
+  alignas(64) double r0[kTile], y0[kTile], s0[kTile], ra[kTile], za[kTile], y[kTile], s[kTile];
+  const int padded = (length + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  for (double* buffer : {r0, y0, s0, ra, za, y, s}) {
+    for (int i = length; i < padded; ++i) buffer[i] = 0;
+  }
+  for (int i = 0; i < length; ++i) {
+    const Scalar r = f[i] - z[i];
+    R[0][i] = r;
+    F[0][i] = f[i];
+    r0[i] = ra[i] = r;
+    za[i] = z[i];
+    y[i] = f[i];
+  }
+  dots.squares(0) += dot(padded, r0, r0);
+  dots.squares(1) += dot(padded, y, y);
+  if (norm == Norm::kMax) {
+    for (int i = 0; i < length; ++i) {
+      track(r0[i], dots.largest(0));
+      track(y[i], dots.largest(1));
+    }
+  }
+  for (int a = 0; a < older; ++a) {
+    for (int i = 0; i < length; ++i) {
+      const double next = R[a + 1][i];
+      y[i] = ra[i] - next;
+      ra[i] = next;
+    }
+    if (steps) {
+      for (int i = 0; i < length; ++i) {
+        const double next = static_cast<double>(F[a + 1][i]) - ra[i];
+        s[i] = za[i] - next;
+        za[i] = next;
+      }
+    }
+    if (a == 0) {
+      std::memcpy(y0, y, padded * sizeof(double));
+      if (steps) std::memcpy(s0, s, padded * sizeof(double));
+    }
+    if (!steps) {
+      two_dots(padded, y, y0, r0, &dots.gram_row(a), &dots.rhs(a));
+    } else {
+      two_dots(padded, s, y0, r0, &dots.gram_column(a), &dots.rhs(a));
+      two_dots(padded, s0, y, s, &dots.gram_row(a), &dots.steps_row(a));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pydeqsolve::PYDEQSOLVE_ISA

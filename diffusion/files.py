@@ -85,7 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # else a power cut may leave the new name with an empty file
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is None:  # a write that fails does not say of which file
+        if error.filename is None and error.errno is not None:  # a write that fails does not say of which file
             error.filename = str(path)
         raise
     finally:

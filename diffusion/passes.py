@@ -27,7 +27,8 @@ from .sampler import MARGIN, Sampler, Silent, block_stop, scale_of
 FEWEST_STEPS = 60  # with fewer the nodes are too few to tell what they miss
 STEPS_PER_NODE, MOST_NODES = 5, 24
 PASSES = 2
-FIRST, CORRECTION = 20.0, 2.0  # tolerances on the nodes, in units of rtol
+FIRST, CORRECTION = 20.0, 0.5  # tolerances on the nodes, in units of rtol
+ROUNDING = 2.0  # the tightest tolerance on the nodes, in units of the network's machine epsilon
 SETTLED = 30.0  # change of x_0 by the correction, relative, in units of rtol: three times the error asked for
 
 
@@ -132,7 +133,9 @@ class Passes:
         """Solves for what N must change by, on the nodes; (n,) bool: solved."""
         start = self.N[images][:, self.at]
         base = self.x[images][:, self.at] - self.map.linear.trajectory(torch.zeros_like(start), start)
-        stop = block_stop(_selected(self.stop, images), self.scale, units)
+        chosen = _selected(self.stop, images)
+        least = ROUNDING * torch.finfo(self.run.map.network.dtype).eps
+        stop = block_stop(replace(chosen, rtol=at_least(units * chosen.rtol, least)), self.scale, 1.0)
         cap = min(stop.max_steps, 2 * len(self.at))
 
         def report(step: int, y: Tensor, residual: Tensor) -> bool:
@@ -183,6 +186,11 @@ class Passes:
 def _of(tolerance: float | Tensor, images: Tensor) -> float | Tensor:
     """The tolerance of some images, from one for all or (B,)."""
     return tolerance[images] if isinstance(tolerance, Tensor) and tolerance.dim() else tolerance
+
+
+def at_least(tolerance: float | Tensor, least: float) -> float | Tensor:
+    """The larger of the two."""
+    return tolerance.clamp_min(least) if isinstance(tolerance, Tensor) else max(tolerance, least)
 
 
 def _selected(stop: Stop, images: Tensor) -> Stop:

@@ -1,0 +1,112 @@
+"""What was tried to cut rounds and rows of sampling, each change alone: memory, window, levels, nodes, splines alone.
+
+Run: OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling_study.py --model digits --steps 100 --noises 16
+
+Noises are sampled in one batch, each with its own convergence: rounds are the largest of an image, rows their mean.
+`splines alone` takes N of the sequential trajectory at n of the T steps only, a cubic spline between, and says how
+far x_0 is from sequential sampling: the best that evaluating fewer than T steps could do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion import Chain, Checkpoint, load_checkpoint, passes, sample
+from diffusion.chain import LinearChain, interpolation
+from pydeqsolve import Anderson, Picard
+
+
+def errors(found: Tensor, expected: Tensor) -> str:
+    """Median and largest relative error of images (B, …)."""
+    error = (found - expected).double().flatten(1).norm(dim=1) / expected.double().flatten(1).norm(dim=1)
+    return f"error {error.median():.1e} ≤ {error.max():.1e}"
+
+
+def try_ways(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) -> None:
+    """Solvers, windows and levels, by arguments of `sample`."""
+    T = len(chain)
+    ways: dict[str, dict[str, Any]] = {
+        "Picard": {"solver": Picard()},
+        **{f"Anderson, causal, m = {m}": {"solver": Anderson(m, coupling="causal")} for m in (1, 2, 3, 5)},
+        "Anderson, independent, m = 2": {"solver": Anderson(2, coupling="independent")},
+        "Anderson, joint, m = 2": {"solver": Anderson(2)},
+        **{f"window T/{part}": {"window": T // part} for part in (2, 4, 10)},
+        **{f"levels {counts}": {"levels": counts} for counts in ((T // 5,), (T // 20, T // 5))},
+    }
+    for name, options in ways.items():
+        out = sample(
+            checkpoint.model, x, chain, splitting="gaussian", mean=checkpoint.mean, variance=checkpoint.variance,
+            **{"levels": (), **options},
+        )  # fmt: skip
+        report(name, out, expected, T)
+
+
+def try_nodes(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) -> None:
+    """The numbers behind levels="nodes", varied one at a time."""
+    usual = {name: getattr(passes, name) for name in ("STEPS_PER_NODE", "MOST_NODES", "FIRST", "CORRECTION", "SETTLED")}
+    variants: list[dict[str, float]] = [
+        {}, {"MOST_NODES": 14, "STEPS_PER_NODE": 7}, {"MOST_NODES": 34, "STEPS_PER_NODE": 3}, {"FIRST": 5.0},
+        {"FIRST": 50.0}, {"CORRECTION": 2.0}, {"CORRECTION": 1.0}, {"SETTLED": 10.0}, {"SETTLED": 100.0},
+    ]  # fmt: skip
+    for variant in variants:
+        for name, value in {**usual, **variant}.items():
+            setattr(passes, name, value)
+        out = sample(
+            checkpoint.model, x, chain, splitting="gaussian", mean=checkpoint.mean, variance=checkpoint.variance,
+            levels="nodes",
+        )  # fmt: skip
+        report(f"nodes {variant or ''}", out, expected, len(chain))
+    for name, value in usual.items():
+        setattr(passes, name, value)
+
+
+def report(name: str, out: Any, expected: Tensor, T: int) -> None:
+    rows = out.evaluations.double().mean() / T
+    print(f"{name:48} rounds {out.rounds:4} rows/T {rows:5.2f} {errors(out.x_0, expected)}", flush=True)
+
+
+def try_splines(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> None:
+    """x_0 from N at n nodes of the right trajectory."""
+    X, T = trajectory.double().flatten(2), len(chain)
+    kappa = (1 - chain.alphas).sqrt()[:, None]
+    N = torch.stack(
+        [checkpoint.model(trajectory[:, k], chain.timesteps[k].expand(len(X))).flatten(1).double() for k in range(T)], 1
+    )
+    N = N - kappa * X[:, :T]
+    linear = LinearChain(chain.a[:, None] + chain.c[:, None] * kappa, chain.c[:, None])
+    base = linear.base(X[:, 0], None)
+    right = linear.trajectory(base, N)[:, -1]
+    for n in (20, 40, 80, 160, 320, 640):
+        if n < T:
+            left = T * (1 - torch.linspace(0, 1, n, dtype=torch.float64)).square()
+            at = (T - left).round().long().clamp(max=T - 1).unique()
+            found = linear.trajectory(base, interpolation(at, T) @ N[:, at])[:, -1]
+            print(f"splines alone, {len(at):4} nodes {'':24} rows/T {len(at) / T:5.2f} {errors(found, right)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="digits", help="digits, fashion or a folder")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100])
+    parser.add_argument("--noises", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    checkpoint = load_checkpoint(args.model)
+    x = torch.randn(args.noises, *checkpoint.shape, generator=torch.Generator().manual_seed(args.seed))
+    for steps in args.steps:
+        chain = checkpoint.schedule.chain(steps)
+        reference = sample(checkpoint.model, x, chain, method="sequential")
+        print(f"{args.model}, T = {steps}, {args.noises} noises")
+        try_ways(checkpoint, chain, x, reference.x_0)
+        try_nodes(checkpoint, chain, x, reference.x_0)
+        try_splines(checkpoint, chain, reference.trajectory)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -4,7 +4,7 @@ EXTRAS := dev,docs,viz,data,diffusers
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-NATIVE := $(wildcard csrc/*) $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu)
+NATIVE := $(wildcard csrc/*) $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/fuzz/*.cpp)
 
 export OMP_WAIT_POLICY := PASSIVE
 # For what is installed and, under the second name from pip 25.3 on, for the environment it is built in.
@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo docs report test lint format types cuda-check emulate defects clean
+.PHONY: help install demo docs report test lint format types cuda-check emulate fuzz defects clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -55,6 +55,9 @@ emulate: $(INSTALLED)  ## the CUDA kernels run on the CPU
 
 defects: $(INSTALLED)  ## plants defects one by one; each must fail its test (a few minutes)
 	@$(BIN)/python tests/planted_defects.py
+
+fuzz: $(INSTALLED)  ## 100,000 random steps of the CPU kernels under sanitizers
+	@FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 clean:  ## removes .venv and everything built
 	rm -rf $(VENV) build dist demo-output report-output docs/_build *.egg-info pydeqsolve/_native*.so

@@ -1,0 +1,143 @@
+// Random steps of the CPU kernels over sizes, alignments, memories, masks and values of every class, for the
+// sanitizers. Every array has exactly the size the step may touch. A whole step must equal its passes bit for bit.
+// Usage: step_fuzz cases [seed]; exits with 1 at the first difference. Compiled for one instruction set at a time.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include "dispatch.cpp"
+#undef PYDEQSOLVE_INSTANTIATE
+#include "step_cpu.cpp"
+
+using namespace pydeqsolve;
+
+namespace {
+
+std::uint64_t state = 1;
+std::uint64_t bits() {
+  state ^= state << 13;
+  state ^= state >> 7;
+  return state ^= state << 17;
+}
+int below(int n) { return static_cast<int>((bits() >> 20) % static_cast<std::uint64_t>(n)); }
+bool chance(int percent) { return below(100) < percent; }
+
+// Ordinary most of the time; else zero, huge, subnormal, infinite or NaN.
+template <class Scalar>
+Scalar value(int odd_percent) {
+  using Limits = std::numeric_limits<Scalar>;
+  if (!chance(odd_percent)) return static_cast<Scalar>(static_cast<std::int64_t>(bits())) / Scalar(1ull << 62);
+  const Scalar odd[] = {0,
+                        Limits::max(),
+                        -Limits::max(),
+                        Limits::denorm_min(),
+                        Limits::infinity(),
+                        -Limits::infinity(),
+                        Limits::quiet_NaN()};
+  return odd[below(7)];
+}
+
+template <class Scalar>
+struct Side {  // one of two equal histories
+  std::vector<Scalar> R, F, out;
+  std::vector<double> gram, steps_gram, rhs, squares;
+  std::vector<std::int32_t> count;
+  std::vector<Record> table;
+  std::vector<std::uint8_t> mode;
+};
+
+// The same bits, or both NaN.
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (!(a[i] == b[i] || (a[i] != a[i] && b[i] != b[i]))) return false;
+  }
+  return true;
+}
+
+template <class Scalar>
+bool run(std::uint64_t seed) {
+  state = seed * 0x9e3779b97f4a7c15ull + 1;
+  for (int i = 0; i < 4; ++i) bits();
+  const std::int64_t B = 1 + below(20), T = 1 + below(4), sizes[] = {1 + below(70), 1 + below(600), 16384 + below(40)};
+  const int size = below(50), M = 1 + below(chance(10) ? kMaxSlots : 12), shift = below(3);
+  const std::int64_t D = sizes[size == 0 ? 2 : size < 10 ? 1 : 0], history = B * M * T * D + shift;
+  const Kind kind = static_cast<Kind>(below(4));
+  const Norm norm = static_cast<Norm>(below(2));
+  const Update update{static_cast<Coupling>(below(3)), chance(50) ? 0 : 1e-6, chance(50) ? 1.0 : 0.7};
+  const Judgement rule{chance(50) ? 2.0 : 0, 1e-7, double(T * D), norm == Norm::kMax};
+  const int odd = chance(50) ? 0 : 3;
+  Side<Scalar> sides[2];
+  for (Side<Scalar>& s : sides) {
+    s.R.assign(history, std::numeric_limits<Scalar>::quiet_NaN());  // what was never written must never be read
+    s.F = s.R;
+    s.gram.assign(B * T * M * M, 0);
+    if (kind == Kind::kBroydenGood) s.steps_gram = s.gram;
+    s.rhs.assign(B * T * M, 0);
+    s.squares.assign(B * T * 2, 0);
+    s.count.assign(B * T, 0);
+    s.table.assign(B, Record{});
+    for (Record& r : s.table) r.best = r.previous = r.residual = INFINITY, r.status = kRunning, r.rtol = 1e-4;
+  }
+  std::vector<std::int64_t> index(B);
+  for (std::int64_t i = 0; i < B; ++i) index[i] = B - 1 - i;
+  for (int step = 0; step < 4 + below(M); ++step) {
+    std::vector<Scalar> f(B * T * D), z(B * T * D);
+    for (std::int64_t i = 0; i < B * T * D; ++i) f[i] = value<Scalar>(odd), z[i] = value<Scalar>(odd);
+    std::vector<std::uint8_t> wanted(B * T, 1);
+    for (std::int64_t i = 0; i < B; ++i) {
+      if (chance(10)) std::memset(wanted.data() + i * T, 0, T);
+    }
+    const Rows rows{B, T, D, chance(50) ? index.data() : nullptr, wanted.data()};
+    for (int k = 0; k < 2; ++k) {
+      Side<Scalar>& s = sides[k];
+      s.out.assign(B * T * D, 0);
+      s.mode.assign(B * T, 0);
+      const History<Scalar> h{M,
+                              step % M,
+                              kind,
+                              s.R.data() + shift,
+                              s.F.data() + shift,
+                              s.gram.data(),
+                              kind == Kind::kBroydenGood ? s.steps_gram.data() : nullptr,
+                              s.rhs.data(),
+                              s.squares.data(),
+                              s.count.data(),
+                              1e-7};
+      const int threads = 1 + below(3);
+      if (k == 0) {
+        step_cpu<Scalar>(rows, h, f.data(), z.data(), rule, s.table.data(), update, s.mode.data(), s.out.data(),
+                         threads);
+        continue;
+      }
+      std::vector<double> norms(2 * B * T), gamma(B * T * M);
+      std::vector<std::int32_t> dropped(B * T);
+      measure_cpu<Scalar>(rows, h, f.data(), z.data(), norms.data(), norm, threads);
+      judge_all(B, T, norms.data(), nullptr, s.table.data(), rule, s.mode.data());
+      weights_cpu<Scalar>(rows, h, update.coupling, update.ridge, s.mode.data(), gamma.data(), dropped.data(), threads);
+      mix_cpu<Scalar>(rows, h, gamma.data(), s.mode.data(), update.beta, z.data(), s.out.data(), threads);
+    }
+    if (!same(sides[0].mode, sides[1].mode) || !same(sides[0].count, sides[1].count) ||
+        !same(sides[0].gram, sides[1].gram))
+      return false;
+    for (std::int64_t i = 0; i < B * T; ++i) {
+      if (sides[0].mode[i] == kMix && !wanted[i]) return true;  // a map's business: nothing is said of such blocks
+    }
+    if (!same(sides[0].out, sides[1].out)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const long cases = argc > 1 ? std::atol(argv[1]) : 1000, first = argc > 2 ? std::atol(argv[2]) : 1;
+  for (long i = first; i < first + cases; ++i) {
+    if (i % 2 ? run<float>(i) : run<double>(i)) continue;
+    std::fprintf(stderr, "case %ld: a whole step differs from its passes\n", i);
+    return 1;
+  }
+  std::printf("%ld cases\n", cases);
+}

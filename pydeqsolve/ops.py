@@ -73,18 +73,24 @@ def start(ring: Ring) -> None:
     handle = None
     if backend:
         steps = 0 if ring.steps_gram is None else ring.steps_gram.data_ptr()
-        try:
-            handle = _native.Ring(
-                ring.dtype == torch.float64, M, KINDS.index(ring.kind), ring.eps, T, D, ring.R.data_ptr(),
-                ring.F.data_ptr(), ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.squares.data_ptr(),
-                ring.count.data_ptr(),
-            )  # fmt: skip
-        except RuntimeError as error:  # tensors of torch.func have no memory of their own
-            raise NotImplementedError("solve inside a torch.func transform is not supported") from error
+        handle = _native.Ring(
+            ring.dtype == torch.float64, M, KINDS.index(ring.kind), ring.eps, T, D, _memory(ring.R), _memory(ring.F),
+            ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.squares.data_ptr(), ring.count.data_ptr(),
+        )  # fmt: skip
     if backend == "cpu":
         for rows in (ring.R, ring.F):
             _native.use_large_pages(rows.data_ptr(), rows.nbytes)
     ring.__dict__[_handles] = (backend, handle)
+
+
+def _memory(x: Tensor) -> int:
+    """The address of x. Raises NotImplementedError for tensors that have none, as inside a transform of torch.func."""
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise NotImplementedError(f"tensors without memory of their own ({type(x).__name__}) are not supported")
+    try:
+        return x.data_ptr()
+    except RuntimeError as error:
+        raise NotImplementedError("solve inside a torch.func transform is not supported") from error
 
 
 def release(ring: Ring) -> None:
@@ -131,7 +137,7 @@ def judge(
     if _native is None or table.device.type != "cpu":
         return None
     n, T, _ = norms.shape
-    mode = torch.empty(n, T, dtype=torch.uint8)
+    mode = torch.empty(n, T, dtype=torch.uint8, device=table.device)  # whatever the default device
     counts = _native.judge(
         n, T, norms.data_ptr(), 0 if dropped is None else dropped.data_ptr(), table.data_ptr(), safeguard, eps, entries,
         is_max, mode.data_ptr(),
@@ -156,7 +162,7 @@ def step(
     _turn(ring)
     _check(ring, f, z)
     n, T, _ = f.shape
-    mode = torch.empty(n, T, dtype=torch.uint8)
+    mode = torch.empty(n, T, dtype=torch.uint8, device=table.device)  # whatever the default device
     wanted = None if wanted is None else wanted.contiguous()
     counts = _native.step(
         ring.__dict__[_handles][1], ring.head, n, rows.data_ptr(),
@@ -201,6 +207,7 @@ def _check(ring: Ring, f: Tensor, z: Tensor) -> None:
     for name, x in (("f", f), ("z", z)):
         if x.dtype != ring.dtype or x.device != ring.R.device or not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous {ring.dtype} on {ring.R.device}, got {x.dtype} on {x.device}")
+        _memory(x)
     if f.shape != z.shape or f.shape[1:] != ring.R.shape[2:]:
         raise ValueError(f"f and z must have shape (n, {ring.R.shape[2]}, {ring.R.shape[3]}), got {tuple(f.shape)}")
 

@@ -8,6 +8,7 @@ import pytest
 import scipy.optimize
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pydeqsolve import Anderson, Broyden, ConvergenceError, Implicit, Picard, Status, Stop, solve
 
@@ -456,3 +457,22 @@ def test_the_solution_does_not_keep_the_graph_or_history_alive_between_solves():
     del solution
     gc.collect()
     assert dead() is None
+
+
+# Where tensors live
+
+
+def test_another_default_device_changes_nothing():
+    problem = problems.mixed_batch(4)
+    expected = run(problem)
+    for keywords in ({}, {"callback": lambda *seen: False}):
+        with torch.device("meta"):
+            found = run(problem, **keywords)
+        assert torch.equal(found.z, expected.z)
+
+
+def test_tensors_without_memory_are_refused():
+    with FakeTensorMode(), pytest.raises(NotImplementedError, match="memory of their own"):
+        solve(torch.cos, torch.ones(2, 3), gradient=None)
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.vmap(lambda z0: solve(torch.cos, z0, gradient=None).z)(torch.ones(2, 3, 4))

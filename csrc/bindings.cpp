@@ -152,6 +152,9 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 
 }  // namespace
 
+// Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
+constexpr int kInterface = 2;
+
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
   py::class_<Ring>(m, "Ring").def(
@@ -161,6 +164,7 @@ PYBIND11_MODULE(_native, m) {
         return Ring{is_double, slots,   static_cast<Kind>(kind), eps, R, F, gram, steps_gram, rhs, squares, count,
                     blocks,    features};
       }));
+  m.attr("INTERFACE") = kInterface;
   m.attr("MAX_SLOTS") = kMaxSlots;
   m.def("measure", &measure);
   m.def("advance", &advance);

@@ -4,7 +4,16 @@
 #include <cstring>
 
 #if defined(__AVX__)
+// GCC 12 takes the deliberately undefined registers in its own header for a mistake.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {

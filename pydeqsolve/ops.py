@@ -36,9 +36,15 @@ __all__ = [
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("._native", __package__), ""
+        module = importlib.import_module("._native", __package__)
     except ImportError as error:
         return None, str(error)
+    if getattr(module, "INTERFACE", 0) != INTERFACE:
+        return None, "it was built from other sources than these: build it again"
+    return module, ""
+
+
+INTERFACE = 2  # csrc/bindings.cpp
 
 
 _native: Any

@@ -13,8 +13,6 @@ from torch import Tensor
 from . import ops
 from .ring import COUPLINGS, KINDS, Method, Ring
 
-_HISTORY = ("R", "F", "gram", "steps_gram", "rhs", "squares", "count")
-
 
 def _ring(
     R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor, squares: Tensor, count: Tensor,
@@ -36,32 +34,55 @@ def _ring(
     return ring
 
 
-@torch.library.custom_op("pydeqsolve::measure", mutates_args=_HISTORY)
+def _refuse_gradient(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise NotImplementedError("a step has no derivative: call it under torch.no_grad()")
+
+
+# Defined on the dispatcher itself: `torch.library.custom_op` would add some 50 µs to every call.
+_library = torch.library.Library("pydeqsolve", "DEF")
+_RING = "Tensor(a!) R, Tensor(b!) F, Tensor(c!) gram, Tensor(d!)? steps_gram, Tensor(e!) rhs, Tensor(f!) squares"
+_library.define(
+    f"measure(Tensor f, Tensor z, {_RING}, Tensor(g!) count, Tensor rows, Tensor? wanted, int head, int kind, "
+    "bool is_max) -> Tensor"
+)
+_library.define(
+    "advance(Tensor z, Tensor modes, Tensor R, Tensor F, Tensor gram, Tensor? steps_gram, Tensor rhs, Tensor squares, "
+    "Tensor(a!) count, Tensor rows, int head, int kind, int coupling, float ridge, float damping) -> (Tensor, Tensor)"
+)
+
+
 def measure(
     f: Tensor, z: Tensor, R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor, squares: Tensor,
     count: Tensor, rows: Tensor, wanted: Tensor | None, head: int, kind: int, is_max: bool,
 ) -> Tensor:  # fmt: skip
     """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `ops.measure`. kind is in `KINDS`."""
+    _refuse_gradient(f, z)
     M = R.shape[1]
     ring = _ring(R, F, gram, steps_gram, rhs, squares, count, (head - 1) % M, Method(KINDS[kind], M - 1))
     return ops.measure(ring, f, z, rows, wanted, "max" if is_max else "rms")
 
 
-@measure.register_fake
-def _(f: Tensor, z: Tensor, R: Tensor, *rest: object) -> Tensor:
-    return f.new_empty(f.shape[0], f.shape[1], 2, dtype=torch.float64)
-
-
-@torch.library.custom_op("pydeqsolve::advance", mutates_args=("count",))
 def advance(
     z: Tensor, modes: Tensor, R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
     squares: Tensor, count: Tensor, rows: Tensor, head: int, kind: int, coupling: int, ridge: float, damping: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Pass 2: the next iterate (n, T, D) and the differences dropped (n, T); see `ops.advance`."""
+    _refuse_gradient(z, F)
     method = Method(KINDS[kind], R.shape[1] - 1, damping, ridge, COUPLINGS[coupling])
     return ops.advance(_ring(R, F, gram, steps_gram, rhs, squares, count, head, method), z, modes, rows)
 
 
-@advance.register_fake
+for _device in ("CPU", "CUDA"):
+    _library.impl("measure", measure, _device)
+    _library.impl("advance", advance, _device)
+
+
+@torch.library.register_fake("pydeqsolve::measure", lib=_library)
+def _(f: Tensor, z: Tensor, R: Tensor, *rest: object) -> Tensor:
+    return f.new_empty(f.shape[0], f.shape[1], 2, dtype=torch.float64)
+
+
+@torch.library.register_fake("pydeqsolve::advance", lib=_library)
 def _(z: Tensor, modes: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z), modes.new_empty(modes.shape, dtype=torch.int32)

@@ -74,3 +74,12 @@ def test_a_history_that_is_not_contiguous_is_refused():
     parts[0] = parts[0].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="contiguous"):
         measure(f, z, *parts, torch.arange(3), None, 1, 0, False)
+
+
+def test_a_gradient_is_refused_and_not_lost():
+    ring, (f, z), rows = history("anderson II"), states(), torch.arange(3)
+    f.requires_grad_()
+    with pytest.raises(NotImplementedError, match="a step has no derivative"):
+        measure(f, z, *tensors(ring), rows, None, 1, 0, False)
+    with torch.no_grad():
+        assert measure(f, z, *tensors(ring), rows, None, 1, 0, False).isfinite().all()

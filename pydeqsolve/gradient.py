@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .gmres import GMRES
 from .implicit import AdjointSolve, attach
 from .iterate import Problem
-from .linearise import Good, Replace, evaluate, is_wanted
+from .linearise import Good, Replace, evaluate, is_wanted, of_finite
 from .solution import Adjoint, Solution
 from .stop import Stop, check_count, check_real
 
@@ -104,20 +104,19 @@ class Phantom:
         """z (B, T, D), any iterate, with the graph of the steps from it, for the samples that are `finite` (B,)."""
         if not is_wanted():
             return z
-        while True:
-            good = Good.of(problem, finite)
-            start = moved = good.take(z).detach()
+
+        def steps(good: Good) -> Tensor:
+            moved = good.take(z).detach()
             for _ in range(self.steps):
                 moved = self.damping * evaluate(problem, moved, good.inputs) + (1 - self.damping) * moved
-            lost = good.mask_taken() & ~moved.isfinite().flatten(1).all(1)
-            if not bool(lost.any()):
-                break
-            finite = good.without(lost)  # its NaN would reach the others through what they share
+            return moved
+
+        good, moved = of_finite(problem, finite, steps)
         good.tell_lost(moved)
         if not moved.requires_grad and forward_ad.unpack_dual(moved).tangent is None:
             return z
         # The value stays that of z, whose residual was measured.
-        return good.put(Replace.apply(moved, start), z)
+        return good.put(Replace.apply(moved, good.take(z).detach()), z)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,21 @@ class Good:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def of_finite(problem: Problem, finite: Tensor, value: Callable[[Good], Tensor]) -> tuple[Good, Tensor]:
+    """The samples out of `finite` (B,) for which value(good) (n, T, D) is finite, and that value of them alone.
+
+    A sample that becomes NaN on the way is left out and all is done again: its NaN would reach the others through what
+    they share.
+    """
+    while True:
+        good = Good.of(problem, finite)
+        found = value(good)
+        lost = good.mask_taken() & ~found.isfinite().flatten(1).all(1)
+        if not bool(lost.any()):
+            return good, found
+        finite = good.without(lost)
 
 
 def is_wanted() -> bool:

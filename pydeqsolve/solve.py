@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .anderson import Anderson
 from .gradient import Gradient, Implicit, Phantom, Unrolled
+from .history import History
 from .iterate import Callback, Problem, Solver, iterate
 from .solution import Solution
 from .stop import Front, Stop, check_count
@@ -73,25 +74,15 @@ def solve(
     problem, flat = _prepare(fn, z0, inputs, solver, stop, compact, front)
     if history is not None:
         history.check(solver.method(), flat)
-    if front is not None and (keep_history or history is not None):
-        raise ValueError("front must be None with a history: its blocks finish at places of their own")
-    if gradient is not None and (isinstance(gradient, type) or not hasattr(gradient, "attach")):
-        raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {gradient!r}")
     if not isinstance(snapshots, (tuple, list)):
         raise TypeError(f"snapshots must be a tuple of steps, got {type(snapshots).__name__}")
     for k in snapshots:
         check_count("snapshots", k, least=1)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-    if isinstance(gradient, Unrolled) and snapshots:
-        raise NotImplementedError("snapshots are not unrolled: use gradient=Implicit() or Phantom()")
-    searches = bool(getattr(solver, "line_search", 0))
-    if isinstance(gradient, Unrolled) and (history is not None or searches):
-        raise NotImplementedError("Unrolled replays neither a history nor a line search: use gradient=Implicit()")
-    if searches and (front is not None or keep_history or history is not None):
-        raise ValueError("line_search must be 0 with a front or a history")
-    if isinstance(gradient, Unrolled) and flat.shape[0] and (front is not None or solver.method().coupling != "joint"):
-        raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
+    if gradient is not None and (isinstance(gradient, type) or not hasattr(gradient, "attach")):
+        raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {gradient!r}")
+    _refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0])
     solution = iterate(
         problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback, history=history,
         keep_history=keep_history, snapshots=snapshots,
@@ -143,6 +134,26 @@ def _prepare(
     compact = bool(inputs) if compact is None else compact
     layout = replace(layout, template=_skeleton(z0))
     return Problem(fn, tuple(inputs), layout, compact, by_front=front is not None), flat
+
+
+def _refuse_pairs(
+    solver: Solver, gradient: Gradient | None, front: Front | None, history: History | None, keep_history: bool,
+    snapshots: Sequence[int], empty: bool,
+) -> None:  # fmt: skip
+    """Raises for options that are each right, but do not go together."""
+    searches = bool(getattr(solver, "line_search", 0))
+    with_history = keep_history or history is not None
+    if front is not None and with_history:
+        raise ValueError("front must be None with a history: its blocks finish at places of their own")
+    if isinstance(gradient, Unrolled):
+        if snapshots:
+            raise NotImplementedError("snapshots are not unrolled: use gradient=Implicit() or Phantom()")
+        if history is not None or searches:
+            raise NotImplementedError("Unrolled replays neither a history nor a line search: use gradient=Implicit()")
+        if not empty and (front is not None or solver.method().coupling != "joint"):
+            raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
+    if searches and (front is not None or with_history):
+        raise ValueError("line_search must be 0 with a front or a history")
 
 
 def _with_phantom(problem: Problem, solution: Solution, gradient: Gradient | None) -> list[Any]:

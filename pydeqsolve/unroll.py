@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .iterate import Problem, Solver
-from .linearise import Good, Replace, evaluate
+from .linearise import Good, Replace, evaluate, of_finite
 from .reference import PIVOT_CUTOFF
 from .ring import Method
 from .solution import Solution
@@ -21,14 +21,11 @@ def unroll(problem: Problem, z0: Tensor, solver: Solver, solution: Solution) -> 
 
     Refusals and restarts are not replayed: a sample whose replay does not end at its z keeps that, without a graph.
     """
-    finite = solution.residual.isfinite()
-    while True:
-        good = Good.of(problem, finite)
-        replayed = _replay(problem, good, good.take(z0), solver.method(), solution)
-        lost = good.mask_taken() & ~replayed.isfinite().flatten(1).all(1)
-        if not bool(lost.any()):
-            break
-        finite = good.without(lost)  # its NaN would reach the others through what they share
+    good, replayed = of_finite(
+        problem,
+        solution.residual.isfinite(),
+        lambda good: _replay(problem, good, good.take(z0), solver.method(), solution),
+    )
     z = good.take(solution.z).detach()
     apart = (replayed.detach() - z).double().flatten(1).abs().amax(1)
     allowed = max(ELSEWHERE, 8 * torch.finfo(z.dtype).eps) * z.double().flatten(1).abs().amax(1)

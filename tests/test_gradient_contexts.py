@@ -8,15 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pydeqsolve import (
-    DEQ,
-    Implicit,
-    Phantom,
-    Picard,
-    Stop,
-    Unrolled,
-    solve,
-)
+from pydeqsolve import DEQ, Implicit, Phantom, Picard, Stop, Unrolled, solve
 
 f64 = torch.float64
 TIGHT = Stop(rtol=1e-13, max_steps=2000)

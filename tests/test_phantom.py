@@ -4,16 +4,7 @@ import problems
 import pytest
 import torch
 
-from pydeqsolve import (
-    Anderson,
-    Broyden,
-    Implicit,
-    Phantom,
-    Picard,
-    Stop,
-    Unrolled,
-    solve,
-)
+from pydeqsolve import Anderson, Broyden, Implicit, Phantom, Picard, Stop, Unrolled, solve
 
 f64 = torch.float64
 TIGHT = Stop(rtol=1e-13, max_steps=2000)

@@ -4,8 +4,11 @@
 #include <initializer_list>
 
 #include "core.h"
+#include "gram.cuh"
+#include "mix.cuh"
 #include "step.h"
-#include "step_cuda.cuh"
+#include "totals.cuh"
+#include "weights.cuh"
 
 namespace pydeqsolve {
 namespace {

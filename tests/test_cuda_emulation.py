@@ -365,15 +365,15 @@ def test_sanitizers_find_nothing(tmp_path: Path, flags: list[str], schedules: tu
 
 FAULTS = {
     "a removed __syncthreads": (
-        THREAD, "step_cuda.cuh", "      __syncthreads();\n    }\n  }\n};", "    }\n  }\n};", "data race",
+        THREAD, "pieces.cuh", "      __syncthreads();\n    }\n  }\n};", "    }\n  }\n};", "data race",
     ),
-    "a removed __syncwarp": (THREAD, "step_cuda.cuh", "      __syncwarp();\n", "", "data race"),
+    "a removed __syncwarp": (THREAD, "pieces.cuh", "      __syncwarp();\n", "", "data race"),
     "a removed team barrier": (
-        THREAD, "step_cuda.cuh", "parts + warp * Mine::kValues);\n  team.sync();\n", "parts + warp * Mine::kValues);\n",
+        THREAD, "sums.cuh", "parts + warp * Mine::kValues);\n  team.sync();\n", "parts + warp * Mine::kValues);\n",
         "data race",
     ),
     "an index out of bounds": (
-        ["-g", "-fsanitize=address"], "step_cuda.cuh", "pack.v[k] = k < length ? p[k] : Scalar(0);",
+        ["-g", "-fsanitize=address"], "packs.cuh", "pack.v[k] = k < length ? p[k] : Scalar(0);",
         "pack.v[k] = p[k];", "AddressSanitizer: heap-buffer-overflow",
     ),
     "shared memory one double too small": (
@@ -385,11 +385,11 @@ FAULTS = {
         "return bits % 16 != 1;", "misaligned address",
     ),
     "a barrier in a divergent branch": (
-        [], "step_cuda.cuh", "parts + warp * Mine::kValues);\n  team.sync();\n",
+        [], "sums.cuh", "parts + warp * Mine::kValues);\n  team.sync();\n",
         "parts + warp * Mine::kValues);\n  if (team.rank > 0) team.sync();\n", "EMULATION ERROR: barrier not reached",
     ),
     "a shuffle in a divergent branch": (
-        [], "step_cuda.cuh", "  add_over_warp(mine.values, lane,", "  if (lane != 5) add_over_warp(mine.values, lane,",
+        [], "sums.cuh", "  add_over_warp(mine.values, lane,", "  if (lane != 5) add_over_warp(mine.values, lane,",
         "EMULATION ERROR",
     ),
 }  # fmt: skip

@@ -25,7 +25,7 @@ T* at(Address address) {
 
 // One solver's history, as Python hands it over once; every call of the step then names only what changes.
 struct Ring {
-  bool is_double;
+  Storage storage;
   int slots;
   Kind kind;
   double eps;
@@ -52,11 +52,16 @@ struct Ring {
 };
 
 template <class Body>
-void with_scalar(bool is_double, const Body& body) {
-  if (is_double) {
-    body(double{});
-  } else {
-    body(float{});
+void with_scalar(Storage storage, const Body& body) {
+  switch (storage) {
+    case Storage::kFloat64:
+      return body(double{});
+    case Storage::kFloat32:
+      return body(float{});
+    case Storage::kBFloat16:
+      return body(BFloat16{});
+    case Storage::kFloat16:
+      return body(Half{});
   }
 }
 
@@ -72,7 +77,7 @@ void use_large_pages([[maybe_unused]] Address address, [[maybe_unused]] std::uin
 void measure(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
              Address norms, int norm, int threads) {
   py::gil_scoped_release release;
-  with_scalar(ring.is_double, [&](auto scalar) {
+  with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     measure_cpu<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
                    at<double>(norms), static_cast<Norm>(norm), threads);
@@ -86,7 +91,7 @@ std::pair<std::int64_t, std::int64_t> step(const Ring& ring, int head, std::int6
                                            Address z_next, int threads) {
   py::gil_scoped_release release;
   Counts counts{0, 0};
-  with_scalar(ring.is_double, [&](auto scalar) {
+  with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     counts =
         step_cpu<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
@@ -99,7 +104,7 @@ std::pair<std::int64_t, std::int64_t> step(const Ring& ring, int head, std::int6
 void advance(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma, Address dropped,
              int coupling, double ridge, double damping, Address z, Address z_next, int threads) {
   py::gil_scoped_release release;
-  with_scalar(ring.is_double, [&](auto scalar) {
+  with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     const Rows rows = ring.rows(n, index, 0);
     const History<S> history = ring.history<S>(head);
@@ -119,13 +124,26 @@ std::pair<std::int64_t, std::int64_t> judge_samples(std::int64_t n, std::int64_t
 }
 
 #if defined(PYDEQSOLVE_WITH_CUDA)
+// The storage types that the kernels are compiled for.
+template <class Body>
+void with_scalar_on_cuda(Storage storage, const Body& body) {
+  switch (storage) {
+    case Storage::kFloat64:
+      return body(double{});
+    case Storage::kFloat32:
+      return body(float{});
+    default:
+      throw std::invalid_argument("pydeqsolve: no CUDA kernels for this storage");
+  }
+}
+
 void check(const char* error) {
   if (error) throw std::runtime_error(std::string("pydeqsolve: CUDA launch failed: ") + error);
 }
 
 void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
                      Address norms, int norm, Address partial, Address stream) {
-  with_scalar(ring.is_double, [&](auto scalar) {
+  with_scalar_on_cuda(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     check(measure_cuda<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
                           at<double>(norms), static_cast<Norm>(norm), at<double>(partial), at<void>(stream)));
@@ -135,7 +153,7 @@ void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, 
 void advance_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma,
                      Address dropped, int coupling, double ridge, double damping, Address z, Address z_next,
                      Address workspace, Address stream) {
-  with_scalar(ring.is_double, [&](auto scalar) {
+  with_scalar_on_cuda(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     const Rows rows = ring.rows(n, index, 0);
     const History<S> history = ring.history<S>(head);
@@ -153,16 +171,30 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
   py::class_<Ring>(m, "Ring").def(
-      py::init([](bool is_double, int slots, int kind, double eps, std::int64_t blocks, std::int64_t features,
-                  Address R, Address F, Address gram, Address steps_gram, Address rhs, Address squares, Address count) {
+      py::init([](int storage, int slots, int kind, double eps, std::int64_t blocks, std::int64_t features, Address R,
+                  Address F, Address gram, Address steps_gram, Address rhs, Address squares, Address count) {
         if (slots < 1 || slots > kMaxSlots) throw std::invalid_argument("slots out of range");
-        return Ring{is_double, slots,   static_cast<Kind>(kind), eps, R, F, gram, steps_gram, rhs, squares, count,
-                    blocks,    features};
+        if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) {
+          throw std::invalid_argument("storage out of range");
+        }
+        return Ring{static_cast<Storage>(storage),
+                    slots,
+                    static_cast<Kind>(kind),
+                    eps,
+                    R,
+                    F,
+                    gram,
+                    steps_gram,
+                    rhs,
+                    squares,
+                    count,
+                    blocks,
+                    features};
       }));
   m.attr("INTERFACE") = kInterface;
   m.attr("MAX_SLOTS") = kMaxSlots;

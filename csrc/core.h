@@ -12,12 +12,6 @@
 #pragma once
 #include "step.h"
 
-#if defined(__CUDACC__) || defined(PYDEQSOLVE_EMULATE_CUDA)
-#define PYDEQSOLVE_HD __host__ __device__
-#else
-#define PYDEQSOLVE_HD
-#endif
-
 namespace pydeqsolve {
 
 PYDEQSOLVE_HD static inline int slot_of(int head, int age, int slots) {

@@ -1,4 +1,8 @@
 // Chooses the CPU build of the step once, by what this processor can run.
+#if defined(PYDEQSOLVE_X86)
+#include <cpuid.h>
+#endif
+
 #include <initializer_list>
 
 #include "judge.h"
@@ -30,12 +34,21 @@ namespace {
 
 enum class Isa { kPortable, kAvx2, kAvx512 };
 
+#if defined(PYDEQSOLVE_X86)
+// F16C, by a name that every compiler knows.
+bool converts_half() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
+
 Isa detect() {
 #if defined(PYDEQSOLVE_X86)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return Isa::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
-#endif
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !converts_half()) return Isa::kPortable;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? Isa::kAvx512 : Isa::kAvx2;
+#else
   return Isa::kPortable;
+#endif
 }
 
 Isa chosen = detect();
@@ -103,5 +116,7 @@ Counts step_cpu(const Rows& rows, const History<Scalar>& history, const Scalar* 
                                    const Judgement&, Record*, const Update&, std::uint8_t*, Scalar*, int);
 PYDEQSOLVE_INSTANTIATE(float)
 PYDEQSOLVE_INSTANTIATE(double)
+PYDEQSOLVE_INSTANTIATE(BFloat16)
+PYDEQSOLVE_INSTANTIATE(Half)
 
 }  // namespace pydeqsolve

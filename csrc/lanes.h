@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "scalar.h"
 
 #if defined(__AVX__)
 // GCC 12 takes the deliberately undefined registers in its own header for a mistake.
@@ -27,29 +30,126 @@ constexpr int kLanes = 4;
 constexpr int kLanes = 2;
 #endif
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
-typedef float HalfLanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef std::uint32_t WordLanes __attribute__((vector_size(kLanes * sizeof(std::uint32_t))));
+typedef std::uint16_t ShortLanes __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
 
+// As a Scalar lies in memory, and as it is computed with.
 template <class Scalar>
-struct Vector;
+struct Vector {  // BFloat16, Half
+  using stored = ShortLanes;
+  using wide = FloatLanes;
+};
 template <>
 struct Vector<double> {
-  using type = Lanes;
+  using stored = Lanes;
+  using wide = Lanes;
 };
 template <>
 struct Vector<float> {
-  using type = HalfLanes;
+  using stored = FloatLanes;
+  using wide = FloatLanes;
 };
+template <class Scalar>
+using Stored = typename Vector<Scalar>::stored;
 
 template <class Scalar>
-inline typename Vector<Scalar>::type read(const Scalar* p) {
-  typename Vector<Scalar>::type v;
+inline Stored<Scalar> load(const Scalar* p) {
+  Stored<Scalar> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
+#if defined(__AVX__)
+inline __m128i in_register(const ShortLanes& v) {
+  __m128i whole = _mm_setzero_si128();
+  std::memcpy(&whole, &v, sizeof v);
+  return whole;
+}
+inline ShortLanes short_lanes(const __m128i& whole) {
+  ShortLanes v;
+  std::memcpy(&v, &whole, sizeof v);
+  return v;
+}
+#endif
+
+// Each conversion is written out where GCC 12 makes several instructions of __builtin_convertvector: they bound the row
+// kernels.
+template <class Scalar>
+inline typename Vector<Scalar>::wide expand(const Stored<Scalar>& v) {
+  if constexpr (std::is_same_v<Scalar, BFloat16>) {
+#if defined(__AVX512F__)
+    return (FloatLanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(in_register(v)), 16);
+#elif defined(__AVX__)
+    return (FloatLanes)_mm_slli_epi32(_mm_cvtepu16_epi32(in_register(v)), 16);
+#else
+    return (FloatLanes)(__builtin_convertvector(v, WordLanes) << 16);
+#endif
+  } else if constexpr (std::is_same_v<Scalar, Half>) {
+#if defined(__AVX512F__)
+    return (FloatLanes)_mm256_cvtph_ps(in_register(v));
+#elif defined(__AVX__)
+    return (FloatLanes)_mm_cvtph_ps(in_register(v));
+#else
+    FloatLanes wide;
+    for (int l = 0; l < kLanes; ++l) {
+      Half x;
+      x.bits = v[l];
+      wide[l] = static_cast<float>(x);
+    }
+    return wide;
+#endif
+  } else {
+    return v;
+  }
+}
+
+template <class Scalar>
+inline Stored<Scalar> shorten(const typename Vector<Scalar>::wide& v) {
+  if constexpr (std::is_same_v<Scalar, BFloat16>) {
+    const WordLanes b = (WordLanes)v;
+    const WordLanes nearest = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16, quiet = (b >> 16) | 0x40u;
+    const WordLanes rounded = v == v ? nearest : quiet;
+#if defined(__AVX512F__)
+    const __m256i words = (__m256i)rounded;
+    return short_lanes(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#elif defined(__AVX__)
+    return short_lanes(_mm_packus_epi32((__m128i)rounded, (__m128i)rounded));
+#else
+    return __builtin_convertvector(rounded, ShortLanes);
+#endif
+  } else if constexpr (std::is_same_v<Scalar, Half>) {
+#if defined(__AVX512F__)
+    return short_lanes(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX__)
+    return short_lanes(_mm_cvtps_ph((__m128)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    ShortLanes stored;
+    for (int l = 0; l < kLanes; ++l) stored[l] = Half(v[l]).bits;
+    return stored;
+#endif
+  } else {
+    return v;
+  }
+}
+
+template <class Scalar>
+inline typename Vector<Scalar>::wide read(const Scalar* p) {
+  return expand<Scalar>(load(p));
+}
+
+// Residuals as the ring keeps them: `kept` of scalar.h.
+template <class Scalar>
+inline Stored<Scalar> keep(typename Vector<Scalar>::wide r) {
+  if constexpr (std::is_same_v<Scalar, Half>) {
+    r = r > kLargestHalf ? FloatLanes{} + kLargestHalf : r;
+    r = r < -kLargestHalf ? FloatLanes{} - kLargestHalf : r;
+  }
+  return shorten<Scalar>(r);
+}
+
 inline Lanes widen(const Lanes& v) { return v; }
-// One instruction each; what GCC 12 makes of __builtin_convertvector takes four, and these bound the row kernels.
-inline Lanes widen(const HalfLanes& v) {
+inline Lanes widen(const FloatLanes& v) {
 #if defined(__AVX512F__)
   return (Lanes)_mm512_cvtps_pd((__m256)v);
 #elif defined(__AVX__)
@@ -60,13 +160,18 @@ inline Lanes widen(const HalfLanes& v) {
 }
 
 template <class Scalar>
-inline typename Vector<Scalar>::type narrow(const Lanes& v) {
+inline Stored<Scalar> narrow(const Lanes& v) {
+  if constexpr (std::is_same_v<Scalar, double>) return v;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(Scalar) == 4) return (HalfLanes)_mm512_cvtpd_ps((__m512d)v);
+  else
+    return shorten<Scalar>((FloatLanes)_mm512_cvtpd_ps((__m512d)v));
 #elif defined(__AVX__)
-  if constexpr (sizeof(Scalar) == 4) return (HalfLanes)_mm256_cvtpd_ps((__m256d)v);
+  else
+    return shorten<Scalar>((FloatLanes)_mm256_cvtpd_ps((__m256d)v));
+#else
+  else
+    return shorten<Scalar>(__builtin_convertvector(v, FloatLanes));
 #endif
-  return __builtin_convertvector(v, typename Vector<Scalar>::type);
 }
 
 inline Lanes broadcast(double x) {
@@ -104,13 +209,16 @@ inline double sum_lanes(const Lanes& v) {
 
 // `past_cache` stores do not first read the line they overwrite; they need whole, aligned vectors.
 template <bool past_cache, class Scalar>
-inline void write(Scalar* p, const typename Vector<Scalar>::type& v) {
+inline void write(Scalar* p, const Stored<Scalar>& v) {
 #if defined(__AVX512F__)
   if constexpr (past_cache && sizeof(v) == 64) return _mm512_stream_pd(reinterpret_cast<double*>(p), (__m512d)v);
 #endif
 #if defined(__AVX__)
   if constexpr (past_cache && sizeof(v) == 32) return _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
   if constexpr (past_cache && sizeof(v) == 16) return _mm_stream_ps(reinterpret_cast<float*>(p), (__m128)v);
+  if constexpr (past_cache && sizeof(v) == 8) {
+    return _mm_stream_si64(reinterpret_cast<long long*>(p), _mm_cvtsi128_si64(in_register(v)));
+  }
 #endif
   std::memcpy(p, &v, sizeof v);
 }

@@ -22,8 +22,8 @@ struct Ahead {
 
 inline void fetch(const void* p) { __builtin_prefetch(p); }
 
-// r = f - z over `length` entries, whole lines: writes R0 = r and F0 = f, and with y_a = r_a - r_{a+1} adds
-// dots[a] += y_0.y_a, dots[C + a] += r.y_a, dots[2C] += r.r, dots[2C + 1] += f.f.
+// Writes R0 = r, which is f - z as kept, and F0 = f over `length` entries, whole lines. With y_a = r_a - r_{a+1} adds
+// dots[a] += y_0.y_a, dots[C + a] += r.y_a, dots[2C] += |f - z|^2, dots[2C + 1] += f.f.
 template <class Scalar, int C, bool past_cache>
 void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar* R0, Scalar* F0, const Scalar* const* R,
                   Ahead ahead, double* dots) {
@@ -40,11 +40,13 @@ void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar*
     }
 #pragma GCC unroll 8
     for (std::int64_t i = line; i < line + kLine<Scalar>; i += kLanes) {
-      const auto f_row = read(f + i), r_row = f_row - read(z + i);
+      const auto f_row = load(f + i);
+      const auto f_wide = expand<Scalar>(f_row), r_wide = f_wide - read(z + i);
+      const auto r_row = keep<Scalar>(r_wide);
       write<past_cache>(R0 + i, r_row);
       write<past_cache>(F0 + i, f_row);
-      const Lanes r = widen(r_row), value = widen(f_row);
-      rr += r * r;
+      const Lanes exact = widen(r_wide), value = widen(f_wide), r = widen(expand<Scalar>(r_row));
+      rr += exact * exact;
       ff += value * value;
       Lanes newer = r, y0 = {};
 #pragma GCC unroll 16

@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "scalar.h"
+
 namespace pydeqsolve {
 
 constexpr int kMaxSlots = 65;  // memory <= 64 natively; a longer one takes the PyTorch reference
@@ -32,7 +34,9 @@ struct Rows {
   const std::uint8_t* wanted;  // (n, T) or null for all
 };
 
-// The history of all samples. R and F hold raw rows, not differences: a row is written once and never moved.
+// The history of all samples. R and F hold raw rows, not differences: a row is written once and never moved. R is
+// rounded to the storage type (`kept`), and so below float32 are the residuals that the Gram matrices and right-hand
+// sides are made of; squares and norms are those of f - z as it is.
 template <class Scalar>
 struct History {
   int slots;  // M

@@ -13,19 +13,16 @@
 #define PYDEQSOLVE_ISA portable
 #endif
 
-#include "core.h"
+#include "batch.h"
+#include "blocks.h"
 #include "judge.h"
 #include "parallel.h"
-#include "rows.h"
 #include "step.h"
 #include "systems.h"
-#include "tiles.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {
 
-constexpr std::int64_t kPiece = 1 << 14;  // elements that one work item sums
-constexpr std::int64_t kCache = 1 << 24;  // bytes; a step that moves more writes past the caches
 constexpr std::int64_t kSample =
     1 << 18;  // bytes of rows of a sample that stay in a core's own cache from pass to pass
 
@@ -39,165 +36,6 @@ struct Buffer {  // zeroed
   Buffer& operator=(const Buffer&) = delete;
   T* data;
 };
-
-// One block of those at hand: where its values and its history lie.
-struct Block {
-  std::int64_t at;       // in counts, Gram matrices and right-hand sides
-  std::int64_t state;    // in f and z, entries
-  std::int64_t history;  // of slot 0 in R and F, entries
-};
-
-// One call's rows and history, and what follows from them.
-template <class Scalar>
-struct Batch {
-  const Rows& rows;
-  const History<Scalar>& h;
-  const std::int64_t T = rows.blocks, D = rows.features, blocks = rows.n * T;
-  const int M = h.slots;
-  const bool steps = h.kind == Kind::kAndersonI || h.kind == Kind::kBroydenGood;
-  const std::int64_t pieces = D > kPiece ? (D + kPiece - 1) / kPiece : 1;
-  const bool past_cache = bytes(2 * M) > kCache;
-
-  std::int64_t sample(std::int64_t i) const { return rows.rows ? rows.rows[i] : i; }
-  Block block(std::int64_t i, std::int64_t t) const {
-    return {sample(i) * T + t, (i * T + t) * D, (sample(i) * M * T + t) * D};
-  }
-  // From block (i, t) to the same of the sample that comes `later`.
-  Ahead ahead(std::int64_t i, std::int64_t t, std::int64_t later) const {
-    if (!past_cache || pieces > 1 || i + later >= rows.n) return {};
-    const Block here = block(i, t), there = block(i + later, t);
-    return {there.state - here.state, there.history - here.history};
-  }
-  bool is_wanted(std::int64_t i, std::int64_t t) const { return !rows.wanted || rows.wanted[i * T + t]; }
-  int older(const Block& at) const { return h.count[at.at] < M - 1 ? h.count[at.at] : M - 1; }
-  std::int64_t row(const Block& at, int age) const { return at.history + slot_of(h.head, age, M) * T * D; }
-  std::int64_t bytes(std::int64_t words) const {
-    return words * blocks * D * static_cast<std::int64_t>(sizeof(Scalar));
-  }
-};
-
-// Adds up one piece of a block, entries first … last, and writes its newest rows. f, z (n, T, D).
-template <class Scalar>
-void measure_one(const Batch<Scalar>& b, const Block& at, std::int64_t first, std::int64_t last, const Scalar* f,
-                 const Scalar* z, Norm norm, Ahead ahead, const Dots& dots) {
-  const int older = b.older(at);
-  Scalar *R[kMaxSlots], *F[kMaxSlots];
-  for (int a = 0; a <= older; ++a) {
-    const std::int64_t row = b.row(at, a) + first;
-    R[a] = b.h.R + row;
-    F[a] = b.h.F + row;
-  }
-  f += at.state + first;
-  z += at.state + first;
-  if (!b.steps && norm == Norm::kSquares && older <= kMaxOlder) {
-    double sums[2 * kMaxOlder + 2] = {};
-    measure_piece(last - first, older, f, z, R, F[0], ahead, b.past_cache, sums);
-    for (int a = 0; a < older; ++a) {
-      dots.gram_row(a) += sums[a];
-      dots.rhs(a) += sums[older + a];
-    }
-    dots.squares(0) += sums[2 * older];
-    dots.squares(1) += sums[2 * older + 1];
-    return;
-  }
-  for (std::int64_t k = 0; k < last - first; k += kTile) {
-    const int length = last - first - k < kTile ? static_cast<int>(last - first - k) : kTile;
-    measure_tile(length, older, b.steps, norm, f + k, z + k, R, F, dots);
-    for (int a = 0; a <= older; ++a) R[a] += kTile, F[a] += kTile;
-  }
-}
-
-// Moves the summed dots of one block into the history and its norms (2,).
-template <class Scalar>
-void finish_block(const Batch<Scalar>& b, const Block& block, const Dots& dots, Norm norm, double* norms) {
-  const History<Scalar>& h = b.h;
-  const int M = b.M;
-  const std::int64_t at = block.at;
-  const int older = b.older(block);
-  double* gram = h.gram + at * M * M;
-  double* steps_gram = h.steps_gram ? h.steps_gram + at * M * M : nullptr;
-  for (int a = 0; a < older; ++a) {
-    const int slot = slot_of(h.head, a, M);
-    gram[h.head * M + slot] = dots.gram_row(a);
-    gram[slot * M + h.head] = b.steps ? dots.gram_column(a) : dots.gram_row(a);
-    h.rhs[at * M + a] = dots.rhs(a);
-    if (steps_gram) steps_gram[h.head * M + slot] = steps_gram[slot * M + h.head] = dots.steps_row(a);
-  }
-  for (int which = 0; which < 2; ++which) {
-    const double squares = h.squares[2 * at + which] = dots.squares(which);
-    const bool finite = squares - squares == 0;
-    norms[which] = norm == Norm::kSquares ? squares : finite ? dots.largest(which) : squares;
-  }
-  h.count[at] = older + 1;
-}
-
-// A block of one piece, from its rows to its norms (2,). One that is not wanted loses its history: its rows would no
-// longer be consecutive.
-template <class Scalar>
-void measure_block(const Batch<Scalar>& b, std::int64_t i, std::int64_t t, const Scalar* f, const Scalar* z, Norm norm,
-                   double* norms) {
-  const Block at = b.block(i, t);
-  if (!b.is_wanted(i, t)) {
-    b.h.count[at.at] = 0;
-    return;
-  }
-  double own[Dots::size(kMaxSlots)];
-  std::memset(own, 0, Dots::size(b.M) * sizeof(double));
-  const Dots dots{b.M, own};
-  measure_one(b, at, 0, b.D, f, z, norm, b.ahead(i, t, 1), dots);
-  finish_block(b, at, dots, norm, norms);
-}
-
-// Entries first … last of one block's next iterate; gamma (M,) and mode are the block's, newest_f (D,) its row f_0.
-template <class Scalar>
-void mix_one(const Batch<Scalar>& b, const Block& at, std::int64_t first, std::int64_t last, const double* gamma,
-             std::uint8_t mode, double beta, const Scalar* newest_f, Ahead ahead, const Scalar* z, Scalar* z_next) {
-  z += at.state;
-  z_next += at.state;
-  if (mode == kKeep) {
-    std::memcpy(z_next + first, z + first, (last - first) * sizeof(Scalar));
-    return;
-  }
-  const double undamped = mode == kAccept ? 0 : 1 - beta;
-  const int newest = mode == kReject ? 1 : 0;
-  const int differences = mode == kMix && b.h.count[at.at] > 1 ? b.h.count[at.at] - 1 : 0;
-  const auto f_row = [&](int age) { return age == 0 ? newest_f : b.h.F + b.row(at, age); };
-  if (undamped == 0 && differences <= kMaxOlder) {
-    const Scalar* F[kMaxOlder + 1];
-    for (int a = 0; a <= differences; ++a) F[a] = f_row(newest + a) + first;
-    mix_piece(last - first, differences, ahead, b.past_cache, F, gamma, z_next + first);
-    return;
-  }
-  const auto r_row = [&](int age) { return b.h.R + b.row(at, age); };
-  alignas(64) double x[kTile];
-  for (std::int64_t from = first; from < last; from += kTile) {
-    const int length = last - from < kTile ? static_cast<int>(last - from) : kTile;
-    const Scalar *f = f_row(newest) + from, *r = r_row(newest) + from;
-    for (int k = 0; k < length; ++k) x[k] = f[k];
-    for (int k = 0; undamped != 0 && k < length; ++k) x[k] -= undamped * r[k];
-    for (int a = 0; a < differences; ++a) {
-      const double w = gamma[a];
-      if (w == 0) continue;
-      const Scalar *newer = f_row(a) + from, *older = f_row(a + 1) + from;
-      for (int k = 0; k < length; ++k) x[k] -= w * (static_cast<double>(newer[k]) - static_cast<double>(older[k]));
-      if (undamped == 0) continue;
-      newer = r_row(a) + from, older = r_row(a + 1) + from;
-      for (int k = 0; k < length; ++k) {
-        x[k] += w * undamped * (static_cast<double>(newer[k]) - static_cast<double>(older[k]));
-      }
-    }
-    for (int k = 0; k < length; ++k) z_next[from + k] = static_cast<Scalar>(x[k]);
-  }
-}
-
-// Calls body(i, t, piece, first, last) for the pieces begin … end of all blocks.
-template <class Scalar, class Body>
-void for_pieces(const Batch<Scalar>& b, std::int64_t begin, std::int64_t end, const Body& body) {
-  for (std::int64_t item = begin; item < end; ++item) {
-    const std::int64_t block = item / b.pieces, first = item % b.pieces * kPiece;
-    body(block / b.T, block % b.T, first, b.pieces == 1 || first + kPiece > b.D ? b.D : first + kPiece, item);
-  }
-}
 
 }  // namespace
 
@@ -322,5 +160,7 @@ Counts step(const Rows& rows, const History<Scalar>& h, const Scalar* f, const S
                                Record*, const Update&, std::uint8_t*, Scalar*, int);
 PYDEQSOLVE_INSTANTIATE(float)
 PYDEQSOLVE_INSTANTIATE(double)
+PYDEQSOLVE_INSTANTIATE(BFloat16)
+PYDEQSOLVE_INSTANTIATE(Half)
 
 }  // namespace pydeqsolve::PYDEQSOLVE_ISA

@@ -59,7 +59,42 @@ struct Dots {
   }
 };
 
-// One tile: writes r and f into the ring, adds to the dots. r and fv hold `older + 1` row pointers, newest first.
+// The entries of one tile of a row as doubles.
+template <class Scalar>
+inline void read_tile(int length, const Scalar* row, double* out) {
+  int i = 0;
+  for (; i + kLanes <= length; i += kLanes) {
+    const Lanes v = widen(read(row + i));
+    std::memcpy(out + i, &v, sizeof v);
+  }
+  for (; i < length; ++i) out[i] = static_cast<Wide<Scalar>>(row[i]);
+}
+
+template <class Scalar>
+inline void write_tile(int length, const double* x, Scalar* out) {
+  int i = 0;
+  for (; i + kLanes <= length; i += kLanes) write<false>(out + i, narrow<Scalar>(read(x + i)));
+  for (; i < length; ++i) out[i] = static_cast<Scalar>(static_cast<Wide<Scalar>>(x[i]));
+}
+
+// r = f - z of one tile, and R, which is r as the ring keeps it.
+template <class Scalar>
+inline void residual_tile(int length, const Scalar* f, const Scalar* z, Scalar* R, double* r) {
+  int i = 0;
+  for (; i + kLanes <= length; i += kLanes) {
+    const auto wide = read(f + i) - read(z + i);
+    write<false>(R + i, keep<Scalar>(wide));
+    const Lanes v = widen(wide);
+    std::memcpy(r + i, &v, sizeof v);
+  }
+  for (; i < length; ++i) {
+    const Wide<Scalar> wide = static_cast<Wide<Scalar>>(f[i]) - static_cast<Wide<Scalar>>(z[i]);
+    R[i] = kept<Scalar>(wide);
+    r[i] = wide;
+  }
+}
+
+// One tile: writes r and f into the ring, adds to the dots. R and F hold `older + 1` row pointers, newest first.
 template <class Scalar>
 void measure_tile(int length, int older, bool steps, Norm norm, const Scalar* f, const Scalar* z, Scalar* const* R,
                   Scalar* const* F, const Dots& dots) {
@@ -69,33 +104,35 @@ void measure_tile(int length, int older, bool steps, Norm norm, const Scalar* f,
   for (double* buffer : {r0, y0, s0, ra, za, y, s}) {
     for (int i = length; i < padded; ++i) buffer[i] = 0;
   }
-  for (int i = 0; i < length; ++i) {
-    const Scalar r = f[i] - z[i];
-    R[0][i] = r;
-    F[0][i] = f[i];
-    r0[i] = ra[i] = r;
-    za[i] = z[i];
-    y[i] = f[i];
-  }
-  dots.squares(0) += dot(padded, r0, r0);
+  residual_tile(length, f, z, R[0], s);
+  std::memcpy(F[0], f, length * sizeof(Scalar));
+  read_tile(length, f, y);
+  dots.squares(0) += dot(padded, s, s);
   dots.squares(1) += dot(padded, y, y);
   if (norm == Norm::kMax) {
     for (int i = 0; i < length; ++i) {
-      track(r0[i], dots.largest(0));
+      track(s[i], dots.largest(0));
       track(y[i], dots.largest(1));
     }
   }
+  read_tile(length, R[0], r0);
+  for (int i = 0; i < length; ++i) {
+    ra[i] = r0[i];
+    za[i] = y[i] - r0[i];
+  }
   for (int a = 0; a < older; ++a) {
+    alignas(64) double next[kTile];
+    read_tile(length, R[a + 1], next);
     for (int i = 0; i < length; ++i) {
-      const double next = R[a + 1][i];
-      y[i] = ra[i] - next;
-      ra[i] = next;
+      y[i] = ra[i] - next[i];
+      ra[i] = next[i];
     }
     if (steps) {
+      read_tile(length, F[a + 1], next);
       for (int i = 0; i < length; ++i) {
-        const double next = static_cast<double>(F[a + 1][i]) - ra[i];
-        s[i] = za[i] - next;
-        za[i] = next;
+        next[i] -= ra[i];
+        s[i] = za[i] - next[i];
+        za[i] = next[i];
       }
     }
     if (a == 0) {

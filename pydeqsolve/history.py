@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ring import Method, Ring
+from .ring import Method, Ring, is_stored
 
 
 @dataclass(eq=False)
@@ -15,9 +15,9 @@ class History:
     """The rows of a solve that has ended, per sample aligned to one head; made by `solve(..., keep_history=True)`.
 
     A solve that starts from it evaluates fn at `z` once more. What the map has changed there, δ = f_new(z) − f(z), is
-    added to every stored row, which leaves the differences (the estimate of the Jacobian) as they are. Where nothing
-    has changed, δ = 0 and the solve goes on bit for bit as if it had never stopped, but for the best iterate, which it
-    looks for anew. Takes 2 (memory + 1) + 1 words per entry of the state.
+    added to every stored row, which leaves the differences (the estimate of the Jacobian) as they are, up to the
+    rounding of the rows. Where nothing has changed, δ = 0 and the solve goes on bit for bit as if it had never stopped,
+    but for the best iterate, which it looks for anew. Takes 2 (memory + 1) + 1 words per entry of the state.
     """
 
     method: Method
@@ -73,8 +73,8 @@ class History:
         """Raises ValueError unless a solve by `method` of states like z0 (B, T, D) can go on from here."""
         if method != self.method:
             raise ValueError(f"z0 holds the history of {self.method}, which {method} cannot use")
-        wide = torch.float64 if z0.dtype == torch.float64 else torch.float32
-        if self.z.shape != z0.shape or self.z.dtype != wide or self.z.device != z0.device:
+        stored = z0.dtype if is_stored(z0.dtype, z0.device) else torch.float32
+        if self.z.shape != z0.shape or self.z.dtype != stored or self.z.device != z0.device:
             raise ValueError(
                 f"z0 holds a history of shape {tuple(self.z.shape)} in {self.z.dtype} on {self.z.device}, "
                 f"but the state is {tuple(z0.shape)} in {z0.dtype} on {z0.device}"
@@ -91,10 +91,14 @@ class History:
         """Adds what the map has changed at `z`, where its value is now f (B, T, D), to the rows of `ring`, a fork."""
         newest = (ring.head + 1) % ring.slots
         known = (self.ring.count > 0)[..., None]  # (B, T, 1)
-        change = f - ring.F[:, newest]
+        wide = torch.promote_types(ring.dtype, torch.float32)
+        change = f.to(wide) - ring.F[:, newest].to(wide)
         change = torch.where(
             known & change.isfinite(), change, 0.0
         )  # a map that has become NaN must not spoil the rows
-        if bool((change != 0).any()):
-            ring.R += change[:, None]
-            ring.F += change[:, None]
+        if not bool((change != 0).any()):
+            return
+        largest = torch.finfo(ring.dtype).max
+        for rows in (ring.R, ring.F):
+            for slot in range(ring.slots):
+                rows[:, slot] = (rows[:, slot].to(wide) + change).clamp(-largest, largest).to(ring.dtype)

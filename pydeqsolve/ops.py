@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .reference import ACCEPT, KEEP, MIX, PLAIN, REJECT
-from .ring import COUPLINGS, KINDS, Ring
+from .ring import COUPLINGS, KINDS, STORAGES, Ring, is_stored
 
 __all__ = [
     "ACCEPT",
@@ -44,7 +44,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 2  # csrc/bindings.cpp
+INTERFACE = 3  # csrc/bindings.cpp
 
 
 _native: Any
@@ -74,13 +74,13 @@ def start(ring: Ring) -> None:
     if _native is not None and M <= _native.MAX_SLOTS:
         if ring.R.device.type == "cpu":
             backend = "cpu"
-        elif ring.R.device.type == "cuda" and _native.cuda_architectures:
+        elif ring.R.device.type == "cuda" and _native.cuda_architectures and is_stored(ring.dtype, ring.R.device):
             backend = "cuda"
     handle = None
     if backend:
         steps = 0 if ring.steps_gram is None else ring.steps_gram.data_ptr()
         handle = _native.Ring(
-            ring.dtype == torch.float64, M, KINDS.index(ring.kind), ring.eps, T, D, _memory(ring.R), _memory(ring.F),
+            STORAGES.index(ring.dtype), M, KINDS.index(ring.kind), ring.eps, T, D, _memory(ring.R), _memory(ring.F),
             ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.squares.data_ptr(), ring.count.data_ptr(),
         )  # fmt: skip
     if backend == "cpu":

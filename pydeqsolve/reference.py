@@ -22,12 +22,16 @@ NOISE = 16.0  # units of rounding of f that a difference may consist of; csrc/co
 def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
     """Writes r and f into the ring, updates the Gram matrices, returns norms (n, T, 2) of r and of f, float64.
 
+    The matrices are those of the rows as the ring keeps them, the norms those of r before it is rounded to its dtype.
     Norms are sums of squares, or maxima when norm is "max". f, z (n, T, D); rows (n,); wanted (n, T) or None.
     """
     M, head = ring.slots, ring.head
-    r = f - z
+    wide = torch.promote_types(f.dtype, torch.float32)
+    r = f.to(wide) - z.to(wide)
+    largest = torch.finfo(ring.dtype).max
+    kept = (r.clamp(-largest, largest) if ring.dtype == torch.float16 else r).to(ring.dtype)  # csrc/scalar.h
     taken = torch.ones(f.shape[:2], dtype=torch.bool, device=f.device) if wanted is None else wanted
-    for stored, new in ((ring.R, r), (ring.F, f)):
+    for stored, new in ((ring.R, kept), (ring.F, f)):
         stored[rows, head] = torch.where(taken[..., None], new, stored[rows, head])
     older = ring.count[rows].clamp(max=M - 1)
     ages = [(head - a) % M for a in range(M)]
@@ -52,7 +56,7 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
             steps[:, :, slots, head] = steps[:, :, head, slots]
             ring.steps_gram[rows] = steps
     ring.count[rows] = torch.where(taken, older + 1, 0).to(ring.count.dtype)
-    both = torch.stack([r, f], dim=2).double()  # (n, T, 2, D)
+    both = torch.stack([r, f.to(wide)], dim=2).double()  # (n, T, 2, D)
     squares = both.square().sum(-1)
     ring.squares[rows] = torch.where(taken[..., None], squares, ring.squares[rows])
     if norm == "max":

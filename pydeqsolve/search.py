@@ -54,7 +54,9 @@ class LineSearch:
 
     def redirect(self, z: Tensor, z_next: Tensor) -> Tensor:
         """z_next (n, T, D), but halfway back from the trial z where that was refused."""
-        return torch.where((self.halvings > 0)[:, None, None], 0.5 * (self.base + z), z_next)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        middle = (0.5 * (self.base.to(wide) + z.to(wide))).to(z.dtype)
+        return torch.where((self.halvings > 0)[:, None, None], middle, z_next)
 
     def select(self, keep: Tensor) -> None:
         """Keeps the samples whose positions are in `keep` (k,)."""

@@ -5,7 +5,7 @@ import torch
 
 import pydeqsolve.operators  # noqa: F401 - registers them
 from pydeqsolve import ops
-from pydeqsolve.ring import COUPLINGS, KINDS, Method, Ring
+from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
 
 measure, advance = torch.ops.pydeqsolve.measure, torch.ops.pydeqsolve.advance
 
@@ -25,10 +25,12 @@ def states(dtype=torch.float64, n=3, T=2, D=5, seed=0):
     return torch.randn(n, T, D, dtype=dtype, generator=g), torch.randn(n, T, D, dtype=dtype, generator=g)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.float64) for kind in KINDS), *(("anderson II", dtype) for dtype in STORAGES[1:])]
+)
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_operators_pass_opcheck(kind, masked):
-    ring, (f, z), rows = history(kind), states(), torch.arange(3)
+def test_the_operators_pass_opcheck(kind, dtype, masked):
+    ring, (f, z), rows = history(kind, dtype), states(dtype), torch.arange(3)
     wanted = torch.tensor([[True, False], [True, True], [False, True]]) if masked else None
     number = KINDS.index(kind)
     torch.library.opcheck(measure.default, (f, z, *tensors(ring), rows, wanted, 1, number, False))

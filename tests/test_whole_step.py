@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pydeqsolve import Stop, build_info, ops
 from pydeqsolve.monitor import Monitor
-from pydeqsolve.ring import COUPLINGS, KINDS, Method, Ring
+from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
 
 pytestmark = pytest.mark.skipif(not build_info()["native"], reason="no native module")
 cpu = torch.device("cpu")
@@ -56,14 +56,13 @@ FEATURES = (1, 3, 8, 15, 16, 17, 100, 600, 4096, 16_384, 16_385, 40_000)
 @given(
     kind=st.sampled_from(KINDS), coupling=st.sampled_from(COUPLINGS), B=st.integers(1, 40), T=st.integers(1, 3),
     D=st.sampled_from(FEATURES), memory=st.integers(0, 18), damping=st.sampled_from([1.0, 0.6]),
-    norm=st.sampled_from(["rms", "max"]), double=st.booleans(), masked=st.booleans(), threads=st.integers(1, 3),
-    seed=st.integers(0, 9999),
+    norm=st.sampled_from(["rms", "max"]), dtype=st.sampled_from(STORAGES), masked=st.booleans(),
+    threads=st.integers(1, 3), seed=st.integers(0, 9999),
 )  # fmt: skip
 def test_a_whole_step_equals_its_passes_bit_for_bit(
-    kind, coupling, B, T, D, memory, damping, norm, double, masked, threads, seed
+    kind, coupling, B, T, D, memory, damping, norm, dtype, masked, threads, seed
 ):
     B = max(1, min(B, 200_000 // (D * T * (memory + 1))))
-    dtype = torch.float64 if double else torch.float32
     method, g = Method(kind, memory, damping, 0.0, coupling), problems.generator(seed)
     one, other = (Passes(method, (B, T, D), dtype, norm) for _ in range(2))
     rows = torch.randperm(B, generator=g)

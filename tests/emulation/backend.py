@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pydeqsolve import ops, reference
+from pydeqsolve import ring as ring_module
 from pydeqsolve.ring import COUPLINGS, KINDS, Ring
 
 HERE = Path(__file__).resolve().parent
@@ -165,5 +166,6 @@ def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
         return z_next, dropped
 
     replaced = {"measure": measure, "advance": advance, "can_step": lambda ring: False}
-    with mock.patch.multiple(ops, **replaced):
+    # Rows of 16 bits are kept in float32, as on a GPU.
+    with mock.patch.multiple(ops, **replaced), mock.patch.object(ring_module, "NARROW_DEVICES", ()):
         yield kernels

@@ -27,16 +27,22 @@ bool chance(int percent) { return below(100) < percent; }
 // Ordinary most of the time; else zero, huge, subnormal, infinite or NaN.
 template <class Scalar>
 Scalar value(int odd_percent) {
-  using Limits = std::numeric_limits<Scalar>;
-  if (!chance(odd_percent)) return static_cast<Scalar>(static_cast<std::int64_t>(bits())) / Scalar(1ull << 62);
-  const Scalar odd[] = {0,
+  using Number = Wide<Scalar>;
+  using Limits = std::numeric_limits<Number>;
+  if (!chance(odd_percent)) {
+    return static_cast<Scalar>(static_cast<Number>(static_cast<std::int64_t>(bits())) / Number(1ull << 62));
+  }
+  const Number odd[] = {0,
+                        65504,  // the largest of 16 bits
+                        -65504,
+                        Number(3e-8),
                         Limits::max(),
                         -Limits::max(),
                         Limits::denorm_min(),
                         Limits::infinity(),
                         -Limits::infinity(),
                         Limits::quiet_NaN()};
-  return odd[below(7)];
+  return static_cast<Scalar>(odd[below(10)]);
 }
 
 template <class Scalar>
@@ -52,7 +58,8 @@ struct Side {  // one of two equal histories
 template <class T>
 bool same(const std::vector<T>& a, const std::vector<T>& b) {
   for (std::size_t i = 0; i < a.size(); ++i) {
-    if (!(a[i] == b[i] || (a[i] != a[i] && b[i] != b[i]))) return false;
+    const auto x = static_cast<double>(Wide<T>(a[i])), y = static_cast<double>(Wide<T>(b[i]));
+    if (!(x == y || (x != x && y != y))) return false;
   }
   return true;
 }
@@ -71,7 +78,8 @@ bool run(std::uint64_t seed) {
   const int odd = chance(50) ? 0 : 3;
   Side<Scalar> sides[2];
   for (Side<Scalar>& s : sides) {
-    s.R.assign(history, std::numeric_limits<Scalar>::quiet_NaN());  // what was never written must never be read
+    s.R.assign(history,
+               Scalar(std::numeric_limits<Wide<Scalar>>::quiet_NaN()));  // what was never written must never be read
     s.F = s.R;
     s.gram.assign(B * T * M * M, 0);
     if (kind == Kind::kBroydenGood) s.steps_gram = s.gram;
@@ -93,7 +101,7 @@ bool run(std::uint64_t seed) {
     const Rows rows{B, T, D, chance(50) ? index.data() : nullptr, wanted.data()};
     for (int k = 0; k < 2; ++k) {
       Side<Scalar>& s = sides[k];
-      s.out.assign(B * T * D, 0);
+      s.out.assign(B * T * D, Scalar(0.0f));
       s.mode.assign(B * T, 0);
       const History<Scalar> h{M,
                               step % M,
@@ -135,7 +143,11 @@ bool run(std::uint64_t seed) {
 int main(int argc, char** argv) {
   const long cases = argc > 1 ? std::atol(argv[1]) : 1000, first = argc > 2 ? std::atol(argv[2]) : 1;
   for (long i = first; i < first + cases; ++i) {
-    if (i % 2 ? run<float>(i) : run<double>(i)) continue;
+    const bool good = i % 4 == 0   ? run<double>(i)
+                      : i % 4 == 1 ? run<float>(i)
+                      : i % 4 == 2 ? run<BFloat16>(i)
+                                   : run<Half>(i);
+    if (good) continue;
     std::fprintf(stderr, "case %ld: a whole step differs from its passes\n", i);
     return 1;
   }

@@ -123,6 +123,17 @@ std::pair<std::int64_t, std::int64_t> judge_samples(std::int64_t n, std::int64_t
   return {counts.finished, counts.left_behind};
 }
 
+std::pair<std::int64_t, std::int64_t> judge_front_samples(std::int64_t n, std::int64_t blocks, Address norms,
+                                                          Address wanted, Address table, Address records,
+                                                          double safeguard, double margin, bool latest,
+                                                          std::int64_t window, int norm, double entries, Address mode,
+                                                          Address broken, Address open) {
+  const FrontCounts counts = judge_fronts(n, blocks, at<const double>(norms), at<const bool>(wanted), at<Record>(table),
+                                          at<Block>(records), {safeguard, margin, latest, window, norm, entries},
+                                          at<std::uint8_t>(mode), at<bool>(broken), at<bool>(open));
+  return {counts.finished, counts.broken};
+}
+
 #if defined(PYDEQSOLVE_WITH_CUDA)
 // The storage types that the kernels are compiled for.
 template <class Body>
@@ -171,7 +182,7 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
@@ -203,7 +214,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("step", &step);
   m.def("use_large_pages", &use_large_pages);
   m.def("judge", &judge_samples);
+  m.def("judge_front", &judge_front_samples);
   m.attr("RECORD") = sizeof(Record) / sizeof(double);
+  m.attr("BLOCK") = sizeof(Block) / sizeof(double);
   m.def("cpu_isa", &cpu_isa);
   m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
 #if defined(PYDEQSOLVE_WITH_CUDA)

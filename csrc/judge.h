@@ -86,6 +86,101 @@ static inline Counts judge_all(std::int64_t n, std::int64_t T, const double* nor
   return counts;
 }
 
+// A block of a sample that is solved from the front: doubles, in the order of `BLOCK_COLUMNS` in front.py.
+struct Block {
+  double previous, steps, residual, done, rtol, atol;
+};
+
+struct FrontRule {
+  double safeguard;     // growth of a block's residual at which its accelerated step is refused
+  double margin;        // of its tolerance, within which a leading block finishes
+  bool latest;          // a block that finishes takes the value f
+  std::int64_t window;  // blocks wanted at a time, at most
+  int norm;             // 0: root mean square, 1: l2, 2: maximum
+  double entries;       // of one block
+};
+
+// The residual of a whole sample, of its T blocks as last measured.
+static inline double total_of(const Block* blocks, std::int64_t T, int norm) {
+  double total = 0;
+  for (std::int64_t t = 0; t < T; ++t) {
+    const double x = blocks[t].residual;
+    total = norm != 2 ? total + x * x : (x <= total || std::isnan(total)) ? total : x;
+  }
+  return norm == 2 ? total : std::sqrt(norm == 1 ? total : total / static_cast<double>(T));
+}
+
+// What becomes of the T blocks of one sample; `FrontMonitor.judge_blocks` in words. norms (T, 2) are those of r and f
+// as measured, wanted (T,) said of which blocks; mode, broken and open (T,) are written, open being wanted of the next
+// step.
+static inline void judge_front(Record& s, Block* blocks, std::int64_t T, const double* norms, const bool* wanted,
+                               const FrontRule& rule, std::uint8_t* mode, bool* broken, bool* open) {
+  const auto root = [&](double x) { return rule.norm == 2 ? x : std::sqrt(rule.norm == 1 ? x : x / rule.entries); };
+  const bool running = s.status == kRunning;
+  std::int64_t front = 0;
+  while (front < T && blocks[front].done != 0) ++front;
+  std::int64_t reach = front;  // blocks front … reach − 1 are small: a leading run
+  bool leading = true, within = running;
+  for (std::int64_t t = front; t < T; ++t) {
+    Block& b = blocks[t];
+    const double r = root(norms[2 * t]), tolerance = b.atol + b.rtol * root(norms[2 * t + 1]);
+    const bool measured = wanted[t] && r < INFINITY;
+    if (wanted[t]) b.residual = r;
+    leading = leading && measured && r <= rule.margin * tolerance;
+    if (leading) reach = t + 1;
+    within = within && measured && (t == front || r <= tolerance);  // the front is either small or exact
+  }
+  const bool exact = front < T && wanted[front] && root(norms[2 * front]) < INFINITY && reach - front <= 1;
+  const bool lost = front < T && wanted[front] && !(root(norms[2 * front]) < INFINITY);
+  const bool converged = within, whole = converged && front + 1 < T;
+  const double before = total_of(blocks, T, rule.norm);
+  if (exact && (rule.latest || !whole)) blocks[front].residual = 0;
+  const std::int64_t end = whole ? T : exact ? front + 1 : running ? reach : front;
+  if (running) s.status = converged ? kConverged : lost ? kNonfinite : kRunning;
+  bool refused = false;
+  std::int64_t left = s.status == kRunning ? rule.window : 0;
+  for (std::int64_t t = 0; t < T; ++t) {
+    Block& b = blocks[t];
+    const double r = root(norms[2 * t]);
+    const bool finite = r < INFINITY, finishes = t >= front && t < end;
+    const bool accepted = finishes && wanted[t] && (rule.latest || (t == front && exact && !whole));
+    if (finishes) b.done = 1;
+    const bool accelerated = rule.safeguard > 0 && b.steps >= 2;
+    const bool blew_up = wanted[t] && accelerated && !(r <= rule.safeguard * b.previous) && b.previous < INFINITY &&
+                         b.done == 0 && s.status == kRunning;
+    refused = refused || blew_up;
+    if (wanted[t] && finite) b.previous = r;
+    broken[t] = wanted[t] && !finite && !blew_up;
+    b.steps = blew_up || !wanted[t] || broken[t] ? 0 : b.steps + 1;
+    const Mode what = accepted ? kAccept : blew_up ? kReject : b.done != 0 || broken[t] ? kKeep : kMix;
+    mode[t] = wanted[t] ? what : kKeep;
+    open[t] = b.done == 0 && left > 0;
+    left -= open[t];
+  }
+  s.judged = running;
+  s.evaluations += running;
+  s.rejections += refused;
+  if (running) s.best = s.residual = converged ? total_of(blocks, T, rule.norm) : before;
+}
+
+struct FrontCounts {
+  std::int64_t finished, broken;  // samples, blocks
+};
+
+// All n samples; blocks, wanted, mode, broken and open (n, T).
+static inline FrontCounts judge_fronts(std::int64_t n, std::int64_t T, const double* norms, const bool* wanted,
+                                       Record* table, Block* blocks, const FrontRule& rule, std::uint8_t* mode,
+                                       bool* broken, bool* open) {
+  FrontCounts counts{0, 0};
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int64_t at = i * T;
+    judge_front(table[i], blocks + at, T, norms + 2 * at, wanted + at, rule, mode + at, broken + at, open + at);
+    counts.finished += table[i].status != kRunning;
+    for (std::int64_t t = 0; t < T; ++t) counts.broken += broken[at + t];
+  }
+  return counts;
+}
+
 // Counts a step of T blocks that left differences out, dropped (T,), in its sample's record.
 static inline void count_losses(Record& s, std::int64_t T, const std::int32_t* dropped) {
   bool lost_rank = false;

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops import ACCEPT, KEEP, MIX, REJECT
+from .ops import KEEP, MIX, REJECT
 from .ring import Ring
 from .solution import Status
-from .stop import Front, Stop
+from .stop import Stop
 
 FLAT_STEPS = 10  # steps without change after which a residual is called stalled
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
@@ -135,89 +135,3 @@ class Monitor:
         grown = (self["previous"] > 1e6 * self["best"]) & (self["previous"] < torch.inf)
         ended = torch.where(grown, float(Status.DIVERGED), float(Status.MAX_STEPS))
         self["status"] = torch.where(self.running, ended, self["status"])
-
-
-class FrontMonitor(Monitor):
-    """The same for samples whose T blocks finish one by one, from the front (`Front`)."""
-
-    def __init__(self, n: int, T: int, front: Front, stop: Stop, dtype: torch.dtype, device: torch.device,
-                 safeguard: float) -> None:  # fmt: skip
-        super().__init__(n, stop, dtype, device, safeguard)
-        self.rtol, self.atol = (_per_block(tolerance, n, T, device) for tolerance in (stop.rtol, stop.atol))
-        self.front = front
-        self.block_previous = torch.full((n, T), torch.inf, dtype=torch.float64, device=device)
-        self.block_steps = torch.zeros(n, T, dtype=torch.int32, device=device)
-        self.block_residual = torch.full((n, T), torch.inf, dtype=torch.float64, device=device)
-        self.done = torch.zeros(n, T, dtype=torch.bool, device=device)
-
-    def select(self, keep: Tensor) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value[keep])
-
-    def wanted(self) -> Tensor:
-        """(n, T) bool: the unfinished blocks of the unfinished samples, at most `window` of them each."""
-        open_ = ~self.done & self.running[:, None]
-        if self.front.window is not None:
-            open_ &= open_.cumsum(1) <= self.front.window
-        return open_
-
-    def judge_blocks(self, residual: Tensor, size: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in the norms of every block (n, T); returns mode (n, T) and the blocks whose value is not finite.
-
-        Blocks that finish together keep the z at which they were measured, so that their residuals are true of what is
-        returned; a block that is the first unfinished one and finishes alone takes f, which is then exact.
-        """
-        running = self.running
-        finite = residual < torch.inf
-        self.block_residual = torch.where(wanted, residual, self.block_residual)
-        tolerance = self.atol + self.rtol * size
-        before = torch.nn.functional.pad(self.done, (1, 0), value=True)[:, :-1]
-        first = before & ~self.done  # done is a leading run, so this is one block of each unfinished sample
-        small = wanted & finite & (residual <= self.front.margin * tolerance)
-        run = (self.done | small).cumprod(1).bool() & ~self.done
-        alone = (run.sum(1) <= 1)[:, None] & first & wanted & finite
-        within = self.done | alone | (wanted & finite & (residual <= tolerance))
-        converged = within.all(1) & running
-        # When the rest converges as it stands, it stays as it was measured; only a last block may still move.
-        whole = converged & ~(self.done | alone).all(1)
-        finished = torch.where(whole[:, None], within, run & running[:, None]) & ~self.done
-        accepted = alone & ~whole[:, None]
-        if self.front.latest:
-            accepted = accepted | (finished & wanted)
-        measured = self._total()
-        self.block_residual = torch.where(alone & accepted, 0.0, self.block_residual)
-        self.done = self.done | accepted | finished
-
-        blew_up = wanted & (self.block_steps >= 2) & ~(residual <= self.safeguard * self.block_previous)
-        lost = (first & wanted & ~finite).any(1)
-        status = torch.where(lost, float(Status.NONFINITE), float(RUNNING))
-        status = torch.where(converged, float(Status.CONVERGED), status)
-        self["status"] = torch.where(running, status, self["status"])
-        self["judged"] = running
-        self["evaluations"] += running
-        blew_up &= ~self.done & self.running[:, None] & (self.block_previous < torch.inf)
-        self["rejections"] += blew_up.any(1)
-        # Where the budget ends here, z is what was measured: an accepted block has not moved yet.
-        total = torch.where(converged, self._total(), measured)
-        self["best"] = self["residual"] = torch.where(running, total, self["residual"])
-        self.block_previous = torch.where(wanted & finite, residual, self.block_previous)
-        broken = wanted & ~finite & ~blew_up
-        self.block_steps = torch.where(blew_up | ~wanted | broken, 0, self.block_steps + 1)
-        mode = torch.where(blew_up, REJECT, torch.where(self.done | broken, KEEP, MIX))
-        mode = torch.where(accepted & wanted, ACCEPT, mode)
-        return torch.where(wanted, mode, KEEP).to(torch.uint8), broken
-
-    def _total(self) -> Tensor:
-        """The residual of whole samples (n,), of blocks as last measured; infinite before all were."""
-        if self.stop.norm == "max":
-            return self.block_residual.amax(1)
-        squares = self.block_residual.square()
-        return (squares.mean(1) if self.stop.norm == "rms" else squares.sum(1)).sqrt()
-
-
-def _per_block(tolerance: Tensor | float, n: int, T: int, device: torch.device) -> Tensor | float:
-    if not isinstance(tolerance, Tensor):
-        return tolerance
-    wide = tolerance.to(device, torch.float64)
-    return (wide[:, None] if wide.dim() == 1 else wide).expand(n, T).clone()

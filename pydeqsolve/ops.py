@@ -17,6 +17,7 @@ from torch import Tensor
 from . import reference
 from .reference import ACCEPT, KEEP, MIX, PLAIN, REJECT
 from .ring import COUPLINGS, KINDS, STORAGES, Ring, is_stored
+from .stop import NORMS, Front
 
 __all__ = [
     "ACCEPT",
@@ -28,6 +29,7 @@ __all__ = [
     "build_info",
     "can_step",
     "judge",
+    "judge_front",
     "measure",
     "start",
     "step",
@@ -44,7 +46,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 3  # csrc/bindings.cpp
+INTERFACE = 4  # csrc/bindings.cpp
 
 
 _native: Any
@@ -149,6 +151,24 @@ def judge(
         is_max, mode.data_ptr(),
     )  # fmt: skip
     return (mode, *counts)
+
+
+def judge_front(
+    table: Tensor, blocks: Tensor, norms: Tensor, wanted: Tensor, safeguard: float, front: Front, norm: str,
+    entries: int,
+) -> tuple[Tensor, Tensor, Tensor, int, int] | None:  # fmt: skip
+    """`FrontMonitor.judge_blocks` on the host: mode, broken, open (n, T), samples finished, blocks broken; or None."""
+    if _native is None or table.device.type != "cpu":
+        return None
+    n, T, _ = norms.shape
+    mode = torch.empty(n, T, dtype=torch.uint8, device=table.device)  # whatever the default device
+    broken, open_ = torch.empty_like(mode, dtype=torch.bool), torch.empty_like(mode, dtype=torch.bool)
+    counts = _native.judge_front(
+        n, T, norms.data_ptr(), wanted.data_ptr(), table.data_ptr(), blocks.data_ptr(), safeguard, front.margin,
+        front.latest, T if front.window is None else front.window, NORMS.index(norm), entries, mode.data_ptr(),
+        broken.data_ptr(), open_.data_ptr(),
+    )  # fmt: skip
+    return (mode, broken, open_, *counts)
 
 
 def can_step(ring: Ring) -> bool:

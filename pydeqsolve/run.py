@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .front import FrontMonitor
 from .history import History
-from .monitor import FrontMonitor, Monitor
+from .monitor import Monitor
 from .ring import Ring
 from .search import LineSearch
 from .solution import Solution, Status
@@ -117,10 +118,9 @@ class Run:
         norms = ops.measure(self.ring, f, self.z, self.rows, wanted, self.stop.norm)
         if isinstance(self.monitor, FrontMonitor):
             assert wanted is not None
-            blocks = self._root(norms, self.z.shape[2])
-            mode, broken = self.monitor.judge_blocks(blocks[..., 0], blocks[..., 1], wanted)
-            # Rows of broken blocks would spoil the sums of later ones.
-            self.ring.count[self.rows] = torch.where(broken, 0, self.ring.count[self.rows])
+            mode, broken, self.finished = self.monitor.judge_blocks(norms, self.z.shape[2], wanted)
+            if broken is not None:  # rows of broken blocks would spoil the sums of later ones
+                self.ring.count[self.rows] = torch.where(broken, 0, self.ring.count[self.rows])
             return mode
         mode, self.finished, left_behind = self.monitor.judge(norms, self.dropped, self.entries)
         self.dropped = None
@@ -132,11 +132,6 @@ class Run:
         if self.history is not None:
             self.history.note(self.rows, self.monitor.running)
         return mode
-
-    def _root(self, norms: Tensor, entries: int) -> Tensor:
-        if self.stop.norm == "max":
-            return norms
-        return (norms / entries).sqrt() if self.stop.norm == "rms" else norms.sqrt()
 
     def _keep_best(self) -> None:
         """Stores iterates whose successors were worse: a monotone solve copies nothing."""

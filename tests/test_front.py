@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydeqsolve import Anderson, Front, Implicit, Picard, Status, Stop, solve
+from pydeqsolve import Anderson, Front, Implicit, Picard, Status, Stop, build_info, solve
+from pydeqsolve.front import FrontMonitor
 
 f64 = torch.float64
 CAUSAL = Anderson(coupling="causal")
@@ -204,3 +205,52 @@ def test_implicit_gradients_pass_through_a_front():
     slope = 0.6 * (1 + torch.cos(problem.solution[0, :-1, 0]))
     expected = torch.cat([slope.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=f64)])
     torch.testing.assert_close(found[0, :, 0], expected, rtol=1e-9, atol=0)
+
+
+def judged(monitor, norms, entries, native):
+    """What a monitor makes of norms (n, T, 2) natively or in PyTorch; unwanted blocks measure 0."""
+    wanted = monitor.wanted()
+    norms = torch.where(wanted[..., None], norms, 0.0)
+    if native:
+        mode, broken, finished = monitor.judge_blocks(norms, entries, wanted)
+        assert finished == int((~monitor.running).sum())
+        return mode, torch.zeros_like(wanted) if broken is None else broken
+    if monitor.stop.norm != "max":
+        norms = (norms / (entries if monitor.stop.norm == "rms" else 1)).sqrt()
+    result = monitor._judge_blocks(norms[..., 0], norms[..., 1], wanted)
+    monitor.open = monitor._open()
+    return result
+
+
+@pytest.mark.skipif(not build_info()["native"], reason="without the native module there is nothing to compare")
+@pytest.mark.parametrize("safeguard", [0.0, 3.0])
+@pytest.mark.parametrize("norm", ["rms", "l2", "max"])
+@pytest.mark.parametrize("front", [Front(), Front(3), Front(None, 0.3, latest=True), Front(2, 1.0, latest=True)])
+def test_the_native_judgement_of_blocks_is_that_of_the_reference(front, norm, safeguard):
+    n, T, entries = 40, 6, 5
+    generator = torch.Generator().manual_seed(0)
+    atol = torch.rand(n, T, generator=generator, dtype=torch.float64)
+    stop = Stop(rtol=torch.full((n,), 0.1, dtype=torch.float64), atol=atol, norm=norm)
+    ours, theirs = (FrontMonitor(n, T, front, stop, f64, torch.device("cpu"), safeguard) for _ in range(2))
+    for step in range(12):
+        norms = 10 ** (3 * torch.rand(n, T, 2, generator=generator, dtype=torch.float64) - step / 4)
+        if step % 3:
+            bad = torch.rand(n, T, 1, generator=generator) < 0.02
+            norms = torch.where(bad, torch.nan if step % 2 else torch.inf, norms)
+        native, reference = judged(ours, norms, entries, True), judged(theirs, norms, entries, False)
+        for found, expected in zip(native, reference, strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(ours.open, theirs.open)
+        torch.testing.assert_close(ours.blocks, theirs.blocks, rtol=1e-14, atol=0, equal_nan=True)
+        torch.testing.assert_close(ours.table, theirs.table, rtol=1e-14, atol=0, equal_nan=True)
+    assert not bool(theirs.running.all())
+
+
+def test_picard_refuses_no_block():
+    A = torch.tril(torch.full((1, 5, 5), 2.0, dtype=torch.float64), -1)
+    out = solve(
+        lambda z, A, wanted: (A @ z + 1), torch.zeros(1, 5, 1, dtype=torch.float64), (A,), solver=Picard(),
+        stop=Stop(rtol=1e-12), gradient=None, front=Front(),
+    )  # fmt: skip
+    assert out.converged.all()
+    assert out.rejections.item() == 0

@@ -12,11 +12,12 @@ from torch import Tensor
 from pydeqsolve import Implicit, Phantom, Status, Stop
 
 from . import exact as exactly
+from .arguments import check_arguments, progress_bar
 from .chain import Chain, Splitting
 from .descent import EPOCHS, LEARNING_RATES, Descent, Epoch
 from .exact import Outcome, exact, one_pass
 from .remainder import Model
-from .sampler import Sampler, check_arguments, progress_bar
+from .sampler import Sampler
 
 METHODS = ("ddim", "naive", "deq", "exact")
 LOSS_STOP = Stop(rtol=1e-7, max_steps=1000)  # of the sampling that measures the loss

@@ -12,7 +12,6 @@ solved for all steps together.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,53 +19,20 @@ from torch import Tensor
 
 from pydeqsolve import Front, Solution, Status, Stop, solve
 
-from .chain import EditedChain, LinearChain, Splitting, interpolation
-from .remainder import Remainders
-from .sampler import MARGIN, Sampler, Silent, block_stop, scale_of
+from .arguments import Silent
+from .nodes import Nodes, smooth
+from .sampler import MARGIN, Sampler, block_stop, scale_of
 
-FEWEST_STEPS = 60  # with fewer the nodes are too few to tell what they miss
-STEPS_PER_NODE, MOST_NODES = 5, 24
 PASSES = 2
-FIRST, CORRECTION = 20.0, 0.5  # tolerances on the nodes, in units of rtol
+FIRST, CORRECTION = 50.0, 1.0  # tolerances on the nodes, in units of rtol
 ROUNDING = 2.0  # the tightest tolerance on the nodes, in units of the network's machine epsilon
 SETTLED = 30.0  # change of x_0 by the correction, relative, in units of rtol: three times the error asked for
 
 
-class NodeChain(LinearChain):
-    """The states at n nodes of a chain, from N at the nodes and a spline between: x = base + G N."""
-
-    def __init__(self, linear: LinearChain, at: Tensor, spread: Tensor) -> None:
-        """at (n,): the nodes, first and last step included. spread (T, n): from nodes to all steps."""
-        super().__init__(linear.A, linear.c)
-        segments = list(pairwise(at.tolist()))
-        sums = torch.stack([self.w[a:b].T @ spread[a:b] for a, b in segments]).cumsum(0)  # (n − 1, 1 or D, n)
-        G = torch.cat([torch.zeros_like(sums[:1]), sums * self.P[at[1:], :, None]])
-        self.G = G.transpose(0, 1).contiguous()  # (1 or D, n, n)
-
-    def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
-        """(B, n, D): base plus the response to N (B, n, D)."""
-        if len(self.G) == 1:
-            return base + self.G[0] @ N
-        return base + (self.G @ N.permute(2, 1, 0)).permute(2, 1, 0)
-
-
 def possible(run: Sampler, stop: Stop, window: int | None) -> bool:
     """Whether a chain can be solved this way: long, smooth over time, and in closed form."""
-    linear, T = run.map.linear, len(run.map.chain)
-    closed = linear.safe and not isinstance(linear, EditedChain)
     tolerant = isinstance(stop.rtol, Tensor) or stop.rtol > 0
-    return closed and tolerant and T >= FEWEST_STEPS and run.map.chain.eta == 0 and (window is None or window >= T)
-
-
-def nodes(T: int) -> Tensor:
-    """Positions (n,) int64 of the nodes among T steps, both ends included, denser towards the image.
-
-    T − k falls as a square: where σ goes to 0, N changes over a range of steps that shrinks with their number left.
-    """
-    n = max(4, min(MOST_NODES, T // STEPS_PER_NODE))
-    left = T * (1 - torch.linspace(0, 1, n, dtype=torch.float64)).square()
-    at = (T - left).round().long().clamp(max=T - 1)
-    return at.unique()
+    return smooth(run) and tolerant and (window is None or window >= len(run.map.chain))
 
 
 @dataclass(eq=False)
@@ -82,17 +48,12 @@ class Passes:
     def __post_init__(self) -> None:
         m, x_T = self.run.map, self.run.x_T
         B, T = len(x_T), len(m.chain)
-        self.at = nodes(T).to(x_T.device)
-        self.spread = interpolation(self.at.cpu(), T).to(x_T.device)
-        fields = {name: getattr(m.chain, name)[self.at] for name in ("timesteps", "alphas", "alphas_next")}
-        chain, offset = replace(m.chain, **fields), m.splitting.offset
-        split = Splitting(m.splitting.kappa[self.at], None if offset is None else offset[self.at])
-        self.scale = scale_of(chain)
-        self.map = Remainders(m.network, chain, split, NodeChain(m.linear, self.at, self.spread), scale=self.scale)
-        self.map.evaluations = torch.zeros(B, dtype=torch.int64, device=x_T.device)
+        scale = scale_of(m.chain)
+        grid = Nodes.of(self.run, scale)
+        self.at, self.spread, self.map, self.scale = grid.at, grid.spread, grid.map, scale[grid.at]
         self.base = self.run.base()
         self.N = x_T.new_zeros(B, T, x_T.shape[1])
-        self.x = m.linear.trajectory(self.base, self.N)
+        self.x = self.base.clone()
         self.steps = torch.zeros_like(self.map.evaluations)
         self.status = torch.full_like(self.steps, int(Status.MAX_STEPS))
         self.residual = x_T.new_full((B,), torch.inf)

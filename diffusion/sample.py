@@ -13,14 +13,16 @@ from torch import Tensor
 from pydeqsolve import Implicit, Phantom, Solution, Stop
 
 from .adjoint import check_gradient, through_chain
+from .arguments import check_arguments, model_dtype, progress_bar
 from .basis import Rotated, rotate, rotate_states, rotated_callback, rotated_edit
 from .chain import Chain, Splitting
 from .cost import cheapest, timed
 from .edit import Edit
-from .passes import Passes, nodes, possible
+from .nodes import nodes
+from .passes import Passes, possible
 from .phantom import through_phantom
 from .remainder import Model, reachable
-from .sampler import SOLVER, Sampler, check_arguments, model_dtype, progress_bar
+from .sampler import SOLVER, Sampler
 
 STOP = Stop(rtol=1e-4)
 METHODS = ("sequential", "parallel", "auto")
@@ -102,9 +104,11 @@ def sample(
         gradient: None; Implicit() for the exact gradient with respect to x_T, inputs and parameters, by one
             sweep back over the steps; Implicit(solver=Anderson(2, coupling="causal")) for the same with all steps at
             once, to its `stop`; Phantom(steps, damping) for the approximate one. See `diffusion.adjoint`.
-        levels: step counts of coarser chains solved first, coarsest first; () is none. "nodes": the nonlinear work on
-            a few time steps and every step evaluated once, which saves most of the rows (`diffusion.passes`; it needs
-            eta = 0, no edit and no window). None is "nodes" for chains of 250 steps and more that allow it, else ().
+        levels: step counts of coarser chains solved first, coarsest first; () is none: every step in every round, but
+            for the first two, which evaluate a few time steps (`diffusion.nodes`) where "nodes" could be had.
+            "nodes": the nonlinear work on a few time steps and every step evaluated once, which saves most of the rows
+            (`diffusion.passes`; it needs eta = 0, no edit and no window). None is "nodes" for chains of 250 steps and
+            more that allow it, else ().
         rows_per_call: rows per model call; None is 256 on a CPU, all on a GPU. Calls of one round count once.
         callback: callback(round, trajectory, residual) after each round of a parallel solve's finest level; a true
             return stops it. Of sequential sampling, `edit` sees every state.

@@ -7,21 +7,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
 
 from .adjoint import through_chain
+from .arguments import Silent, check_arguments, model_dtype
 from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
 from .edit import Edit
+from .nodes import smooth, start
 from .phantom import through_phantom
 from .ranks import check_alike, check_group
-from .remainder import PREDICTIONS, Model, Network, Remainders, move, reachable
+from .remainder import Model, Network, Remainders, move, reachable
 
 SOLVER = Anderson(memory=2, coupling="causal")
 # A step within this many times rtol, in units of σ ε, leaves an error of a few rtol in x_0.
 UNITS_PER_RTOL = 5.0
 MARGIN = 0.5
+# From a smooth guess many steps come within the tolerance at once, and what each still lacks adds up over them.
+MARGIN_FROM_GUESS = 0.2
 SMALLEST_SCALE = 1e-3
 
 
@@ -33,22 +37,6 @@ def block_stop(stop: Stop, scale: Tensor, units: float = UNITS_PER_RTOL) -> Stop
         common = torch.as_tensor(atol, dtype=torch.float64, device=scale.device)
         atol = common.reshape(-1, 1) + own.reshape(-1, 1) * scale[:, 0]
     return replace(stop, rtol=0.0, atol=atol)
-
-
-class Silent:
-    """Stands in for a progress bar."""
-
-    def update(self, n: int = 1) -> None: ...
-    def close(self) -> None: ...
-
-
-def progress_bar(progress: bool, what: str, unit: str) -> Any:
-    """A tqdm bar on standard error that is quiet when that is no terminal, or nothing at all."""
-    if not progress:
-        return Silent()
-    from tqdm import tqdm
-
-    return tqdm(desc=what, unit=unit, disable=None, leave=False)
 
 
 def _forward(
@@ -150,17 +138,20 @@ class Sampler:
     def parallel(
         self, solver: Any, stop: Stop, window: int | None, levels: Sequence[int], bar: Any, callback: Any
     ) -> tuple[Tensor, Solution, int, Tensor]:
-        """The fixed point, from the guess that coarser levels give, or N = 0."""
+        """The fixed point, from the guess that coarser levels give, or a start on the nodes, or N = 0."""
         (B, D), T = self.x_T.shape, len(self.map.chain)
         guess = torch.zeros(B, T, D, dtype=torch.float64, device=self.x_T.device)
         evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
-        rounds = 0
+        rounds, margin = 0, MARGIN
+        if not levels and smooth(self) and (window is None or window >= T):
+            (guess, rounds, evaluations), margin = start(self), MARGIN_FROM_GUESS
+            bar.update(rounds)
         for count in levels:
             coarse, at = self._coarse(count)
             _, solution, more, rows = coarse.solve(guess[:, at], solver, stop, None, bar, None)
             guess = interpolation(at.cpu(), T).to(guess.device) @ solution.z
             rounds, evaluations = rounds + more, evaluations + rows
-        trajectory, solution, more, rows = self.solve(guess, solver, stop, window, bar, callback)
+        trajectory, solution, more, rows = self.solve(guess, solver, stop, window, bar, callback, margin)
         return trajectory, solution, rounds + more, evaluations + rows
 
     def _coarse(self, steps: int) -> tuple[Sampler, Tensor]:
@@ -174,7 +165,14 @@ class Sampler:
         return Sampler(forward, self.x_T, self.conditioning, drift), at
 
     def solve(
-        self, guess: Tensor, solver: Any, stop: Stop, window: int | None, bar: Any, callback: Any
+        self,
+        guess: Tensor,
+        solver: Any,
+        stop: Stop,
+        window: int | None,
+        bar: Any,
+        callback: Any,
+        margin: float = MARGIN,
     ) -> tuple[Tensor, Solution, int, Tensor]:
         """The fixed point of all steps together, from a guess of N (B, T, D): trajectory, solution, rounds, rows."""
         m, B = self.map, len(self.x_T)
@@ -192,7 +190,7 @@ class Sampler:
         quiet = callback is None and isinstance(bar, Silent)
         solution = solve(
             m, guess * scale, (image, base, *self.conditioning), solver=solver, stop=stop,
-            gradient=None, front=Front(window, MARGIN, latest=True), callback=None if quiet else report,
+            gradient=None, front=Front(window, margin, latest=True), callback=None if quiet else report,
         )  # fmt: skip
         solution.z = solution.z / scale
         return m.linear.trajectory(base, solution.z, image), solution, m.network.calls - before, m.evaluations
@@ -251,37 +249,3 @@ class Sampler:
         if counts and self.map.chain.eta > 0:
             raise ValueError("levels: only for eta = 0, because a coarser chain has noises of its own")
         return counts
-
-
-def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
-    """Raises for what neither sampling nor inversion can use."""
-    if not callable(model):
-        raise TypeError(f"model: a callable model(x, t, *inputs) is required, got {type(model).__name__}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: a tensor (B, …) is required, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: a floating-point tensor is required, got {x.dtype}")
-    if x.dim() < 2 or x.shape[1:].numel() == 0:
-        raise ValueError(f"{name}: shape (B, …) with at least one entry per image is required, got {tuple(x.shape)}")
-    shape = getattr(model, "shape", None)
-    if isinstance(model, nn.Module) and isinstance(shape, tuple) and tuple(x.shape[1:]) != shape:
-        raise ValueError(f"{name}: images of shape {shape}, the model's, are required, got {tuple(x.shape[1:])}")
-    if not isinstance(chain, Chain):
-        raise TypeError(f"chain: a Chain from Schedule.chain is required, got {type(chain).__name__}")
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
-    if isinstance(inputs, Tensor):
-        raise TypeError("inputs: a tuple of tensors is required, got a tensor: write inputs=(labels,)")
-    for i, c in enumerate(inputs):
-        if not isinstance(c, Tensor) or c.dim() == 0 or len(c) != len(x):
-            got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
-            raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
-
-
-def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:
-    """The dtype of a module's floating-point parameters, else that of the images."""
-    if isinstance(model, nn.Module):
-        for p in model.parameters():
-            if p.is_floating_point():
-                return p.dtype
-    return default

@@ -6,7 +6,7 @@ from mixture import Mixture, latents, means
 
 from diffusion import Schedule, load_checkpoint, sample
 from diffusion.chain import LinearChain, interpolation
-from diffusion.passes import NodeChain, nodes
+from diffusion.nodes import START, NodeChain, nodes
 from pydeqsolve import Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -62,6 +62,39 @@ def test_every_step_of_every_image_is_evaluated_and_few_more_than_once():
     assert sum(map(len, model.asked)) == int(got.evaluations.sum())
     assert 1000 <= int(got.evaluations) <= 1300
     assert got.rounds == len(model.asked)
+
+
+@torch.no_grad()
+def test_the_first_rounds_of_all_steps_are_made_on_the_nodes():
+    model, chain, x = Watched(), SCHEDULE.chain(200), latents(2, 6)
+    expected = sample(model, x, chain, method="sequential")
+    model.asked = []
+    got = sample(model, x, chain, levels=(), rows_per_call=1000)
+    assert [len(t) for t in model.asked[: START + 1]] == [2 * len(nodes(200))] * START + [2 * 200]
+    assert sum(map(len, model.asked)) == int(got.evaluations.sum())
+    assert got.rounds == len(model.asked)
+    assert relative(got.x_0, expected.x_0) <= 1e-3
+
+
+@torch.no_grad()
+def test_first_rounds_that_end_in_nan_leave_no_trace():
+    class NotAtFirst(Watched):
+        def forward(self, x, t):
+            out = super().forward(x, t)
+            return out * torch.nan if len(self.asked) <= START else out
+
+    model, chain, x = NotAtFirst(), SCHEDULE.chain(100), latents(2, 6)
+    got = sample(model, x, chain, levels=())
+    assert got.solution.converged.all()
+    assert relative(got.x_0, sample(Mixture(SCHEDULE, means()), x, chain, method="sequential").x_0) <= 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"window": 50}, {"levels": (20,)}, {"edit": lambda x, k, image: x}])
+def test_windows_levels_and_edits_have_no_start_on_the_nodes(options):
+    model = Watched()
+    sample(model, latents(1, 6), SCHEDULE.chain(100), **{"levels": (), **options})
+    assert len(model.asked[0]) == options.get("window", options.get("levels", (100,))[0])
 
 
 @torch.no_grad()
@@ -121,9 +154,11 @@ def test_a_callback_sees_the_round_of_all_steps_and_may_stop_there():
     assert not got.solution.converged.any()
 
 
+@pytest.mark.parametrize("small", [0, 2**19])
 @pytest.mark.parametrize("width", [1, 5])
 @pytest.mark.parametrize("T", [40, 150])
-def test_states_at_the_nodes_are_those_of_the_whole_chain_with_a_spline_between(T, width):
+def test_states_at_the_nodes_are_those_of_the_whole_chain_with_a_spline_between(monkeypatch, T, width, small):
+    monkeypatch.setattr("diffusion.nodes.SMALL", small)
     A = 0.9 + 0.2 * latents(T, width, seed=3).sigmoid()
     linear, at = LinearChain(A, latents(T, 1, seed=4)), nodes(T)
     spread = interpolation(at, T)

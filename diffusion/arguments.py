@@ -1,0 +1,62 @@
+"""What a call is given: arguments checked, the model's own dtype, and the bar that shows how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Chain
+from .remainder import PREDICTIONS
+
+
+def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
+    """Raises for what neither sampling nor inversion can use."""
+    if not callable(model):
+        raise TypeError(f"model: a callable model(x, t, *inputs) is required, got {type(model).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: a tensor (B, …) is required, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: a floating-point tensor is required, got {x.dtype}")
+    if x.dim() < 2 or x.shape[1:].numel() == 0:
+        raise ValueError(f"{name}: shape (B, …) with at least one entry per image is required, got {tuple(x.shape)}")
+    shape = getattr(model, "shape", None)
+    if isinstance(model, nn.Module) and isinstance(shape, tuple) and tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name}: images of shape {shape}, the model's, are required, got {tuple(x.shape[1:])}")
+    if not isinstance(chain, Chain):
+        raise TypeError(f"chain: a Chain from Schedule.chain is required, got {type(chain).__name__}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
+    if isinstance(inputs, Tensor):
+        raise TypeError("inputs: a tuple of tensors is required, got a tensor: write inputs=(labels,)")
+    for i, c in enumerate(inputs):
+        if not isinstance(c, Tensor) or c.dim() == 0 or len(c) != len(x):
+            got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
+            raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
+
+
+def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's floating-point parameters, else that of the images."""
+    if isinstance(model, nn.Module):
+        for p in model.parameters():
+            if p.is_floating_point():
+                return p.dtype
+    return default
+
+
+class Silent:
+    """Stands in for a progress bar."""
+
+    def update(self, n: int = 1) -> None: ...
+    def close(self) -> None: ...
+
+
+def progress_bar(progress: bool, what: str, unit: str) -> Any:
+    """A tqdm bar on standard error that is quiet when that is no terminal, or nothing at all."""
+    if not progress:
+        return Silent()
+    from tqdm import tqdm
+
+    return tqdm(desc=what, unit=unit, disable=None, leave=False)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Stop
 
+from ...arguments import model_dtype
 from ...chain import Chain, LinearChain
 from ...checkpoint import Checkpoint
 from ...remainder import Network
 from ...sample import sample
-from ...sampler import model_dtype
 from .. import pictures
 from ..commands import options_of
 from .ledger import Ledger, Measurement

@@ -3,7 +3,7 @@
     python benchmarks/cpu_static.py
 
 Disassembles the installed module (objdump of GNU binutils) and counts, per instruction set, the instructions of the row
-kernels that read whole vectors from memory, convert float to double, multiply and add, and read single numbers. Then
+kernels that read whole vectors from memory, convert to wider numbers, multiply and add, and read single numbers. Then
 times the thinnest path through the step on one system of 64 numbers, m = 5: the module's own function, `ops.measure`,
 and the operator registered with torch.library; least of several medians, in microseconds.
 """
@@ -25,7 +25,9 @@ import pydeqsolve.operators  # noqa: F401 - registers them
 from pydeqsolve import build_info, ops
 from pydeqsolve.ring import Method, Ring
 
-KERNELS = re.compile(r"<void pydeqsolve::(portable|avx2|avx512)::.*?(measure_rows|mix_rows|mix_piece)<(\w+)")
+KERNELS = re.compile(
+    r"<void pydeqsolve::(portable|avx2|avx512)::.*?(measure_rows|mix_rows|mix_piece)<(?:pydeqsolve::)?(\w+)"
+)
 WIDTH = {"xmm": 16, "ymm": 32, "zmm": 64}
 COLUMNS = ("vector loads", "conversions", "multiply-adds", "scalar loads")
 
@@ -37,13 +39,13 @@ def kind_of(instruction: str) -> tuple[str, int] | None:
     registers = [WIDTH[r] for r in re.findall(r"%([xyz]mm)\d", operands)]
     if not registers:
         return None
-    if re.match(r"v?cvtps2pd", name):
+    if re.match(r"v?cvt(ps2pd|ph2ps)", name):
         return "conversions", max(registers) // 2 if reads else 0
-    if re.match(r"vf(n?m)(add|sub)\d+pd", name) or re.match(r"v?mulpd", name):
+    if re.match(r"vf(n?m)(add|sub)\d+p[sd]", name) or re.match(r"v?mulp[sd]", name):
         return "multiply-adds", max(registers) if reads else 0
     if re.match(r"v?movs[sd]\b|vf\w+s[sd]\b", name) and reads:
         return "scalar loads", 0
-    if re.match(r"v?mov[ua]p[sd]|vmovdq|v?subpd|v?addpd", name) and reads:
+    if re.match(r"v?mov[ua]p[sd]|v?movdq|v?movq|v?subp[sd]|v?addp[sd]|v?psll|v?pand", name) and reads:
         return "vector loads", max(registers)
     return None
 

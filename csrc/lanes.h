@@ -34,12 +34,11 @@ typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef std::uint32_t WordLanes __attribute__((vector_size(kLanes * sizeof(std::uint32_t))));
 typedef std::uint16_t ShortLanes __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
 
-// As a Scalar lies in memory, and as it is computed with.
+// As a Scalar lies in memory, and as it is computed with. Two bfloat16 share a word: the upper one is a float once the
+// lower is masked, the lower one after a shift, so a load of words fills two vectors, the even entries and the odd
+// ones.
 template <class Scalar>
-struct Vector {  // BFloat16, Half
-  using stored = ShortLanes;
-  using wide = FloatLanes;
-};
+struct Vector;
 template <>
 struct Vector<double> {
   using stored = Lanes;
@@ -50,8 +49,24 @@ struct Vector<float> {
   using stored = FloatLanes;
   using wide = FloatLanes;
 };
+template <>
+struct Vector<Half> {
+  using stored = ShortLanes;
+  using wide = FloatLanes;
+};
+template <>
+struct Vector<BFloat16> {
+  using stored = WordLanes;
+  using wide = FloatLanes;
+};
 template <class Scalar>
 using Stored = typename Vector<Scalar>::stored;
+template <class Scalar>
+using WideLanes = typename Vector<Scalar>::wide;
+template <class Scalar>
+constexpr int kChunk = static_cast<int>(sizeof(Stored<Scalar>) / sizeof(Scalar));  // entries of one load
+template <class Scalar>
+constexpr int kParts = kChunk<Scalar> / kLanes;  // vectors that it fills
 
 template <class Scalar>
 inline Stored<Scalar> load(const Scalar* p) {
@@ -76,15 +91,9 @@ inline ShortLanes short_lanes(const __m128i& whole) {
 // Each conversion is written out where GCC 12 makes several instructions of __builtin_convertvector: they bound the row
 // kernels.
 template <class Scalar>
-inline typename Vector<Scalar>::wide expand(const Stored<Scalar>& v) {
+inline WideLanes<Scalar> expand(const Stored<Scalar>& v, [[maybe_unused]] int part) {
   if constexpr (std::is_same_v<Scalar, BFloat16>) {
-#if defined(__AVX512F__)
-    return (FloatLanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(in_register(v)), 16);
-#elif defined(__AVX__)
-    return (FloatLanes)_mm_slli_epi32(_mm_cvtepu16_epi32(in_register(v)), 16);
-#else
-    return (FloatLanes)(__builtin_convertvector(v, WordLanes) << 16);
-#endif
+    return (FloatLanes)(part == 0 ? v << 16 : v & 0xffff0000u);
   } else if constexpr (std::is_same_v<Scalar, Half>) {
 #if defined(__AVX512F__)
     return (FloatLanes)_mm256_cvtph_ps(in_register(v));
@@ -103,49 +112,52 @@ inline typename Vector<Scalar>::wide expand(const Stored<Scalar>& v) {
     return v;
   }
 }
-
 template <class Scalar>
-inline Stored<Scalar> shorten(const typename Vector<Scalar>::wide& v) {
+inline WideLanes<Scalar> read(const Scalar* p, int part) {
+  return expand<Scalar>(load(p), part);
+}
+inline Lanes read(const double* p) { return load(p); }
+
+inline ShortLanes to_half(const FloatLanes& v) {
+#if defined(__AVX512F__)
+  return short_lanes(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX__)
+  return short_lanes(_mm_cvtps_ph((__m128)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  ShortLanes stored;
+  for (int l = 0; l < kLanes; ++l) stored[l] = Half(v[l]).bits;
+  return stored;
+#endif
+}
+
+// The kParts vectors that one store takes, each entry to the nearest that a Scalar can hold. A NaN that came from
+// bfloat16 has no bits below those it keeps, so rounding cannot carry it over to a number.
+template <class Scalar>
+inline Stored<Scalar> joined(const WideLanes<Scalar>* parts) {
   if constexpr (std::is_same_v<Scalar, BFloat16>) {
-    const WordLanes b = (WordLanes)v;
-    const WordLanes nearest = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16, quiet = (b >> 16) | 0x40u;
-    const WordLanes rounded = v == v ? nearest : quiet;
-#if defined(__AVX512F__)
-    const __m256i words = (__m256i)rounded;
-    return short_lanes(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-#elif defined(__AVX__)
-    return short_lanes(_mm_packus_epi32((__m128i)rounded, (__m128i)rounded));
-#else
-    return __builtin_convertvector(rounded, ShortLanes);
-#endif
+    const WordLanes even = (WordLanes)parts[0], odd = (WordLanes)parts[1];
+    return (even + 0x7fffu + ((even >> 16) & 1u)) >> 16 | ((odd + 0x7fffu + ((odd >> 16) & 1u)) & 0xffff0000u);
   } else if constexpr (std::is_same_v<Scalar, Half>) {
-#if defined(__AVX512F__)
-    return short_lanes(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX__)
-    return short_lanes(_mm_cvtps_ph((__m128)v, _MM_FROUND_TO_NEAREST_INT));
-#else
-    ShortLanes stored;
-    for (int l = 0; l < kLanes; ++l) stored[l] = Half(v[l]).bits;
-    return stored;
-#endif
+    return to_half(parts[0]);
   } else {
-    return v;
+    return parts[0];
   }
 }
-
-template <class Scalar>
-inline typename Vector<Scalar>::wide read(const Scalar* p) {
-  return expand<Scalar>(load(p));
-}
-
 // Residuals as the ring keeps them: `kept` of scalar.h.
 template <class Scalar>
-inline Stored<Scalar> keep(typename Vector<Scalar>::wide r) {
+inline Stored<Scalar> joined_residuals(const WideLanes<Scalar>* parts) {
   if constexpr (std::is_same_v<Scalar, Half>) {
-    r = r > kLargestHalf ? FloatLanes{} + kLargestHalf : r;
-    r = r < -kLargestHalf ? FloatLanes{} - kLargestHalf : r;
+    const FloatLanes most = FloatLanes{} + kLargestHalf;
+#if defined(__AVX512F__)
+    return to_half((FloatLanes)_mm256_max_ps((__m256)-most, _mm256_min_ps((__m256)most, (__m256)parts[0])));
+#elif defined(__AVX__)
+    return to_half((FloatLanes)_mm_max_ps((__m128)-most, _mm_min_ps((__m128)most, (__m128)parts[0])));
+#else
+    return to_half(parts[0] > most ? most : parts[0] < -most ? -most : parts[0]);  // NaN stays, as above
+#endif
+  } else {
+    return joined<Scalar>(parts);
   }
-  return shorten<Scalar>(r);
 }
 
 inline Lanes widen(const Lanes& v) { return v; }
@@ -159,19 +171,25 @@ inline Lanes widen(const FloatLanes& v) {
 #endif
 }
 
-template <class Scalar>
-inline Stored<Scalar> narrow(const Lanes& v) {
-  if constexpr (std::is_same_v<Scalar, double>) return v;
+inline FloatLanes to_float(const Lanes& v) {
 #if defined(__AVX512F__)
-  else
-    return shorten<Scalar>((FloatLanes)_mm512_cvtpd_ps((__m512d)v));
+  return (FloatLanes)_mm512_cvtpd_ps((__m512d)v);
 #elif defined(__AVX__)
-  else
-    return shorten<Scalar>((FloatLanes)_mm256_cvtpd_ps((__m256d)v));
+  return (FloatLanes)_mm256_cvtpd_ps((__m256d)v);
 #else
-  else
-    return shorten<Scalar>(__builtin_convertvector(v, FloatLanes));
+  return __builtin_convertvector(v, FloatLanes);
 #endif
+}
+// One vector type as another, wider or narrower.
+template <class To, class From>
+inline To converted(const From& v) {
+  if constexpr (std::is_same_v<To, From>) {
+    return v;
+  } else if constexpr (std::is_same_v<To, Lanes>) {
+    return widen(v);
+  } else {
+    return to_float(v);
+  }
 }
 
 inline Lanes broadcast(double x) {
@@ -231,7 +249,7 @@ inline void fence() {
 
 template <class Scalar>
 inline bool is_aligned(const Scalar* p) {
-  return reinterpret_cast<std::uintptr_t>(p) % (kLanes * sizeof(Scalar)) == 0;
+  return reinterpret_cast<std::uintptr_t>(p) % sizeof(Stored<Scalar>) == 0;
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kMaxOlder = 10;  // differences kept in registers; more take the tiled kernel
 template <class Scalar>
-constexpr int kLine = 64 / static_cast<int>(sizeof(Scalar));  // entries of one cache line, a multiple of kLanes
+constexpr int kLine = 64 / static_cast<int>(sizeof(Scalar));  // entries of one cache line, a multiple of kChunk
 
 // How far from a row of this block the same row of a coming one lies, in entries: it is fetched while this one is
 // worked on, because short rows read side by side hide from the processor that the whole is one stream. 0: not fetched.
@@ -39,23 +40,27 @@ void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar*
       for (int a = 0; a < C; ++a) fetch(older[a] + ahead.history + line);
     }
 #pragma GCC unroll 8
-    for (std::int64_t i = line; i < line + kLine<Scalar>; i += kLanes) {
-      const auto f_row = load(f + i);
-      const auto f_wide = expand<Scalar>(f_row), r_wide = f_wide - read(z + i);
-      const auto r_row = keep<Scalar>(r_wide);
+    for (std::int64_t i = line; i < line + kLine<Scalar>; i += kChunk<Scalar>) {
+      WideLanes<Scalar> exact[kParts<Scalar>];
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts<Scalar>; ++part) exact[part] = read(f + i, part) - read(z + i, part);
+      const auto r_row = joined_residuals<Scalar>(exact), f_row = load(f + i);
       write<past_cache>(R0 + i, r_row);
       write<past_cache>(F0 + i, f_row);
-      const Lanes exact = widen(r_wide), value = widen(f_wide), r = widen(expand<Scalar>(r_row));
-      rr += exact * exact;
-      ff += value * value;
-      Lanes newer = r, y0 = {};
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts<Scalar>; ++part) {
+        const Lanes r = widen(expand<Scalar>(r_row, part)), value = widen(expand<Scalar>(f_row, part));
+        rr += widen(exact[part]) * widen(exact[part]);
+        ff += value * value;
+        Lanes newer = r, y0 = {};
 #pragma GCC unroll 16
-      for (int a = 0; a < C; ++a) {
-        const Lanes next = widen(read(older[a] + i)), y = newer - next;
-        if (a == 0) y0 = y;
-        gram[a] += y * y0;
-        rhs[a] += y * r;
-        newer = next;
+        for (int a = 0; a < C; ++a) {
+          const Lanes next = widen(read(older[a] + i, part)), y = newer - next;
+          if (a == 0) y0 = y;
+          gram[a] += y * y0;
+          rhs[a] += y * r;
+          newer = next;
+        }
       }
     }
   }
@@ -68,29 +73,36 @@ void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar*
   dots[2 * C + 1] += sum_lanes(ff);
 }
 
-// out = F_0 - sum_a weight[a] (F_a - F_{a+1}) over `length` entries, whole lines; rows[0] is F_0.
+// out = F_0 - sum_a weight[a] (F_a - F_{a+1}) over `length` entries, whole lines; rows[0] is F_0. In float where rows
+// have 16 bits: what that rounds off is 2^-13 and less of what the weights make of the rounding of F.
 template <class Scalar, int C, bool past_cache>
 void mix_rows(std::int64_t length, const Scalar* const* rows, const double* weight, Ahead ahead, Scalar* out) {
-  Lanes w[C + 1];
+  using Number = std::conditional_t<sizeof(Scalar) == 2, FloatLanes, Lanes>;
+  Number w[C + 1];
   const Scalar* F[C + 1];
   F[0] = rows[0];
 #pragma GCC unroll 16
-  for (int a = 0; a < C; ++a) w[a] = broadcast(weight[a]), F[a + 1] = rows[a + 1];
+  for (int a = 0; a < C; ++a) w[a] = converted<Number>(broadcast(weight[a])), F[a + 1] = rows[a + 1];
   for (std::int64_t line = 0; line < length; line += kLine<Scalar>) {
     if (ahead.history != 0) {
 #pragma GCC unroll 16
       for (int a = 0; a < C; ++a) fetch(F[a + 1] + ahead.history + line);
     }
 #pragma GCC unroll 8
-    for (std::int64_t i = line; i < line + kLine<Scalar>; i += kLanes) {
-      Lanes newer = widen(read(F[0] + i)), x = newer;
+    for (std::int64_t i = line; i < line + kLine<Scalar>; i += kChunk<Scalar>) {
+      WideLanes<Scalar> out_parts[kParts<Scalar>];
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts<Scalar>; ++part) {
+        Number newer = converted<Number>(read(F[0] + i, part)), x = newer;
 #pragma GCC unroll 16
-      for (int a = 0; a < C; ++a) {
-        const Lanes next = widen(read(F[a + 1] + i));
-        x -= w[a] * (newer - next);
-        newer = next;
+        for (int a = 0; a < C; ++a) {
+          const Number next = converted<Number>(read(F[a + 1] + i, part));
+          x -= w[a] * (newer - next);
+          newer = next;
+        }
+        out_parts[part] = converted<WideLanes<Scalar>>(x);
       }
-      write<past_cache>(out + i, narrow<Scalar>(x));
+      write<past_cache>(out + i, joined<Scalar>(out_parts));
     }
   }
 }

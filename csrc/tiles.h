@@ -59,13 +59,12 @@ struct Dots {
   }
 };
 
-// The entries of one tile of a row as doubles.
+// The entries of one tile of a row as doubles, in the order in which loads bring them: the same for every row.
 template <class Scalar>
 inline void read_tile(int length, const Scalar* row, double* out) {
   int i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
-    const Lanes v = widen(read(row + i));
-    std::memcpy(out + i, &v, sizeof v);
+  for (; i + kChunk<Scalar> <= length; i += kChunk<Scalar>) {
+    for (int part = 0; part < kParts<Scalar>; ++part) write<false>(out + i + part * kLanes, widen(read(row + i, part)));
   }
   for (; i < length; ++i) out[i] = static_cast<Wide<Scalar>>(row[i]);
 }
@@ -73,7 +72,13 @@ inline void read_tile(int length, const Scalar* row, double* out) {
 template <class Scalar>
 inline void write_tile(int length, const double* x, Scalar* out) {
   int i = 0;
-  for (; i + kLanes <= length; i += kLanes) write<false>(out + i, narrow<Scalar>(read(x + i)));
+  for (; i + kChunk<Scalar> <= length; i += kChunk<Scalar>) {
+    WideLanes<Scalar> parts[kParts<Scalar>];
+    for (int part = 0; part < kParts<Scalar>; ++part) {
+      parts[part] = converted<WideLanes<Scalar>>(read(x + i + part * kLanes));
+    }
+    write<false>(out + i, joined<Scalar>(parts));
+  }
   for (; i < length; ++i) out[i] = static_cast<Scalar>(static_cast<Wide<Scalar>>(x[i]));
 }
 
@@ -81,11 +86,13 @@ inline void write_tile(int length, const double* x, Scalar* out) {
 template <class Scalar>
 inline void residual_tile(int length, const Scalar* f, const Scalar* z, Scalar* R, double* r) {
   int i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
-    const auto wide = read(f + i) - read(z + i);
-    write<false>(R + i, keep<Scalar>(wide));
-    const Lanes v = widen(wide);
-    std::memcpy(r + i, &v, sizeof v);
+  for (; i + kChunk<Scalar> <= length; i += kChunk<Scalar>) {
+    WideLanes<Scalar> parts[kParts<Scalar>];
+    for (int part = 0; part < kParts<Scalar>; ++part) {
+      parts[part] = read(f + i, part) - read(z + i, part);
+      write<false>(r + i + part * kLanes, widen(parts[part]));
+    }
+    write<false>(R + i, joined_residuals<Scalar>(parts));
   }
   for (; i < length; ++i) {
     const Wide<Scalar> wide = static_cast<Wide<Scalar>>(f[i]) - static_cast<Wide<Scalar>>(z[i]);

@@ -1,0 +1,173 @@
+"""Histories of bfloat16 and float16 states: what is kept in 16 bits, and what that changes."""
+
+import copy
+import math
+import pickle
+
+import problems
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydeqsolve import DEQ, Anderson, Broyden, Picard, Stop, ops, solve
+from pydeqsolve import ring as ring_module
+from pydeqsolve.ring import COUPLINGS, KINDS, Method, Ring
+
+NARROW = [torch.bfloat16, torch.float16]
+cpu = torch.device("cpu")
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(ops, "_native", None)
+    elif ops._native is None:
+        pytest.skip("no native module")
+
+
+def ring_of(method, shape, dtype, stored=None):
+    """A ring for states of `dtype`, whose rows are `stored` in that or another."""
+    ring = Ring(method, *shape, stored or dtype, cpu)
+    ring.eps = torch.finfo(dtype).eps
+    ops.start(ring)
+    ring.R.fill_(math.nan)  # what was never written must never be read
+    ring.F.fill_(math.nan)
+    return ring
+
+
+def affine(dtype, most, seed=0, D=48, B=6):
+    """z = A z + b in `dtype`, spectrum [−.5, most]."""
+    A = problems.with_spectrum(torch.linspace(-0.5, most, D, dtype=torch.float64), seed)
+    b = torch.randn(B, D, dtype=torch.float64, generator=problems.generator(seed + 1))
+    return lambda z: (z.double() @ A + b).to(dtype), torch.zeros(B, D, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS), coupling=st.sampled_from(COUPLINGS), B=st.integers(1, 4), T=st.integers(1, 3),
+    D=st.sampled_from([1, 7, 16, 33, 70, 600, 16_400]), memory=st.integers(0, 12), steps=st.integers(1, 14),
+    norm=st.sampled_from(["l2", "max"]), masked=st.booleans(), seed=st.integers(0, 9999),
+)  # fmt: skip
+def test_residuals_that_need_no_rounding_give_the_gram_matrices_of_a_float32_history(
+    dtype, kind, coupling, B, T, D, memory, steps, norm, masked, seed
+):
+    method, g = Method(kind, memory, 1.0, 0.0, coupling), problems.generator(seed)
+    narrow, wide = (ring_of(method, (B, T, D), dtype, stored) for stored in (dtype, torch.float32))
+    rows = torch.randperm(B, generator=g)
+    for _ in range(steps):
+        # Integers up to 64: their differences, and all sums of products, are exact in either.
+        f, z = torch.randint(-64, 65, (2, B, T, D), generator=g).to(dtype)
+        wanted = torch.rand(B, T, generator=g) < 0.8 if masked else None
+        mode = torch.full((B, T), ops.MIX, dtype=torch.uint8)
+        if wanted is not None:
+            mode[~wanted] = ops.KEEP
+        norms = ops.measure(narrow, f, z, rows, wanted, norm)
+        assert torch.equal(norms, ops.measure(wide, f.float(), z.float(), rows, wanted, norm))
+        for name in ("gram", "steps_gram", "rhs", "squares", "count"):
+            if getattr(narrow, name) is not None:
+                assert torch.equal(getattr(narrow, name), getattr(wide, name)), name
+        found, dropped = ops.advance(narrow, z, mode, rows)
+        expected, expected_dropped = ops.advance(wide, z.float(), mode, rows)
+        assert torch.equal(dropped, expected_dropped)
+        if expected.abs().max() < 1000:  # else weights are large, and either loses digits of its own
+            assert (found.float() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", ["anderson II", "anderson I"])
+def test_the_ring_keeps_residuals_to_the_nearest_and_norms_without_rounding(backend, dtype, kind):
+    g = problems.generator(5)
+    f, z = (s * torch.randn(2, 1, 777, generator=g) for s in (1.0, 1e-3))
+    f, z = f.to(dtype), z.to(dtype)
+    ring = ring_of(Method(kind, 2), (2, 1, 777), dtype)
+    norms = ops.measure(ring, f, z, torch.arange(2), None, "l2")
+    exact = f.double() - z.double()
+    assert torch.equal(ring.R[:, ring.head], exact.to(dtype))
+    assert torch.equal(ring.F[:, ring.head], f)
+    torch.testing.assert_close(norms[..., 0], exact.square().sum(-1), rtol=1e-6, atol=0)  # r is formed in float32
+    rounded = exact.to(dtype).double().square().sum(-1)
+    assert ((norms[..., 0] - rounded).abs() > 1e-6 * norms[..., 0]).all()
+
+
+@pytest.mark.parametrize("kind", ["anderson II", "broyden good"])
+def test_a_residual_beyond_the_range_of_float16_is_kept_at_its_largest(backend, kind):
+    f = torch.full((1, 1, 40), 60_000.0, dtype=torch.float16)
+    f[..., 20:] = -60_000.0
+    f[..., 7] = math.nan
+    ring = ring_of(Method(kind, 1), (1, 1, 40), torch.float16)
+    ops.measure(ring, f, -f, torch.arange(1), None, "max")
+    kept = ring.R[0, ring.head, 0]
+    assert kept[7].isnan()
+    assert set(kept[~kept.isnan()].tolist()) == {65_504.0, -65_504.0}
+    f[..., 7] = 0
+    assert ops.measure(ring, f, -f, torch.arange(1), None, "max")[0, 0].tolist() == [120_000.0, 60_000.0]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("solver", [Anderson(), Anderson(10), Anderson(kind="I"), Anderson(damping=0.7), Broyden(),
+                                    Broyden(kind="bad")], ids=str)  # fmt: skip
+def test_a_history_in_16_bits_costs_no_evaluations(dtype, solver, monkeypatch):
+    stop = Stop(rtol=4 * torch.finfo(dtype).eps, max_steps=200)
+
+    def cost():
+        total = 0
+        for seed in range(4):
+            fn, z0 = affine(dtype, 0.9, seed)
+            total += int(solve(fn, z0, solver=solver, stop=stop, gradient=None).check().evaluations.sum())
+        return total
+
+    narrow = cost()
+    monkeypatch.setattr(ring_module, "NARROW_DEVICES", ())
+    assert abs(narrow - cost()) <= 0.1 * narrow
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_the_history_takes_two_bytes_an_entry(dtype):
+    fn, z0 = affine(dtype, 0.9)
+    ring = solve(fn, z0, solver=Anderson(3), stop=Stop(max_steps=4), gradient=None, keep_history=True).history.ring
+    assert ring.R.nbytes + ring.F.nbytes == 2 * 2 * (3 + 1) * z0.numel()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("solver", [Anderson(4), Anderson(4, kind="I"), Broyden(4), Picard(0.8)], ids=str)
+def test_a_pickled_solve_goes_on_bit_for_bit(dtype, solver):
+    fn, z0 = affine(dtype, 0.95)
+    stop = Stop(rtol=0.0, max_steps=9)
+    whole = solve(fn, z0, solver=solver, stop=stop, gradient=None, trace=True)
+    half = solve(fn, z0, solver=solver, stop=Stop(rtol=0.0, max_steps=5), gradient=None, keep_history=True)
+    for start in (half, copy.deepcopy(half), pickle.loads(pickle.dumps(half))):
+        rest = solve(fn, start, solver=solver, stop=Stop(rtol=0.0, max_steps=5), gradient=None, trace=True)
+        assert torch.equal(rest.trace, whole.trace[4:])
+
+
+def test_a_shift_of_the_map_beyond_float16_leaves_finite_rows():
+    fn, z0 = affine(torch.float16, 0.9)
+    start = solve(fn, z0, stop=Stop(max_steps=5), gradient=None, keep_history=True)
+    ring = start.history.fork()
+    start.history.shift(ring, torch.full_like(start.history.z, 65_000.0))
+    known = ring.F[:, [ring.head, ring.head - 1]]
+    assert known.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_history_goes_with_states_of_its_own_dtype_alone(dtype):
+    fn, z0 = affine(dtype, 0.9)
+    start = solve(fn, z0, stop=Stop(max_steps=5), gradient=None, keep_history=True)
+    start.z = start.z.float()
+    with pytest.raises(ValueError, match=r"but the state is .* in torch\.float32"):
+        solve(fn, start, gradient=None)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_layer_in_16_bits_goes_on_from_its_last_solution(dtype):
+    A = problems.with_spectrum(torch.linspace(-0.5, 0.9, 48, dtype=torch.float64))
+    layer = DEQ(lambda z, x: (z.double() @ A).to(dtype) + x, stop=Stop(rtol=4 * torch.finfo(dtype).eps), gradient=None,
+                warm_start=True, keep_history=True)  # fmt: skip
+    x = torch.randn(6, 48, generator=problems.generator(1)).to(dtype)
+    cold = layer(x)
+    assert cold.dtype == dtype
+    again = layer(x)
+    assert (layer.solution.evaluations <= 2).all()
+    assert (again.float() - cold.float()).abs().max() <= 16 * torch.finfo(dtype).eps * cold.float().abs().max()

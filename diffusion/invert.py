@@ -67,7 +67,7 @@ def invert(
     lr: float | None = None,
     gradient: Phantom | Implicit | None = None,
     stop: Stop | None = None,
-    splitting: str | Tensor | Splitting = "v",
+    splitting: str | Tensor | Splitting | None = None,
     solver: Any = None,
     generator: torch.Generator | None = None,
     inputs: Sequence[Tensor] = (),
@@ -82,20 +82,23 @@ def invert(
     """The latents x_T from which the chain (eta = 0) samples the images x_0.
 
     Args:
-        model, chain, prediction, splitting, inputs, mean, variance, rows_per_call: as in `sample`.
+        model, chain, prediction, inputs, mean, variance, rows_per_call: as in `sample`.
+        splitting: as there; None is "v", and for "exact" what removes most of the noise, κ = 0.85 σ/(σ² + 0.01).
         x_0: (B, …) images.
         method:
             "ddim": the chain read backwards with ε taken one state too early; T rows, approximate.
             "exact": x_k = (x_{k+1} − c_k (b_k + N(x_k))) / A_k, as fixed points: each stiff step next to the image by
-                itself, then every other k at once (`diffusion.exact`). An image that misses its tolerance (see
-                status) by a visible error gets the better of this and "ddim".
+                itself, then every other k at once, on a few nodes first (`diffusion.exact`). An image that misses its
+                tolerance (see status) by a visible error gets the better of this and "ddim".
             "naive": Adam on x_T through the sequential chain (Pokle et al. 2022, Algorithm 1).
             "deq": Adam on x_T, a parallel solve per epoch, warm-started from the last (Algorithms 2 and 3).
         epochs, lr: of "naive" and "deq": 400 epochs; rates 0.3 and 0.1, the best for each. optimizer: makes another
             one than Adam (the papers' choice) from [x_T]; lr is its own affair then.
         gradient: of "deq": Phantom(steps, damping), default Phantom(1, 0.1), or Implicit().
-        stop: of "exact": atol, default 2e-6, bounds the error of a stiff step in its image, and the change of ε in the
-            others; max_steps, default 36, the rounds of all together. Of "deq": of every epoch's solve, as in `sample`.
+        stop: of "exact": atol bounds the error of a stiff step in its image and the change of ε in the others, which go
+            no lower than a fifth of the error that the stiff steps have left, and neither than half the machine
+            epsilon of the model's dtype; default 2e-6, or 5e-6 for a model in float32 and less. max_steps, default 36,
+            is for the rounds of all together. Of "deq": of every epoch's solve, as in `sample`.
         solver: of the fixed point, Anderson(10) for the steps of "exact" that are not stiff,
             Anderson(2, coupling="causal") for "deq".
         generator: of the first x_T of "naive" and "deq".
@@ -116,7 +119,10 @@ def invert(
     if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
         raise TypeError(f"gradient: Phantom(...) or Implicit() is required, got {type(gradient).__name__}")
     target = x_0.detach().double().flatten(1)
-    sampler = Sampler.of(model, x_0, chain, prediction, splitting, None, None, inputs, mean, variance, rows_per_call)
+    sampler = Sampler.of(
+        model, x_0, chain, prediction, "v" if splitting is None else splitting, None, None, inputs, mean, variance,
+        rows_per_call,
+    )  # fmt: skip
     bar = progress_bar(progress, "inverting", "epoch" if method in EPOCHS else "round")
     try:
         if method in EPOCHS:
@@ -131,7 +137,9 @@ def invert(
                 if method == "ddim":
                     outcome = one_pass(sampler, target)
                 else:
-                    outcome = exact(sampler, target, solver or exactly.SOLVER, stop or exactly.STOP, bar)
+                    chosen = None if splitting is None else sampler.map.splitting
+                    goal = stop or exactly.default_stop(sampler.map.network.dtype)
+                    outcome = exact(sampler, target, chosen, solver or exactly.SOLVER, goal, bar)
         with torch.no_grad():
             return _finish(sampler, target, outcome, x_0)
     finally:

@@ -27,18 +27,19 @@ from .remainder import CPU_ROWS, Remainders, reachable
 
 def through_chain(
     chain_map: Remainders, trajectory: Tensor, x_T: Tensor, conditioning: Sequence[Tensor], noise: Tensor | None,
-    gradient: Implicit, solution: Solution | None,
+    gradient: Implicit, solution: Solution | None, latent_alone: bool = False,
 ) -> Tensor:  # fmt: skip
     """The trajectory (B, T+1, D) with the exact gradient to x_T, conditioning and whatever else the model reads.
 
-    noise (B, T, D): σ_k n_k, or None. gradient.solver: GMRES, the default, stands for the sweep; a forward solver with
+    noise (B, T, D): σ_k n_k, or None. latent_alone: the gradient is for x_T only, which saves a row and, with all
+    steps at once, T more. gradient.solver: GMRES, the default, stands for the sweep; a forward solver with
     coupling="causal" solves for all steps at once, to gradient.stop, and images that miss it are swept.
     """
     if not torch.is_grad_enabled() or not len(trajectory):
         return trajectory
     seen = None if solution is None else weakref.ref(solution)
     backward = ChainAdjoint(chain_map, noise, len(conditioning), gradient, seen)
-    parameters = backward.leaves(trajectory, conditioning)
+    parameters = [] if latent_alone else backward.leaves(trajectory, conditioning)
     return _ChainFunction.apply(backward, trajectory, x_T, *conditioning, *parameters)
 
 
@@ -144,7 +145,8 @@ class ChainAdjoint:
         return self._local_products(*rows) if group is None else evaluate_shared(self._local_products, rows, group)
 
     def _local_products(self, x: Tensor, k: Tensor, u: Tensor, *conditioning: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
+        out, network = torch.zeros_like(x), self.map.network
+        calls = network.calls + 1
         for part in self._parts(len(x)):
             with torch.enable_grad():
                 state = x[part].detach().requires_grad_()
@@ -152,6 +154,7 @@ class ChainAdjoint:
             if eps.requires_grad:
                 (product,) = torch.autograd.grad(eps, state, u[part], allow_unused=True)
                 out[part] = 0.0 if product is None else product
+        network.calls = calls  # a round, in however many portions
         return out
 
     def _sums(

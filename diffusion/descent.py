@@ -92,15 +92,19 @@ class Descent:
         """Epochs up to number `epochs`, those of the resumed state included."""
         while self.epoch < epochs:
             sampler = self.sampler.at(self.x_T.detach())
+            before, solution = sampler.map.network.calls, None
             if self.method == "naive":
-                x_0, rounds, rows = sampler.differentiable_sequential(self.x_T)
+                x_0, rows = sampler.differentiable_sequential(self.x_T)
             else:
-                x_0, self.N, rounds, rows = sampler.differentiable_parallel(
+                x_0, solution, rows = sampler.differentiable_parallel(
                     self.x_T, self.N, gradient, self._tightened(stop), solver
                 )
+                self.N = solution.z
             loss = (x_0 - self.target).square().sum(1)
             self._step(loss)
-            self.epoch, self.rounds = self.epoch + 1, self.rounds + rounds
+            if solution is not None and solution.adjoint is not None:
+                rows = rows + solution.adjoint.evaluations
+            self.epoch, self.rounds = self.epoch + 1, self.rounds + sampler.map.network.calls - before
             self.evaluations = self.evaluations + rows
             bar.update()
             seen = Epoch(self.epoch, self.history[-1], self.best_loss, self.snapshot)

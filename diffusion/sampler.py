@@ -216,27 +216,29 @@ class Sampler:
             trajectory, _, rounds, rows = self.solve(N, SOLVER, stop, None, Silent(), None)
         return trajectory[:, -1], rounds, rows
 
-    def differentiable_sequential(self, x_T: Tensor) -> tuple[Tensor, int, Tensor]:
-        """x_0 (B, D) with the graph of the whole chain, rounds and rows (B,)."""
-        trajectory, _, rounds, rows = self.at(x_T).sequential(Silent())
-        return trajectory[:, -1], rounds, rows
+    def differentiable_sequential(self, x_T: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 (B, D) with the graph of the whole chain, and rows (B,)."""
+        trajectory, _, _, rows = self.at(x_T).sequential(Silent())
+        return trajectory[:, -1], rows
 
     def differentiable_parallel(
         self, x_T: Tensor, N: Tensor, gradient: Implicit | Phantom, stop: Stop, solver: Any
-    ) -> tuple[Tensor, Tensor, int, Tensor]:
-        """x_0 (B, D) of the fixed point from the guess N, with an implicit or phantom gradient; N, rounds, rows."""
+    ) -> tuple[Tensor, Solution, Tensor]:
+        """x_0 (B, D) of the fixed point from the guess N, with an implicit or phantom gradient; its solution, and rows.
+
+        rows (B,): of the solve and of a phantom's applications. An implicit gradient leaves those of its backward pass
+        in `solution.adjoint`.
+        """
         with torch.no_grad():
-            trajectory, solution, rounds, rows = self.solve(N, solver or SOLVER, stop, None, Silent(), None)
-        T = len(self.map.chain)
+            trajectory, solution, _, rows = self.solve(N, solver or SOLVER, stop, None, Silent(), None)
         if isinstance(gradient, Implicit):
-            trajectory = through_chain(self.map, trajectory, x_T, self.conditioning, self.noise, gradient, solution)
-            rows, rounds = rows + T, rounds + T  # the backward sweep
-            rows[:1] += 1  # and the row that shows what the model depends on
+            trajectory = through_chain(
+                self.map, trajectory, x_T, self.conditioning, self.noise, gradient, solution, latent_alone=True
+            )
         else:
             trajectory = through_phantom(self.map, trajectory, x_T, self.conditioning, self.drift, gradient)
-            applications = gradient.steps if gradient.steps > 1 else 0  # one step reads no model
-            rows, rounds = rows + applications * T, rounds + applications
-        return trajectory[:, -1], solution.z, rounds, rows
+            rows = rows + (gradient.steps if gradient.steps > 1 else 0) * len(self.map.chain)  # one step reads no model
+        return trajectory[:, -1], solution, rows
 
     def levels(self, levels: Sequence[int]) -> Sequence[int]:
         """The coarser step counts, checked; fresh noise belongs to its own chain, so eta > 0 has none."""

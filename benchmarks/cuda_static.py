@@ -34,15 +34,16 @@ LIMITS = {
 # Bytes per second and double precision multiply-adds per second, as the vendor states them.
 DEVICES = {"H100 SXM": (3.35e12, 17e12), "RTX 4090": (1.008e12, 0.645e12)}
 WARP_FEATURES, CHUNK_FEATURES, SOLVE_IN_MIX, SOLVE_IN_MIX_ALONE = 1024, 4096, 8, 16  # csrc/step_cuda.cu
-INSTANCE = re.compile(r"(measure|finish|sum|weights|mix)_kernelI([fd])((?:L[ib]\d+E)*)E")
+INSTANCE = re.compile(r"(measure|finish|sum|weights|mix)_kernel(?:I(f|d|NS_8BFloat16E|NS_4HalfE)?((?:L[ib]\d+E)*)E)?")
+SCALARS = {"f": "float", "d": "double", "NS_8BFloat16E": "bfloat16", "NS_4HalfE": "float16", None: ""}
 
 
 @dataclass
 class Kernel:
-    """One instance: measure <ages, many, by steps, aligned>, finish <by steps>, mix <damped>, sum, weights."""
+    """One instance: measure <storage, ages, many, by steps, aligned>, mix <storage, damped>, finish <by steps>, …"""
 
     name: str
-    scalar: str
+    scalar: str | None
     arguments: tuple[int, ...]
     registers: int = 0
     stack: int = 0
@@ -51,7 +52,8 @@ class Kernel:
 
     @property
     def title(self) -> str:
-        return f"{self.name}<{', '.join([{'f': 'float', 'd': 'double'}[self.scalar], *map(str, self.arguments)])}>"
+        arguments = ", ".join([*filter(None, [SCALARS[self.scalar]]), *map(str, self.arguments)])
+        return f"{self.name}<{arguments}>" if arguments else self.name
 
     @property
     def threads(self) -> int:
@@ -99,11 +101,11 @@ def find_cuobjdump() -> str | None:
     return next((str(f.locate()) for f in files if f.name in ("cuobjdump", "cuobjdump.exe")), None)
 
 
-def instance(text: str) -> tuple[str, str, tuple[int, ...]] | None:
+def instance(text: str) -> tuple[str, str | None, tuple[int, ...]] | None:
     found = INSTANCE.search(text)
     if not found:
         return None
-    return found[1], found[2], tuple(int(n) for n in re.findall(r"L[ib](\d+)E", found[3]))
+    return found[1], found[2], tuple(int(n) for n in re.findall(r"L[ib](\d+)E", found[3] or ""))
 
 
 def compile_kernels(nvcc: str, architecture: str, cubin: Path) -> list[Kernel]:
@@ -123,7 +125,7 @@ def compile_kernels(nvcc: str, architecture: str, cubin: Path) -> list[Kernel]:
             kernels[-1].stack, kernels[-1].spills = int(found[1]), int(found[2]) + int(found[3])
         elif found := re.search(r"Used (\d+) registers", line):
             kernels[-1].registers = int(found[1])
-    return sorted(kernels, key=lambda k: (k.name, k.scalar, k.arguments))
+    return sorted(kernels, key=lambda k: (k.name, SCALARS[k.scalar], k.arguments))
 
 
 def count_wide_loads(cuobjdump: str, cubin: Path, kernels: list[Kernel]) -> None:
@@ -167,9 +169,17 @@ def print_kernels(architecture: str, kernels: list[Kernel], loads_counted: bool)
         print(f"{k.title:<34}{k.registers:>10}{k.stack:>7}{k.spills:>8}{k.shared():>8}{share:>18}{loads:>9}")
 
 
-def print_steps() -> None:
+def double_operations(d: int, size: int) -> int:
+    """Double precision instructions per entry of both passes, conversions included; d differences, words of `size`."""
+    batches = -(-d // (2 if size == 2 and d > 4 else 4))  # csrc/gram.cuh; each forms r, y_0 and its newest row anew
+    measure = 4 + 4 * batches + 4 * d  # squares of r and f; convert, subtract, two multiply-adds
+    return measure + 2 + 3 * d  # mix: convert, subtract, multiply-add
+
+
+def print_steps(size: int) -> None:
     """Words: f, z, m − 1 older rows of r read and r, f written; then m rows of f read and the iterate written."""
-    print("\nOne step, Anderson II, joint, β = 1, float32; m stored rows, that is m − 1 differences")
+    name = {2: "bfloat16 or float16", 4: "float32"}[size]
+    print(f"\nOne step, Anderson II, joint, β = 1, {name}; m stored rows, that is m − 1 differences")
     print("words per system (2m + 4)·D; the design's figure (2m + 3)·D; TorchDEQ 0.1.0 at m = 6: 71·D")
     columns = "".join(f"{name + ': memory µs':>22}{'fp64 µs':>9}" for name in DEVICES)
     print(f"{'B, m, D':>20}{'launches':>10}{'MB':>9}{columns}")
@@ -177,9 +187,7 @@ def print_steps() -> None:
         chunks = 1 if D <= WARP_FEATURES else -(-D // CHUNK_FEATURES)
         alone = m - 1 <= (SOLVE_IN_MIX_ALONE if chunks == 1 else SOLVE_IN_MIX)
         launches = (1 if chunks == 1 else 2) + (1 if alone else 2)
-        d, moved = m - 1, (2 * m + 4) * B * D * 4
-        # Per entry: conversions to double, differences, and multiply-adds of both passes.
-        operations = ((d + 2) + d + (2 * d + 2)) + ((d + 1) + d + d + 1)
+        moved, operations = (2 * m + 4) * B * D * size, double_operations(m - 1, size)
         times = "".join(
             f"{moved / bandwidth * 1e6:>22.2f}{operations * B * D / fp64 * 1e6:>9.2f}"
             for bandwidth, fp64 in DEVICES.values()
@@ -212,7 +220,8 @@ def main() -> None:
                 count_wide_loads(cuobjdump, cubin, kernels)
             print_kernels(architecture, kernels, bool(cuobjdump))
             found += [f"sm_{architecture}: {fault}" for fault in faults(kernels, bool(cuobjdump))]
-    print_steps()
+    for size in (4, 2):
+        print_steps(size)
     print("\n" + ("\n".join(found) or "no spills, no local memory" + (", 16-byte loads" if cuobjdump else "")))
     if options.check and found:
         sys.exit(1)

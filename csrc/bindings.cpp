@@ -135,26 +135,13 @@ std::pair<std::int64_t, std::int64_t> judge_front_samples(std::int64_t n, std::i
 }
 
 #if defined(PYDEQSOLVE_WITH_CUDA)
-// The storage types that the kernels are compiled for.
-template <class Body>
-void with_scalar_on_cuda(Storage storage, const Body& body) {
-  switch (storage) {
-    case Storage::kFloat64:
-      return body(double{});
-    case Storage::kFloat32:
-      return body(float{});
-    default:
-      throw std::invalid_argument("pydeqsolve: no CUDA kernels for this storage");
-  }
-}
-
 void check(const char* error) {
   if (error) throw std::runtime_error(std::string("pydeqsolve: CUDA launch failed: ") + error);
 }
 
 void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
                      Address norms, int norm, Address partial, Address stream) {
-  with_scalar_on_cuda(ring.storage, [&](auto scalar) {
+  with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     check(measure_cuda<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
                           at<double>(norms), static_cast<Norm>(norm), at<double>(partial), at<void>(stream)));
@@ -164,7 +151,7 @@ void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, 
 void advance_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma,
                      Address dropped, int coupling, double ridge, double damping, Address z, Address z_next,
                      Address workspace, Address stream) {
-  with_scalar_on_cuda(ring.storage, [&](auto scalar) {
+  with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     const Rows rows = ring.rows(n, index, 0);
     const History<S> history = ring.history<S>(head);

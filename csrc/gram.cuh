@@ -33,43 +33,83 @@ __device__ inline void finish_block(const Team& team, const History<Scalar>& h, 
 
 __device__ inline int older_rows(int count, int slots) { return count < slots - 1 ? count : slots - 1; }
 
+// The rows that a batch of ages starts from: the newest two, and the one before the batch.
+template <class Scalar>
+struct Front {
+  Pack<Scalar> R0, R1, R_newer, F0, F1, F_newer;
+};
+
+// Adds the dots of the first `ages` of a batch of kBatch older rows R, and with steps F. One part of a pack at a time,
+// in a loop that is not unrolled: as doubles the whole would not fit in the registers.
+template <int kBatch, bool kSteps, class Scalar>
+__device__ inline void add_dots(const Front<Scalar>& front, const Pack<Scalar>* R, const Pack<Scalar>* F, int ages,
+                                double* dots) {
+  constexpr int kPart = Pack<Scalar>::kPart;
+#pragma unroll 1
+  for (int part = 0; part < Pack<Scalar>::kParts; ++part) {
+    double r[kPart], y0[kPart], s0[kPart], newer[kPart], newer_z[kPart];
+#pragma unroll
+    for (int k = 0; k < kPart; ++k) {
+      const double r1 = front.R1.value(part, k);
+      r[k] = front.R0.value(part, k);
+      y0[k] = r[k] - r1;
+      newer[k] = front.R_newer.value(part, k);
+      if constexpr (kSteps) {
+        s0[k] = (double{front.F0.value(part, k)} - r[k]) - (double{front.F1.value(part, k)} - r1);
+        newer_z[k] = double{front.F_newer.value(part, k)} - newer[k];
+      }
+    }
+#pragma unroll
+    for (int a = 0; a < kBatch; ++a) {
+      if (a >= ages) continue;
+      double* const sums = dots + Sums<kSteps>::kDots * a;
+#pragma unroll
+      for (int k = 0; k < kPart; ++k) {
+        const double older = R[a].value(part, k), y = newer[k] - older;
+        newer[k] = older;
+        if constexpr (kSteps) {
+          const double older_z = double{F[a].value(part, k)} - older, s = newer_z[k] - older_z;
+          newer_z[k] = older_z;
+          sums[0] = fma(s, y0[k], sums[0]);
+          sums[1] = fma(s, r[k], sums[1]);
+          sums[2] = fma(s0[k], y, sums[2]);
+          sums[3] = fma(s0[k], s, sums[3]);
+        } else {
+          sums[0] = fma(y, y0[k], sums[0]);
+          sums[1] = fma(y, r[k], sums[1]);
+        }
+      }
+    }
+  }
+}
+
 // Sums the dots of ages first … first + ages - 1 over this thread's packs. The group of the newest ages also writes the
 // new rows and forms the norms. Rows come in batches of kBatch loads under way together, and no more: the registers
-// they would take are those of a second thread block on the multiprocessor.
+// they would take are those of a second thread block on the multiprocessor. Rows of 16 bits take some for conversion.
 template <int kAges, bool kSteps, bool kVector, bool kNewest, class Scalar>
 __device__ inline void accumulate(const Team& team, const Piece& piece, const Rows& rows, const History<Scalar>& h,
                                   RowTable table, const Scalar* f, const Scalar* z, Norm norm, int first, int ages,
                                   Partial<kAges, kSteps>& sums) {
   using Pack = Pack<Scalar>;
-  constexpr int kSize = Pack::kSize, kDots = Sums<kSteps>::kDots, kBatch = 4;
+  constexpr int kBatch = Pack::kParts > 1 && kAges == 8 ? 2 : 4;
   const std::int64_t to_block = piece.block * rows.features;
   for_each_pack<Scalar>(team, piece, [&](std::int64_t at, int length) {
-    const auto offset = [&](int age) { return table[age] + at; };
-    const Pack f0 = load<kVector>(f + to_block + at, length), z0 = load<kVector>(z + to_block + at, length);
-    double r[kSize], y0[kSize], s0[kSize], newer[kSize], newer_z[kSize];
-    Pack r0;
+    const auto row = [&](const Scalar* base, int age) { return load<kVector>(base + table[age] + at, length); };
+    const Pack z0 = load<kVector>(z + to_block + at, length);
+    Front<Scalar> front;
+    front.F0 = load<kVector>(f + to_block + at, length);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      r0.v[k] = f0.v[k] - z0.v[k];
-      newer[k] = r[k] = r0.v[k];
-      newer_z[k] = z0.v[k];
+    for (int k = 0; k < Pack::kSize; ++k) {
+      front.R0.set(k, kept<Scalar>(front.F0.value(k) - z0.value(k)));
     }
+    front.R_newer = front.R0;
+    front.F_newer = front.F0;
     if constexpr (!kNewest) {
-      const Pack R1 = load<kVector>(h.R + offset(1), length), R_newer = load<kVector>(h.R + offset(first), length);
-      Pack F1, F_newer;
+      front.R1 = row(h.R, 1);
+      front.R_newer = row(h.R, first);
       if constexpr (kSteps) {
-        F1 = load<kVector>(h.F + offset(1), length);
-        F_newer = load<kVector>(h.F + offset(first), length);
-      }
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        const double r1 = R1.v[k];
-        y0[k] = r[k] - r1;
-        newer[k] = R_newer.v[k];
-        if constexpr (kSteps) {
-          s0[k] = newer_z[k] - (static_cast<double>(F1.v[k]) - r1);
-          newer_z[k] = static_cast<double>(F_newer.v[k]) - newer[k];
-        }
+        front.F1 = row(h.F, 1);
+        front.F_newer = row(h.F, first);
       }
     }
 #pragma unroll
@@ -79,37 +119,21 @@ __device__ inline void accumulate(const Team& team, const Piece& piece, const Ro
 #pragma unroll
       for (int a = 0; a < kBatch; ++a) {
         if (batch + a >= ages) continue;
-        R[a] = load<kVector>(h.R + offset(first + batch + a + 1), length);
-        if constexpr (kSteps) F[a] = load<kVector>(h.F + offset(first + batch + a + 1), length);
+        R[a] = row(h.R, first + batch + a + 1);
+        if constexpr (kSteps) F[a] = row(h.F, first + batch + a + 1);
       }
-#pragma unroll
-      for (int a = 0; a < kBatch; ++a) {
-        if (batch + a >= ages) continue;
-        double* dots = sums.values + kDots * (batch + a);
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) {
-          const double older = R[a].v[k], y = newer[k] - older;
-          newer[k] = older;
-          if (kNewest && batch + a == 0) y0[k] = y;
-          if constexpr (kSteps) {
-            const double older_z = static_cast<double>(F[a].v[k]) - older, s = newer_z[k] - older_z;
-            newer_z[k] = older_z;
-            if (kNewest && batch + a == 0) s0[k] = s;
-            dots[0] = fma(s, y0[k], dots[0]);
-            dots[1] = fma(s, r[k], dots[1]);
-            dots[2] = fma(s0[k], y, dots[2]);
-            dots[3] = fma(s0[k], s, dots[3]);
-          } else {
-            dots[0] = fma(y, y0[k], dots[0]);
-            dots[1] = fma(y, r[k], dots[1]);
-          }
-        }
+      if (kNewest && batch == 0) {
+        front.R1 = R[0];
+        if constexpr (kSteps) front.F1 = F[0];
       }
+      add_dots<kBatch, kSteps>(front, R, F, ages - batch, sums.values + Sums<kSteps>::kDots * batch);
+      front.R_newer = R[kBatch - 1];
+      if constexpr (kSteps) front.F_newer = F[kBatch - 1];
     }
     if constexpr (kNewest) {  // after all loads, which the compiler may not move ahead of a store
-      sums.add_squares(r0, f0, norm);
-      store<kVector>(h.R + offset(0), length, r0);
-      store<kVector>(h.F + offset(0), length, f0);
+      sums.add_squares(front.F0, z0, norm);
+      store<kVector>(h.R + table[0] + at, length, front.R0);
+      store<kVector>(h.F + table[0] + at, length, front.F0);
     }
   });
 }
@@ -123,7 +147,7 @@ __host__ __device__ inline int measure_shared_doubles(int slots, int team) {  //
 // where a block is one piece, else to `partial` (n T, sums, chunks) for finish_kernel. The accumulators of kAges ages
 // stay in registers; kMany takes older ages in further groups, which read the newest rows again, from cache.
 template <class Scalar, int kAges, bool kMany, bool kSteps, bool kVector>
-__global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 || (Pack<Scalar>::kParts > 1 && !kVector) ? 1 : 2)
     measure_kernel(Rows rows, History<Scalar> h, Plan plan, const Scalar* f, const Scalar* z, double* norms, Norm norm,
                    double* partial) {
   PYDEQSOLVE_SHARED(shared);
@@ -162,9 +186,9 @@ __global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 ? 1 : 2)
 }
 
 // The end of pass 1 for blocks of several chunks. A thread block owns a block, each warp every eighth of its sums.
-template <class Scalar, bool kSteps>
+template <bool kSteps>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(Rows rows, History<Scalar> h, std::int64_t blocks, std::int64_t chunks, const double* partial,
+    finish_kernel(Rows rows, History<void> h, std::int64_t blocks, std::int64_t chunks, const double* partial,
                   double* norms, Norm norm) {
   PYDEQSOLVE_SHARED(shared);
   const Team team(kThreads);

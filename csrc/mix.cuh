@@ -22,15 +22,13 @@ __device__ inline void mix_piece(const Team& team, const Piece& piece, const Row
     if (what == kKeep) {
       out = load<kVector>(z_block + at, length);
     } else {
-      const Pack f0 = row(F, newest);
-      Pack r0 = {};
-      if (kDamped && undamped != 0) r0 = row(R, newest);
-      double x[kSize], f[kSize], r[kSize];
+      Pack newer_f = row(F, newest), newer_r = {};
+      if (kDamped && undamped != 0) newer_r = row(R, newest);
+      double x[kSize];
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        f[k] = x[k] = f0.v[k];
-        r[k] = r0.v[k];
-        if (kDamped && undamped != 0) x[k] = fma(-undamped, r[k], x[k]);
+        x[k] = newer_f.value(k);
+        if (kDamped && undamped != 0) x[k] = fma(-undamped, double{newer_r.value(k)}, x[k]);
       }
       for (int first = 0; first < differences; first += kBatch) {
         Pack older_f[kBatch], older_r[kDamped ? kBatch : 1];
@@ -48,20 +46,18 @@ __device__ inline void mix_piece(const Team& team, const Piece& piece, const Row
           const double weight = gamma[first + a];
 #pragma unroll
           for (int k = 0; k < kSize; ++k) {
-            const double older = older_f[a].v[k];
-            if (weight != 0) x[k] = fma(-weight, f[k] - older, x[k]);
-            f[k] = older;
+            if (weight != 0) x[k] = fma(-weight, double{newer_f.value(k)} - older_f[a].value(k), x[k]);
             if constexpr (kDamped) {
               if (undamped == 0) continue;
-              const double past_r = older_r[a].v[k];
-              if (weight != 0) x[k] = fma(weight * undamped, r[k] - past_r, x[k]);
-              r[k] = past_r;
+              if (weight != 0) x[k] = fma(weight * undamped, double{newer_r.value(k)} - older_r[a].value(k), x[k]);
             }
           }
+          newer_f = older_f[a];
+          if constexpr (kDamped) newer_r = older_r[a];
         }
       }
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) out.v[k] = static_cast<Scalar>(x[k]);
+      for (int k = 0; k < kSize; ++k) out.set(k, static_cast<Scalar>(static_cast<Wide<Scalar>>(x[k])));
     }
     store<kVector>(out_block + at, length, out);
   });

@@ -67,6 +67,12 @@ const char* launched() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// What the kernels that read no rows take of a history: they are compiled once for all storage types.
+template <class Scalar>
+History<void> matrices_of(const History<Scalar>& h) {
+  return {h.slots, h.head, h.kind, nullptr, nullptr, h.gram, h.steps_gram, h.rhs, h.squares, h.count, h.eps};
+}
+
 template <class Scalar, int kAges, bool kMany, bool kSteps>
 const char* launch_measure(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z,
                            double* norms, Norm norm, double* partial, cudaStream_t stream) {
@@ -80,9 +86,9 @@ const char* launch_measure(const Rows& rows, const History<Scalar>& history, con
   if (error || plan.chunks == 1) return error;
   const std::int64_t blocks = rows.n * rows.blocks;
   const Shape last = shape_of(blocks, kThreads, Sums<kSteps>::size(history.slots));
-  const auto finish = finish_kernel<Scalar, kSteps>;
-  PYDEQSOLVE_LAUNCH(finish, last.grid, last.threads, last.shared, stream, rows, history, blocks, plan.chunks, partial,
-                    norms, norm);
+  const auto finish = finish_kernel<kSteps>;
+  PYDEQSOLVE_LAUNCH(finish, last.grid, last.threads, last.shared, stream, rows, matrices_of(history), blocks,
+                    plan.chunks, partial, norms, norm);
   return launched();
 }
 
@@ -129,18 +135,17 @@ const char* weights_cuda(const Rows& rows, const History<Scalar>& history, Coupl
   if (blocks == 0) return nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
   const int m = history.slots - 1;
+  const History<void> matrices = matrices_of(history);
   const bool summed = !separate(rows, coupling) && m > 0, totals = summed && coupling == Coupling::kJoint;
   if (summed) {
     const std::int64_t pieces = rows.n * divide_up(summed_doubles(m), kWarp);
     const Shape shape = shape_of(pieces, kThreads, 0);
-    const auto sum = sum_kernel<Scalar>;
-    PYDEQSOLVE_LAUNCH(sum, shape.grid, kSumThreads, kSumThreads * sizeof(double), on, rows, history, !totals, mode,
-                      workspace);
+    PYDEQSOLVE_LAUNCH(sum_kernel, shape.grid, kSumThreads, kSumThreads * sizeof(double), on, rows, matrices, !totals,
+                      mode, workspace);
     if (const char* error = launched()) return error;
   }
   const Shape shape = shape_of(totals ? rows.n : blocks, kWarp, system_doubles(m));
-  const auto weights = weights_kernel<Scalar>;
-  PYDEQSOLVE_LAUNCH(weights, shape.grid, shape.threads, shape.shared, on, rows, history,
+  PYDEQSOLVE_LAUNCH(weights_kernel, shape.grid, shape.threads, shape.shared, on, rows, matrices,
                     summed && !totals ? workspace : nullptr, totals ? workspace : nullptr, ridge, mode, gamma, dropped);
   return launched();
 }
@@ -192,5 +197,7 @@ int cuda_device_count() {
                                             Scalar*, double*, void*);
 PYDEQSOLVE_INSTANTIATE(float)
 PYDEQSOLVE_INSTANTIATE(double)
+PYDEQSOLVE_INSTANTIATE(BFloat16)
+PYDEQSOLVE_INSTANTIATE(Half)
 
 }  // namespace pydeqsolve

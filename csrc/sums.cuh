@@ -67,16 +67,21 @@ struct Partial {
   double values[kValues];
   double largest[2];
 
+  // Of f and of r = f - z before it is rounded to be kept.
   template <class Scalar>
-  __device__ void add_squares(const Pack<Scalar>& r, const Pack<Scalar>& f, Norm norm) {
+  __device__ void add_squares(const Pack<Scalar>& f, const Pack<Scalar>& z, Norm norm) {
+#pragma unroll 1
+    for (int part = 0; part < Pack<Scalar>::kParts; ++part) {
 #pragma unroll
-    for (int k = 0; k < Pack<Scalar>::kSize; ++k) {
-      const double of_r = r.v[k], of_f = f.v[k];
-      values[kDots * kAges] = fma(of_r, of_r, values[kDots * kAges]);
-      values[kDots * kAges + 1] = fma(of_f, of_f, values[kDots * kAges + 1]);
-      if (norm == Norm::kMax) {
-        largest[0] = larger(largest[0], magnitude(of_r));
-        largest[1] = larger(largest[1], magnitude(of_f));
+      for (int k = 0; k < Pack<Scalar>::kPart; ++k) {
+        const Wide<Scalar> value = f.value(part, k), difference = value - z.value(part, k);
+        const double of_r = difference, of_f = value;
+        values[kDots * kAges] = fma(of_r, of_r, values[kDots * kAges]);
+        values[kDots * kAges + 1] = fma(of_f, of_f, values[kDots * kAges + 1]);
+        if (norm == Norm::kMax) {
+          largest[0] = larger(largest[0], magnitude(of_r));
+          largest[1] = larger(largest[1], magnitude(of_f));
+        }
       }
     }
   }

@@ -13,9 +13,8 @@ __host__ __device__ inline int summed_doubles(int m) { return m * m + m + 2; }
 // Sums the small systems over time. A thread block owns 32 entries of one sample's systems, a warp a segment of time,
 // a lane one entry. systems (n, T, E) holds prefix sums for a causal coupling, (n, E) totals for a joint one, where
 // E = m² + m + 2: A by rows, b, the squares of r and f. Reads the counts of mixing blocks only.
-template <class Scalar>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(Rows rows, History<Scalar> h, bool prefix, const std::uint8_t* mode, double* systems) {
+    sum_kernel(Rows rows, History<void> h, bool prefix, const std::uint8_t* mode, double* systems) {
   PYDEQSOLVE_SHARED(totals);  // (segments, 32)
   const int m = h.slots - 1, entries = summed_doubles(m), groups = (entries + kWarp - 1) / kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;

@@ -55,9 +55,8 @@ __device__ inline void settle(const Team& team, const History<Scalar>& h, std::i
 
 // The small systems on their own. A warp owns one: a block's, or with `totals` (n, E) one for all blocks of a sample.
 // systems (n, T, E) are the causal sums; both null: every block's own Gram.
-template <class Scalar>
 __global__ void __launch_bounds__(kThreads, 2)
-    weights_kernel(Rows rows, History<Scalar> h, const double* systems, const double* totals, double ridge,
+    weights_kernel(Rows rows, History<void> h, const double* systems, const double* totals, double ridge,
                    const std::uint8_t* mode, double* gamma, std::int32_t* dropped) {
   PYDEQSOLVE_SHARED(shared);
   const Team team(kWarp);

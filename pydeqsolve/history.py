@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ring import Method, Ring, is_stored
+from .ring import Method, Ring
 
 
 @dataclass(eq=False)
@@ -73,8 +73,7 @@ class History:
         """Raises ValueError unless a solve by `method` of states like z0 (B, T, D) can go on from here."""
         if method != self.method:
             raise ValueError(f"z0 holds the history of {self.method}, which {method} cannot use")
-        stored = z0.dtype if is_stored(z0.dtype, z0.device) else torch.float32
-        if self.z.shape != z0.shape or self.z.dtype != stored or self.z.device != z0.device:
+        if self.z.shape != z0.shape or self.z.dtype != z0.dtype or self.z.device != z0.device:
             raise ValueError(
                 f"z0 holds a history of shape {tuple(self.z.shape)} in {self.z.dtype} on {self.z.device}, "
                 f"but the state is {tuple(z0.shape)} in {z0.dtype} on {z0.device}"

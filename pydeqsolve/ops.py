@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import reference
 from .reference import ACCEPT, KEEP, MIX, PLAIN, REJECT
-from .ring import COUPLINGS, KINDS, STORAGES, Ring, is_stored
+from .ring import COUPLINGS, KINDS, STORAGES, Ring
 from .stop import NORMS, Front
 
 __all__ = [
@@ -76,7 +76,7 @@ def start(ring: Ring) -> None:
     if _native is not None and M <= _native.MAX_SLOTS:
         if ring.R.device.type == "cpu":
             backend = "cpu"
-        elif ring.R.device.type == "cuda" and _native.cuda_architectures and is_stored(ring.dtype, ring.R.device):
+        elif ring.R.device.type == "cuda" and _native.cuda_architectures:
             backend = "cuda"
     handle = None
     if backend:

@@ -10,12 +10,6 @@ import torch
 KINDS = ("anderson II", "anderson I", "broyden good", "broyden bad")  # csrc/step.h, Kind
 COUPLINGS = ("joint", "independent", "causal")  # csrc/step.h, Coupling
 STORAGES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/scalar.h, Storage
-NARROW_DEVICES = ("cpu",)  # types of devices whose kernels take rows of 16 bits
-
-
-def is_stored(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels of `device` take rows of this dtype."""
-    return dtype.itemsize > 2 or device.type in NARROW_DEVICES
 
 
 @dataclass(frozen=True)
@@ -32,10 +26,10 @@ class Method:
 class Ring:
     """Memory of B samples × T blocks × D features: memory + 1 rows of r and of f, and the Gram matrices.
 
-    Takes 2 (memory + 1)·B·T·D words of the state's own dtype, whatever the number of steps (of float32 where a device
-    has no kernels for less). In 16 bits r is rounded once more, by half a unit of rounding of r, which is no more than
-    what f and z have lost already: as if fn had been evaluated that far from z. Where ½ f ≤ z ≤ 2 f, as it is close to
-    a fixed point, f − z takes no more bits than f, and nothing is rounded (Sterbenz 1974). Norms are of r as it is.
+    Takes 2 (memory + 1)·B·T·D words of the state's own dtype, whatever the number of steps. In 16 bits r is rounded
+    once more, by half a unit of rounding of r, which is no more than what f and z have lost already: as if fn had been
+    evaluated that far from z. Where ½ f ≤ z ≤ 2 f, as it is close to a fixed point, f − z takes no more bits than f,
+    and nothing is rounded (Sterbenz 1974). Norms are of r as it is.
     """
 
     def __init__(self, method: Method, B: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -44,7 +38,7 @@ class Ring:
         self.slots = method.memory + 1
         self.head = 0
         self.eps = torch.finfo(dtype).eps
-        self.dtype = dtype if is_stored(dtype, device) else torch.float32
+        self.dtype = dtype
         M = self.slots
         self.R = torch.empty(B, M, T, D, dtype=self.dtype, device=device)
         self.F = torch.empty_like(self.R)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from pydeqsolve import ops, reference
-from pydeqsolve import ring as ring_module
-from pydeqsolve.ring import COUPLINGS, KINDS, Ring
+from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Ring
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -36,7 +35,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n", "blocks", "features")),
         *((name, ctypes.c_void_p) for name in ("rows", "wanted")),
-        *((name, ctypes.c_int32) for name in ("is_double", "slots", "head", "kind")),
+        *((name, ctypes.c_int32) for name in ("storage", "slots", "head", "kind")),
         *((name, ctypes.c_void_p) for name in ("R", "F", "gram", "steps_gram", "rhs", "squares", "count")),
         ("eps", ctypes.c_double),
     )
@@ -134,7 +133,7 @@ def _at(tensor: Tensor | None) -> ctypes.c_void_p:
 
 def _call(ring: Ring, n: int, rows: Tensor | None, wanted: Tensor | None) -> Call:
     tensors = (ring.R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
-    return Call(n, *ring.R.shape[2:], _at(rows), _at(wanted), ring.dtype == torch.float64, ring.slots, ring.head,
+    return Call(n, *ring.R.shape[2:], _at(rows), _at(wanted), STORAGES.index(ring.dtype), ring.slots, ring.head,
                 KINDS.index(ring.kind), *map(_at, tensors), ring.eps)  # fmt: skip
 
 
@@ -166,6 +165,5 @@ def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
         return z_next, dropped
 
     replaced = {"measure": measure, "advance": advance, "can_step": lambda ring: False}
-    # Rows of 16 bits are kept in float32, as on a GPU.
-    with mock.patch.multiple(ops, **replaced), mock.patch.object(ring_module, "NARROW_DEVICES", ()):
+    with mock.patch.multiple(ops, **replaced):
         yield kernels

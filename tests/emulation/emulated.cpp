@@ -13,7 +13,7 @@ struct Call {
   std::int64_t n, blocks, features;
   const std::int64_t* rows;
   const std::uint8_t* wanted;
-  std::int32_t is_double, slots, head, kind;
+  std::int32_t storage, slots, head, kind;
   void *R, *F;
   double *gram, *steps_gram, *rhs, *squares;
   std::int32_t* count;
@@ -40,7 +40,17 @@ const char* with(const Call& call, const Body& body) {
                                   call.eps};
     return body(rows, history, scalar);
   };
-  return call.is_double ? run(double{}) : run(float{});
+  switch (static_cast<Storage>(call.storage)) {
+    case Storage::kFloat64:
+      return run(double{});
+    case Storage::kFloat32:
+      return run(float{});
+    case Storage::kBFloat16:
+      return run(BFloat16{});
+    case Storage::kFloat16:
+      return run(Half{});
+  }
+  return "no such storage";
 }
 
 }  // namespace

@@ -34,13 +34,23 @@ LIMITS = {
 # Bytes per second and double precision multiply-adds per second, as the vendor states them.
 DEVICES = {"H100 SXM": (3.35e12, 17e12), "RTX 4090": (1.008e12, 0.645e12)}
 WARP_FEATURES, CHUNK_FEATURES, SOLVE_IN_MIX, SOLVE_IN_MIX_ALONE = 1024, 4096, 8, 16  # csrc/step_cuda.cu
-INSTANCE = re.compile(r"(measure|finish|sum|weights|mix)_kernel(?:I(f|d|NS_8BFloat16E|NS_4HalfE)?((?:L[ib]\d+E)*)E)?")
-SCALARS = {"f": "float", "d": "double", "NS_8BFloat16E": "bfloat16", "NS_4HalfE": "float16", None: ""}
+INSTANCE = re.compile(
+    r"(measure|finish|judge|keep|sum|weights|mix)_kernel(?:I(f|d|NS_8BFloat16E|NS_4HalfE|NS0_4PackIfLb0EEE|t)?((?:L[ib]\d+E)*)E)?"
+)
+SCALARS = {
+    "f": "float",
+    "d": "double",
+    "NS_8BFloat16E": "bfloat16",
+    "NS_4HalfE": "float16",
+    "NS0_4PackIfLb0EEE": "16 bytes",
+    "t": "2 bytes",
+    None: "",
+}
 
 
 @dataclass
 class Kernel:
-    """One instance: measure <storage, ages, many, by steps, aligned>, mix <storage, damped>, finish <by steps>, …"""
+    """One instance: measure <storage, ages, many, by steps, aligned>, mix <storage, damped>, keep <word>, …"""
 
     name: str
     scalar: str | None
@@ -73,7 +83,7 @@ class Kernel:
         if self.name == "finish":
             return 8 * ((4 if self.arguments[0] else 2) * 17 + 4)
         system = 16 * 16 + 2 * 16 + 9
-        return 8 * {"sum": 1024, "weights": 8 * system, "mix": 8 * (system + 17)}[self.name]
+        return 8 * {"sum": 1024, "weights": 8 * system, "mix": 8 * (system + 17), "judge": 24, "keep": 0}[self.name]
 
     def resident(self, architecture: str) -> int:
         """Threads that one multiprocessor holds at once."""
@@ -81,7 +91,7 @@ class Kernel:
         warps = self.threads // 32
         by_registers = 65536 // (-(-self.registers * 32 // 256) * 256) // warps
         reserved = 0 if architecture == "75" else 1024  # the driver's own, per thread block
-        by_shared = shared * 1024 // (self.shared() + reserved)
+        by_shared = shared * 1024 // max(1, self.shared() + reserved)
         return min(threads // self.threads, blocks, by_registers, by_shared) * self.threads
 
 

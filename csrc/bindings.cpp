@@ -161,6 +161,18 @@ void advance_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, 
   });
 }
 
+void judge_on_cuda(std::int64_t n, std::int64_t blocks, Address norms, Address dropped, Address table, double safeguard,
+                   double eps, double entries, bool is_max, Address mode, Address stream) {
+  check(judge_cuda(n, blocks, at<const double>(norms), at<const std::int32_t>(dropped), at<Record>(table),
+                   {safeguard, eps, entries, is_max}, at<std::uint8_t>(mode), at<void>(stream)));
+}
+
+void keep_on_cuda(std::int64_t n, std::int64_t bytes, Address table, Address rows, Address origin, Address from,
+                  Address to, Address stream) {
+  check(keep_cuda(n, bytes, at<const Record>(table), at<const std::int64_t>(rows), at<const std::int64_t>(origin),
+                  at<const void>(from), at<void>(to), at<void>(stream)));
+}
+
 std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
   return partial_doubles(ring.rows(n, 0, 0), ring.slots);
 }
@@ -169,7 +181,7 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
@@ -209,6 +221,8 @@ PYBIND11_MODULE(_native, m) {
 #if defined(PYDEQSOLVE_WITH_CUDA)
   m.def("measure_cuda", &measure_on_cuda);
   m.def("advance_cuda", &advance_on_cuda);
+  m.def("judge_cuda", &judge_on_cuda);
+  m.def("keep_cuda", &keep_on_cuda);
   m.def("workspace_doubles", &workspace_doubles);
   m.def("device_count", &cuda_device_count);
   m.attr("cuda_architectures") = PYDEQSOLVE_CUDA_ARCHITECTURES;

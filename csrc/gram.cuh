@@ -147,7 +147,7 @@ __host__ __device__ inline int measure_shared_doubles(int slots, int team) {  //
 // where a block is one piece, else to `partial` (n T, sums, chunks) for finish_kernel. The accumulators of kAges ages
 // stay in registers; kMany takes older ages in further groups, which read the newest rows again, from cache.
 template <class Scalar, int kAges, bool kMany, bool kSteps, bool kVector>
-__global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 || (Pack<Scalar>::kParts > 1 && !kVector) ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 || (kAges == 8 && !kVector) ? 1 : 2)
     measure_kernel(Rows rows, History<Scalar> h, Plan plan, const Scalar* f, const Scalar* z, double* norms, Norm norm,
                    double* partial) {
   PYDEQSOLVE_SHARED(shared);

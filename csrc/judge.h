@@ -1,10 +1,10 @@
-// One sample's judgement after a measurement, on the host. pydeqsolve/monitor.py says the same in PyTorch, for devices;
-// a test holds the two together.
+// One sample's judgement after a measurement. pydeqsolve/monitor.py says the same in PyTorch, for devices without
+// kernels; a test holds the two together.
 #pragma once
 #include <cmath>
 #include <cstdint>
 
-#include "step.h"
+#include "core.h"
 
 namespace pydeqsolve {
 
@@ -26,7 +26,7 @@ enum Status : int { kRunning = -1, kConverged = 0, kMaxSteps = 1, kStalled = 2, 
 constexpr int kFlatSteps = 10;
 constexpr double kRounding = 8;
 
-static inline Mode judge(Record& s, double residual, double size, bool lost_rank, const Judgement& rule) {
+PYDEQSOLVE_HD static inline Mode judge(Record& s, double residual, double size, bool lost_rank, const Judgement& rule) {
   s.residual = residual;
   s.rank_losses += lost_rank;
   s.judged = s.status == kRunning;
@@ -36,7 +36,7 @@ static inline Mode judge(Record& s, double residual, double size, bool lost_rank
   const bool accelerated = rule.safeguard > 0 && s.steps >= 2;
   const bool blew_up = accelerated && !(finite && residual <= rule.safeguard * s.previous);
   s.improved = residual < s.best;
-  const bool unchanged = std::fabs(residual - s.previous) <= 4 * rule.eps * residual;
+  const bool unchanged = magnitude(residual - s.previous) <= 4 * rule.eps * residual;
   const bool at_floor = residual <= kRounding * rule.eps * size && s.improved == 0;
   s.flat = unchanged || at_floor ? s.flat + 1 : 0;
   if (s.improved != 0) s.best = residual;
@@ -59,6 +59,9 @@ static inline Mode judge(Record& s, double residual, double size, bool lost_rank
   return !running ? kKeep : blew_up ? kReject : kMix;
 }
 
+// The larger one, or NaN where either is.
+PYDEQSOLVE_HD static inline double worse(double a, double b) { return a != a || a > b ? a : b; }
+
 struct Counts {
   std::int64_t finished, left_behind;
 };
@@ -73,7 +76,7 @@ static inline Counts judge_all(std::int64_t n, std::int64_t T, const double* nor
     for (std::int64_t t = 0; t < T; ++t) {
       for (int which = 0; which < 2; ++which) {
         const double x = norms[(i * T + t) * 2 + which];
-        total[which] = !rule.is_max ? total[which] + x : !(x <= total[which]) ? x : total[which];
+        total[which] = rule.is_max ? worse(total[which], x) : total[which] + x;
       }
       lost_rank = lost_rank || (dropped && dropped[i * T + t] > 0);
     }

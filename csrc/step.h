@@ -104,6 +104,12 @@ template <class Scalar>
 const char* advance_cuda(const Rows& rows, const History<Scalar>& history, Coupling coupling, double ridge,
                          const std::uint8_t* mode, double* gamma, std::int32_t* dropped, double beta, const Scalar* z,
                          Scalar* z_next, double* workspace, void* stream);
+// judge_all on the device, but for the counts: norms (n, T, 2), dropped (n, T) or null, table (n,), mode (n, T).
+const char* judge_cuda(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped, Record* table,
+                       const Judgement& rule, std::uint8_t* mode, void* stream);
+// Copies `bytes` of each sample that was left behind: to[rows[i]] = from[origin[i]]; rows, origin (n,).
+const char* keep_cuda(std::int64_t n, std::int64_t bytes, const Record* table, const std::int64_t* rows,
+                      const std::int64_t* origin, const void* from, void* to, void* stream);
 std::int64_t partial_doubles(const Rows& rows, int slots);
 int cuda_device_count();  // 0 without a driver
 

@@ -5,6 +5,7 @@
 
 #include "core.h"
 #include "gram.cuh"
+#include "judge.cuh"
 #include "mix.cuh"
 #include "step.h"
 #include "totals.cuh"
@@ -19,7 +20,8 @@ constexpr std::int64_t kWarpFeatures = 1024;
 // Beyond, a thread block owns a chunk of this many features, four packs of float per thread: 3 million features of one
 // sample make 750 chunks, several for each multiprocessor, and the last wave of them is short.
 constexpr std::int64_t kChunkFeatures = 4096;
-constexpr int kSharedBytes = 48 * 1024;  // every device has as much without being asked
+constexpr std::int64_t kKeptBytes = 64 * 1024;  // of a left behind iterate that one thread block copies
+constexpr int kSharedBytes = 48 * 1024;         // every device has as much without being asked
 // Systems up to here are solved inside the mix kernel, larger ones only where no other chunk would solve them too.
 constexpr int kSolveInMix = 8, kSolveInMixAlone = 16;
 
@@ -168,6 +170,29 @@ const char* advance_cuda(const Rows& rows, const History<Scalar>& history, Coupl
   }
   const char* error = weights_cuda<Scalar>(rows, history, coupling, ridge, mode, gamma, dropped, workspace, stream);
   return error ? error : mix_cuda<Scalar>(rows, history, gamma, mode, beta, z, z_next, stream);
+}
+
+const char* judge_cuda(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped, Record* table,
+                       const Judgement& rule, std::uint8_t* mode, void* stream) {
+  if (n * T == 0) return nullptr;
+  const Shape shape = shape_of(n, kWarp, kJudged);
+  PYDEQSOLVE_LAUNCH(judge_kernel, shape.grid, shape.threads, shape.shared, static_cast<cudaStream_t>(stream), n, T,
+                    norms, dropped, table, rule, mode);
+  return launched();
+}
+
+const char* keep_cuda(std::int64_t n, std::int64_t bytes, const Record* table, const std::int64_t* rows,
+                      const std::int64_t* origin, const void* from, void* to, void* stream) {
+  if (n * bytes == 0) return nullptr;
+  const auto run = [&](auto word) {
+    using Word = decltype(word);
+    const std::int64_t words = bytes / static_cast<std::int64_t>(sizeof(Word)), chunks = divide_up(bytes, kKeptBytes);
+    const auto keep = keep_kernel<Word>;
+    PYDEQSOLVE_LAUNCH(keep, static_cast<unsigned>(n * chunks), kThreads, 0, static_cast<cudaStream_t>(stream), chunks,
+                      words, table, rows, origin, static_cast<const Word*>(from), static_cast<Word*>(to));
+    return launched();
+  };
+  return bytes % 16 == 0 && aligned({from, to}) ? run(Pack<float>{}) : run(std::uint16_t{});
 }
 
 // What the larger of the two passes needs: the sums of every chunk, or the systems summed over time.

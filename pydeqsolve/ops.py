@@ -30,6 +30,7 @@ __all__ = [
     "can_step",
     "judge",
     "judge_front",
+    "keep",
     "measure",
     "start",
     "step",
@@ -46,7 +47,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 4  # csrc/bindings.cpp
+INTERFACE = 5  # csrc/bindings.cpp
 
 
 _native: Any
@@ -72,12 +73,7 @@ def start(ring: Ring) -> None:
     """Prepares `ring` for the native step when device, size and build allow it; warns once where there is none."""
     _warn_once()
     _, M, T, D = ring.R.shape
-    backend = None
-    if _native is not None and M <= _native.MAX_SLOTS:
-        if ring.R.device.type == "cpu":
-            backend = "cpu"
-        elif ring.R.device.type == "cuda" and _native.cuda_architectures:
-            backend = "cuda"
+    backend = ring.R.device.type if _is_native(ring.R) and M <= _native.MAX_SLOTS else None
     handle = None
     if backend:
         steps = 0 if ring.steps_gram is None else ring.steps_gram.data_ptr()
@@ -140,17 +136,48 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
 
 def judge(
     table: Tensor, norms: Tensor, dropped: Tensor | None, safeguard: float, eps: float, entries: float, is_max: bool
-) -> tuple[Tensor, int, int] | None:
-    """`Monitor.judge` on the host: mode (n, T), samples finished, samples left behind; None where it cannot run."""
-    if _native is None or table.device.type != "cpu":
+) -> tuple[Tensor, int | None, int | None] | None:
+    """`Monitor.judge` natively: mode (n, T), samples finished, samples left behind; None where it cannot run.
+
+    The counts are None on a device: reading them would wait for it.
+    """
+    if not _is_native(table):
         return None
     n, T, _ = norms.shape
     mode = torch.empty(n, T, dtype=torch.uint8, device=table.device)  # whatever the default device
-    counts = _native.judge(
+    shared = (
         n, T, norms.data_ptr(), 0 if dropped is None else dropped.data_ptr(), table.data_ptr(), safeguard, eps, entries,
         is_max, mode.data_ptr(),
     )  # fmt: skip
-    return (mode, *counts)
+    if table.device.type == "cpu":
+        return (mode, *_native.judge(*shared))
+    with torch.cuda.device(table.device):
+        _native.judge_cuda(*shared, torch.cuda.current_stream(table.device).cuda_stream)
+    return mode, None, None
+
+
+def keep(best: Tensor, rows: Tensor, before: Tensor, origin: Tensor, table: Tensor) -> bool:
+    """best[rows] = before[origin] on a device, for the samples that `table` says were left behind.
+
+    best (B, T, D), before (k, T, D), rows, origin (n,) int64. Returns False, having done nothing, where it cannot run.
+    """
+    if table.device.type == "cpu" or not _is_native(table):
+        return False
+    if best.dtype != before.dtype or not best.is_contiguous() or not before.is_contiguous():
+        return False
+    with torch.cuda.device(table.device):
+        _native.keep_cuda(
+            len(rows), best[0].nbytes, table.data_ptr(), rows.data_ptr(), origin.data_ptr(), before.data_ptr(),
+            best.data_ptr(), torch.cuda.current_stream(table.device).cuda_stream,
+        )  # fmt: skip
+    return True
+
+
+def _is_native(x: Tensor) -> bool:
+    """Whether there are kernels for the device of x."""
+    if _native is None:
+        return False
+    return x.device.type == "cpu" or (x.device.type == "cuda" and bool(_native.cuda_architectures))
 
 
 def judge_front(

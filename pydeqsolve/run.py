@@ -137,6 +137,8 @@ class Run:
         """Stores iterates whose successors were worse: a monotone solve copies nothing."""
         if self.best is None:
             self.best = self.full.clone()
+        if ops.keep(self.best, self.rows, self.before, self.origin, self.monitor.table):
+            return
         left_behind = self.monitor["left_behind"] != 0
         if self.z.device.type == "cpu":
             at = left_behind.nonzero()[:, 0]

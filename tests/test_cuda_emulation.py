@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pydeqsolve import Anderson, Broyden, Picard, Status, Stop, reference, solve
+from pydeqsolve import Anderson, Broyden, Picard, Status, Stop, ops, reference, solve
+from pydeqsolve.monitor import Monitor
 from pydeqsolve.ops import ACCEPT, KEEP, MIX, PLAIN, REJECT
 from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
 
@@ -215,6 +220,43 @@ def test_advance_is_weights_then_mix_to_the_bit(kernels: Emulator, case: Case, s
     assert torch.equal(ring.count, apart.count)
 
 
+@given(
+    st.integers(1, 20), st.integers(1, 70), st.sampled_from(("rms", "max")), st.booleans(), st.integers(0, 2**31),
+    schedules,
+)  # fmt: skip
+@settings(max_examples=100)
+def test_judge_equals_the_tensors(
+    kernels: Emulator, n: int, T: int, norm: Literal["rms", "max"], drops: bool, seed: int, schedule: int
+) -> None:
+    kernels.choose_schedule(schedule)
+    generator = torch.Generator().manual_seed(seed)
+    ours, oracle = (Monitor(n, Stop(rtol=0.3, norm=norm), torch.float32, torch.device("cpu"), 2.0) for _ in range(2))
+    for _ in range(6):
+        norms = torch.rand(n, T, 2, generator=generator, dtype=torch.float64)
+        norms[torch.rand(n, T, generator=generator) < 0.5 / T / n] = torch.nan
+        norms[..., 0] *= 10.0 ** torch.randint(-3, 4, (n, 1), generator=generator)
+        dropped = torch.randint(2, (n, T), generator=generator, dtype=torch.int32) if drops else None
+        entries = 7.0 if norm == "rms" else 1.0
+        mode = kernels.judge(ours.table, norms, dropped, 2.0, ours.eps, entries, norm == "max")
+        with mock.patch.object(ops, "judge", return_value=None):
+            expected, _, _ = oracle.judge(norms, dropped, 7)
+        assert torch.equal(mode, expected)
+        torch.testing.assert_close(ours.table, oracle.table, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("D", "dtype"), [(3, torch.float16), (64, torch.bfloat16), (90_001, torch.float32)], ids=str)
+def test_keep_copies_what_was_left_behind(kernels: Emulator, D: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    best, before = torch.randn(2, 6, 2, D, generator=generator).to(dtype)
+    rows, origin = torch.tensor([4, 0, 3]), torch.tensor([1, 5, 2])
+    monitor = Monitor(3, Stop(), dtype, torch.device("cpu"), 0.0)
+    monitor["left_behind"] = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    expected = best.clone()
+    expected[4], expected[3] = before[1], before[2]
+    kernels.keep(best, rows, before, origin, monitor.table)
+    assert torch.equal(best, expected)
+
+
 def run_steps(kernels: Emulator, case: Case, f: Tensor, z: Tensor) -> list[Tensor]:
     """Everything two passes write, over the leading dimension of f and z (steps, B, T, D)."""
     written = []
@@ -346,17 +388,32 @@ def run_driver(program: Path, schedule: int) -> subprocess.CompletedProcess[str]
     return subprocess.run([program, str(schedule)], capture_output=True, text=True, env={**os.environ, **options})
 
 
-def build_driver(folder: Path, flags: list[str], csrc: Path = CSRC) -> Path:
-    # The CPU step is the oracle and always the unchanged one.
-    sources = [*DRIVER, CSRC / "step_cpu.cpp", CSRC / "dispatch.cpp"]
-    return compile_emulated(sources, folder / "driver", ["-O1", *flags], csrc)
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
+    """Objects of the CPU step, which is always the unchanged one, by flags."""
+
+    @functools.cache
+    def build(*flags: str) -> list[Path]:
+        folder = tmp_path_factory.mktemp("oracle")
+        return [
+            compile_emulated([CSRC / f"{name}.cpp"], folder / f"{name}.o", ["-O1", "-c", *flags])
+            for name in ("step_cpu", "dispatch")
+        ]
+
+    return build
+
+
+def build_driver(folder: Path, flags: list[str], oracle: Callable[..., list[Path]], csrc: Path = CSRC) -> Path:
+    return compile_emulated([*DRIVER, *oracle(*flags)], folder / "driver", ["-O1", *flags], csrc)
 
 
 @pytest.mark.parametrize(
     ("flags", "schedules"), [(ADDRESS, (0, 1, 5)), (THREAD, (0, 6))], ids=["address and undefined", "thread"]
 )
-def test_sanitizers_find_nothing(tmp_path: Path, flags: list[str], schedules: tuple[int, ...]) -> None:
-    program = build_driver(tmp_path, flags)
+def test_sanitizers_find_nothing(
+    tmp_path: Path, oracle: Callable[..., list[Path]], flags: list[str], schedules: tuple[int, ...]
+) -> None:
+    program = build_driver(tmp_path, flags, oracle)
     for schedule in schedules:
         done = run_driver(program, schedule)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -396,14 +453,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(tmp_path: Path, fault: str) -> None:
+def test_a_planted_fault_is_caught(tmp_path: Path, oracle: Callable[..., list[Path]], fault: str) -> None:
     flags, name, old, new, message = FAULTS[fault]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     text = (csrc / name).read_text()
     assert text.count(old) == 1, "the planted fault no longer fits the source"
     (csrc / name).write_text(text.replace(old, new))
-    done = run_driver(build_driver(tmp_path, flags, csrc), schedule=0)
+    done = run_driver(build_driver(tmp_path, flags, oracle, csrc), schedule=0)
     assert done.returncode != 0
     assert message in done.stderr
 

@@ -476,3 +476,20 @@ def test_tensors_without_memory_are_refused():
         solve(torch.cos, torch.ones(2, 3), gradient=None)
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.func.vmap(lambda z0: solve(torch.cos, z0, gradient=None).z)(torch.ones(2, 3, 4))
+
+
+@pytest.mark.parametrize("norm", ["rms", "max"])
+def test_a_block_that_is_nan_makes_its_whole_sample_nonfinite(norm):
+    def fn(z, bad):
+        return torch.where(bad[:, None, None] & (torch.arange(3) == 0)[:, None], torch.nan, 0.5 * z + 1)
+
+    bad = torch.tensor([False, True])
+    solution = solve(
+        fn,
+        torch.zeros(2, 3, 4),
+        (bad,),
+        solver=Anderson(2, coupling="independent"),
+        stop=Stop(norm=norm),
+        gradient=None,
+    )
+    assert solution.status.tolist() == [Status.CONVERGED, Status.NONFINITE]

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -59,7 +60,7 @@ class Emulator:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("measure", "weights", "mix", "advance"):
+        for name in ("measure", "weights", "mix", "advance", "judge", "keep"):
             getattr(self._library, f"emulated_{name}").restype = ctypes.c_char_p
         self._library.emulated_workspace_doubles.restype = ctypes.c_int64
         self._library.emulated_launches.restype = ctypes.c_int64
@@ -111,12 +112,31 @@ class Emulator:
                   _at(dropped), ctypes.c_double(ring.damping), _at(z), _at(z_next), _at(workspace))  # fmt: skip
         return z_next, dropped, gamma
 
+    def judge(
+        self, table: Tensor, norms: Tensor, dropped: Tensor | None, safeguard: float, eps: float, entries: float,
+        is_max: bool,
+    ) -> Tensor:  # fmt: skip
+        """Mode (n, T) of norms (n, T, 2); see `ops.judge`."""
+        n, T, _ = norms.shape
+        mode = torch.full((n, T), 99, dtype=torch.uint8)
+        self._call("judge", ctypes.c_int64(n), ctypes.c_int64(T), _at(norms), _at(dropped), _at(table),
+                   *map(ctypes.c_double, (safeguard, eps, entries)), int(is_max), _at(mode))  # fmt: skip
+        return mode
+
+    def keep(self, best: Tensor, rows: Tensor, before: Tensor, origin: Tensor, table: Tensor) -> None:
+        """best[rows] = before[origin] where `table` says so; see `ops.keep`."""
+        self._call("keep", ctypes.c_int64(len(rows)), ctypes.c_int64(best[0].nbytes), _at(table), _at(rows),
+                   _at(origin), _at(before), _at(best))  # fmt: skip
+
     def _workspace(self, call: Call) -> Tensor:
         doubles = self._library.emulated_workspace_doubles(ctypes.byref(call))
         return torch.full((max(1, doubles),), torch.nan, dtype=torch.float64)
 
     def _run(self, name: str, call: Call, *arguments: object) -> None:
-        error = getattr(self._library, f"emulated_{name}")(ctypes.byref(call), *arguments)
+        self._call(name, ctypes.byref(call), *arguments)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        error = getattr(self._library, f"emulated_{name}")(*arguments)
         if error:
             raise RuntimeError(f"{name}: {error.decode()}")
 
@@ -164,6 +184,15 @@ def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
         z_next, dropped, _ = kernels.advance(ring, z, mode, rows, out)
         return z_next, dropped
 
-    replaced = {"measure": measure, "advance": advance, "can_step": lambda ring: False}
+    def judge(table: Tensor, norms: Tensor, *rule: Any) -> tuple[Tensor, None, None]:
+        return kernels.judge(table, norms, *rule), None, None
+
+    def keep(best: Tensor, rows: Tensor, before: Tensor, origin: Tensor, table: Tensor) -> bool:
+        kernels.keep(best, rows, before, origin, table)
+        return True
+
+    replaced = {
+        "measure": measure, "advance": advance, "judge": judge, "keep": keep, "can_step": lambda ring: False,
+    }  # fmt: skip
     with mock.patch.multiple(ops, **replaced):
         yield kernels

@@ -92,6 +92,17 @@ const char* emulated_advance(const Call* call, int coupling, double ridge, const
   });
 }
 
+const char* emulated_judge(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped,
+                           void* table, double safeguard, double eps, double entries, int is_max, std::uint8_t* mode) {
+  return judge_cuda(n, T, norms, dropped, static_cast<Record*>(table), {safeguard, eps, entries, is_max != 0}, mode,
+                    nullptr);
+}
+
+const char* emulated_keep(std::int64_t n, std::int64_t bytes, const void* table, const std::int64_t* rows,
+                          const std::int64_t* origin, const void* from, void* to) {
+  return keep_cuda(n, bytes, static_cast<const Record*>(table), rows, origin, from, to, nullptr);
+}
+
 std::int64_t emulated_workspace_doubles(const Call* call) {
   return partial_doubles({call->n, call->blocks, call->features, call->rows, call->wanted}, call->slots);
 }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Chain, Checkpoint, load_checkpoint, passes, sample
+from diffusion import Chain, Checkpoint, load_checkpoint, nodes, passes, sample, sampler
 from diffusion.chain import LinearChain, interpolation
 from pydeqsolve import Anderson, Picard
 
@@ -46,22 +46,33 @@ def try_ways(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) 
 
 
 def try_nodes(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) -> None:
-    """The numbers behind levels="nodes", varied one at a time."""
-    usual = {name: getattr(passes, name) for name in ("STEPS_PER_NODE", "MOST_NODES", "FIRST", "CORRECTION", "SETTLED")}
+    """The numbers behind levels="nodes" and the start on the nodes, varied one at a time."""
     variants: list[dict[str, float]] = [
-        {}, {"MOST_NODES": 14, "STEPS_PER_NODE": 7}, {"MOST_NODES": 34, "STEPS_PER_NODE": 3}, {"FIRST": 5.0},
-        {"FIRST": 50.0}, {"CORRECTION": 2.0}, {"CORRECTION": 1.0}, {"SETTLED": 10.0}, {"SETTLED": 100.0},
+        {}, {"STEPS_PER_NODE": 7}, {"MOST_NODES": 34, "STEPS_PER_NODE": 3}, {"DENSITY": 2.0}, {"FIRST": 20.0},
+        {"FIRST": 100.0}, {"CORRECTION": 0.5}, {"CORRECTION": 2.0}, {"SETTLED": 10.0}, {"SETTLED": 100.0},
     ]  # fmt: skip
     for variant in variants:
-        for name, value in {**usual, **variant}.items():
-            setattr(passes, name, value)
-        out = sample(
-            checkpoint.model, x, chain, splitting="gaussian", mean=checkpoint.mean, variance=checkpoint.variance,
-            levels="nodes",
-        )  # fmt: skip
-        report(f"nodes {variant or ''}", out, expected, len(chain))
+        try_numbers(checkpoint, chain, x, expected, "nodes", variant)
+    for variant in [{}, {"START": 0, "MARGIN_FROM_GUESS": 0.5}, {"START": 1}, {"START": 3}, {"START": 4},
+                    {"MARGIN_FROM_GUESS": 0.5}, {"MARGIN_FROM_GUESS": 0.2}]:  # fmt: skip
+        try_numbers(checkpoint, chain, x, expected, (), variant)
+
+
+def try_numbers(
+    checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor, levels: Any, variant: dict[str, float]
+) -> None:
+    """One way of sampling with some of its numbers changed."""
+    homes = {name: next(m for m in (nodes, passes, sampler) if name in vars(m)) for name in variant}
+    usual = {name: getattr(home, name) for name, home in homes.items()}
+    for name, value in variant.items():
+        setattr(homes[name], name, value)
+    out = sample(
+        checkpoint.model, x, chain, splitting="gaussian", mean=checkpoint.mean, variance=checkpoint.variance,
+        levels=levels,
+    )  # fmt: skip
+    report(f"{levels or 'together'} {variant or ''}", out, expected, len(chain))
     for name, value in usual.items():
-        setattr(passes, name, value)
+        setattr(homes[name], name, value)
 
 
 def report(name: str, out: Any, expected: Tensor, T: int) -> None:

@@ -25,7 +25,7 @@ SOLVER = Anderson(memory=2, coupling="causal")
 UNITS_PER_RTOL = 5.0
 MARGIN = 0.5
 # From a smooth guess many steps come within the tolerance at once, and what each still lacks adds up over them.
-MARGIN_FROM_GUESS = 0.2
+MARGIN_FROM_GUESS = 0.1
 SMALLEST_SCALE = 1e-3
 
 

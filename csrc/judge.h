@@ -108,7 +108,7 @@ static inline double total_of(const Block* blocks, std::int64_t T, int norm) {
   double total = 0;
   for (std::int64_t t = 0; t < T; ++t) {
     const double x = blocks[t].residual;
-    total = norm != 2 ? total + x * x : (x <= total || std::isnan(total)) ? total : x;
+    total = norm == 2 ? worse(total, x) : total + x * x;
   }
   return norm == 2 ? total : std::sqrt(norm == 1 ? total : total / static_cast<double>(T));
 }
@@ -131,7 +131,7 @@ static inline void judge_front(Record& s, Block* blocks, std::int64_t T, const d
     if (wanted[t]) b.residual = r;
     leading = leading && measured && r <= rule.margin * tolerance;
     if (leading) reach = t + 1;
-    within = within && measured && (t == front || r <= tolerance);  // the front is either small or exact
+    within = within && measured && (r <= tolerance || (t == front && t + 1 == T));  // that one becomes exact
   }
   const bool exact = front < T && wanted[front] && root(norms[2 * front]) < INFINITY && reach - front <= 1;
   const bool lost = front < T && wanted[front] && !(root(norms[2 * front]) < INFINITY);

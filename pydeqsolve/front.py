@@ -89,7 +89,8 @@ class FrontMonitor(Monitor):
         small = wanted & finite & (residual <= self.front.margin * tolerance)
         run = (done | small).cumprod(1).bool() & ~done
         alone = (run.sum(1) <= 1)[:, None] & first & wanted & finite
-        within = done | alone | (wanted & finite & (residual <= tolerance))
+        within = done | (wanted & finite & (residual <= tolerance))
+        within[:, -1] |= alone[:, -1]  # where others follow, they were measured at a z that is about to move
         converged = within.all(1) & running
         # When the rest converges as it stands, it stays as it was measured; only a last block may still move.
         whole = converged & ~(done | alone).all(1)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydeqsolve import Anderson, Front, Implicit, Picard, Status, Stop, build_info, solve
+from pydeqsolve import Anderson, Front, Implicit, Picard, Status, Stop, build_info, ops, solve
 from pydeqsolve.front import FrontMonitor
 
 f64 = torch.float64
@@ -92,7 +92,7 @@ def test_a_window_of_one_is_forward_substitution():
 
 def test_blocks_may_have_tolerances_of_their_own():
     problem = problems.triangular(10, gain=0.5)
-    tight, loose = torch.full((1, 10), 1e-9, dtype=f64), torch.full((1, 10), 1e-2, dtype=f64)
+    tight, loose = torch.full((1, 10), 1e-9, dtype=f64), torch.full((1, 10), 3e-2, dtype=f64)
     one, _ = run(problem, stop=Stop(rtol=tight))
     other, _ = run(problem, stop=Stop(rtol=loose))
     assert other.steps < one.steps
@@ -205,6 +205,23 @@ def test_implicit_gradients_pass_through_a_front():
     slope = 0.6 * (1 + torch.cos(problem.solution[0, :-1, 0]))
     expected = torch.cat([slope.flip(0).cumprod(0).flip(0), torch.ones(1, dtype=f64)])
     torch.testing.assert_close(found[0, :, 0], expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("available", [True, False], ids=["native", "reference"])
+@pytest.mark.parametrize("latest", [False, True])
+@pytest.mark.parametrize("solver", [Picard(), CAUSAL], ids=str)
+def test_later_blocks_that_stand_still_do_not_end_a_sample_whose_front_still_moves(
+    solver, latest, available, monkeypatch
+):
+    if not available:
+        monkeypatch.setattr(ops, "_native", None)
+
+    def steps(z, wanted):  # z = (1, 5): at the first measurement the second block has no residual, at z_0 = 0
+        return torch.stack([torch.ones_like(z[:, 0]), 5 * z[:, 0].round()], 1)
+
+    z0 = torch.zeros(1, 2, 1, dtype=f64)
+    out = solve(steps, z0, solver=solver, stop=Stop(rtol=1e-3), gradient=None, front=Front(latest=latest)).check()
+    assert out.z.flatten().tolist() == [1.0, 5.0]
 
 
 def judged(monitor, norms, entries, native):

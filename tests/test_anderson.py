@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pydeqsolve import Anderson, Picard, Stop, ops, solve
+from pydeqsolve import Anderson, Picard, Status, Stop, ops, solve
 from pydeqsolve.ring import Ring
 
 f64 = torch.float64
@@ -278,3 +278,19 @@ def test_causal_anderson_solves_a_far_from_normal_chain_while_its_residual_grows
     solution = run(problem, Anderson(coupling="causal"), Stop(rtol=1e-10), trace=True).check()
     assert error(solution, problem) < 1e-6
     assert (solution.trace[1:20] > 3 * solution.trace[0]).any()
+
+
+@pytest.mark.parametrize("norm", ["rms", "l2", "max"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("coupling", ["independent", "causal"])
+def test_a_block_that_is_nan_is_never_converged(coupling, block, norm):
+    def fn(z):
+        f = 0.5 * z + 1
+        f[0, block] = torch.nan
+        return f
+
+    solution = solve(
+        fn, torch.zeros(2, 3, 4), solver=Anderson(coupling=coupling), stop=Stop(rtol=1e-4, norm=norm), gradient=None
+    )
+    assert solution.status.tolist() == [Status.NONFINITE, Status.CONVERGED]
+    assert solution.z.isfinite().all()

@@ -20,11 +20,15 @@ def _ring(
 ) -> Ring:  # fmt: skip
     """A `Ring` over tensors that exist already."""
     B, M, T, _ = R.shape
-    tensors = (R, F, gram, rhs, squares, count, *(() if steps_gram is None else (steps_gram,)))
-    if not all(x.is_contiguous() for x in tensors) or F.shape != R.shape or gram.shape != (B, T, M, M):
-        raise ValueError("the history must be contiguous: R, F (B, M, T, D), gram (B, T, M, M)")
     if method.kind == "broyden good" and steps_gram is None:
         raise ValueError("steps_gram is required for Broyden good")
+    for name, x, dtype, shape in (
+        ("R", R, R.dtype, R.shape), ("F", F, R.dtype, R.shape), ("gram", gram, torch.float64, (B, T, M, M)),
+        ("steps_gram", gram if steps_gram is None else steps_gram, torch.float64, (B, T, M, M)),
+        ("rhs", rhs, torch.float64, (B, T, M)), ("squares", squares, torch.float64, (B, T, 2)),
+        ("count", count, torch.int32, (B, T)),
+    ):  # fmt: skip
+        _require(name, x, dtype, shape, R.device)
     ring = Ring.__new__(Ring)
     ring.kind, ring.coupling, ring.damping, ring.ridge = method.kind, method.coupling, method.damping, method.ridge
     ring.slots, ring.head, ring.eps, ring.dtype = M, head, torch.finfo(R.dtype).eps, R.dtype
@@ -32,6 +36,15 @@ def _ring(
     ring.rhs, ring.squares, ring.count = rhs, squares, count
     ops.start(ring)
     return ring
+
+
+def _require(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises ValueError unless x is what the kernels will take it for: they are given its address alone."""
+    if x.dtype != dtype or x.shape != shape or x.device != device or not x.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {dtype} of shape {tuple(shape)} on {device}, got "
+            f"{'' if x.is_contiguous() else 'strided '}{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        )
 
 
 def _refuse_gradient(*tensors: Tensor) -> None:
@@ -59,6 +72,9 @@ def measure(
     """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `ops.measure`. kind is in `KINDS`."""
     _refuse_gradient(f, z)
     M = R.shape[1]
+    _require("rows", rows, torch.int64, z.shape[:1], R.device)
+    if wanted is not None:
+        _require("wanted", wanted, torch.bool, z.shape[:2], R.device)
     ring = _ring(R, F, gram, steps_gram, rhs, squares, count, (head - 1) % M, Method(KINDS[kind], M - 1))
     return ops.measure(ring, f, z, rows, wanted, "max" if is_max else "rms")
 
@@ -69,6 +85,9 @@ def advance(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Pass 2: the next iterate (n, T, D) and the differences dropped (n, T); see `ops.advance`."""
     _refuse_gradient(z, F)
+    _require("z", z, R.dtype, (len(rows), *R.shape[2:]), R.device)
+    _require("modes", modes, torch.uint8, z.shape[:2], R.device)
+    _require("rows", rows, torch.int64, z.shape[:1], R.device)
     method = Method(KINDS[kind], R.shape[1] - 1, damping, ridge, COUPLINGS[coupling])
     return ops.advance(_ring(R, F, gram, steps_gram, rhs, squares, count, head, method), z, modes, rows)
 

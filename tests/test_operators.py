@@ -85,3 +85,32 @@ def test_a_gradient_is_refused_and_not_lost():
         measure(f, z, *tensors(ring), rows, None, 1, 0, False)
     with torch.no_grad():
         assert measure(f, z, *tensors(ring), rows, None, 1, 0, False).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("z", lambda z: z.double()),
+        ("z", lambda z: z.half()),
+        ("z", lambda z: torch.stack([z, z], -1)[..., 0]),
+        ("z", lambda z: z[:2].contiguous()),
+        ("modes", lambda modes: modes.long()),
+        ("rows", lambda rows: rows.int()),
+        ("rows", lambda rows: torch.stack([rows, rows], 1)[:, 0]),
+        ("F", lambda F: F.bfloat16()),
+        ("gram", lambda gram: gram.float()),
+        ("count", lambda count: count.long()),
+        ("rhs", lambda rhs: rhs[:, :, :2].contiguous()),
+    ],
+)
+def test_a_tensor_that_the_kernels_would_misread_is_refused(name, change):
+    ring = history("anderson II", torch.float32)
+    given = {
+        "z": states(torch.float32)[1], "modes": torch.full((3, 2), ops.PLAIN, dtype=torch.uint8), "R": ring.R,
+        "F": ring.F, "gram": ring.gram, "steps_gram": None, "rhs": ring.rhs, "squares": ring.squares,
+        "count": ring.count, "rows": torch.arange(3),
+    }  # fmt: skip
+    advance(*given.values(), 1, 0, 0, 0.0, 1.0)
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=rf"^{name} must be contiguous"):
+        advance(*given.values(), 1, 0, 0, 0.0, 1.0)

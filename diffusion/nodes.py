@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pydeqsolve import Stop
+
 from .chain import EditedChain, LinearChain, Splitting, interpolation
 from .remainder import Remainders
 
@@ -32,7 +34,8 @@ class NodeChain(LinearChain):
         sums = torch.stack([self.w[a:b].T @ spread[a:b] for a, b in segments]).cumsum(0)  # (n − 1, 1 or D, n)
         G = torch.cat([torch.zeros_like(sums[:1]), sums * self.P[at[1:], :, None]])
         self.G = G.transpose(0, 1).contiguous()  # (1 or D, n, n)
-        self.rows = self.G.permute(1, 2, 0).contiguous()  # (n, n, 1 or D)
+        rows = self.G.permute(1, 2, 0)  # (n, n, 1 or D)
+        self.rows = rows.contiguous() if rows.numel() <= SMALL else rows  # larger ones are not used: no copy
 
     def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
         """(B, n, D): base plus the response to N (B, n, D)."""
@@ -54,10 +57,12 @@ def nodes(T: int) -> Tensor:
     return at.unique()
 
 
-def smooth(run: Sampler) -> bool:
-    """Whether a chain is long, in closed form, and free of noise that would make its states rough over time."""
+def possible(run: Sampler, stop: Stop, window: int | None) -> bool:
+    """Whether nodes serve: the chain long, in closed form, all of it at hand, its states smooth, errors allowed."""
     linear, T = run.map.linear, len(run.map.chain)
-    return linear.safe and not isinstance(linear, EditedChain) and T >= FEWEST_STEPS and run.map.chain.eta == 0
+    closed = linear.safe and not isinstance(linear, EditedChain) and (window is None or window >= T)
+    tolerant = isinstance(stop.rtol, Tensor) or stop.rtol > 0
+    return closed and tolerant and T >= FEWEST_STEPS and run.map.chain.eta == 0
 
 
 @dataclass(eq=False)

@@ -20,19 +20,13 @@ from torch import Tensor
 from pydeqsolve import Front, Solution, Status, Stop, solve
 
 from .arguments import Silent
-from .nodes import Nodes, smooth
+from .nodes import Nodes
 from .sampler import MARGIN, Sampler, block_stop, scale_of
 
 PASSES = 2
 FIRST, CORRECTION = 50.0, 1.0  # tolerances on the nodes, in units of rtol
 ROUNDING = 2.0  # the tightest tolerance on the nodes, in units of the network's machine epsilon
 SETTLED = 30.0  # change of x_0 by the correction, relative, in units of rtol: three times the error asked for
-
-
-def possible(run: Sampler, stop: Stop, window: int | None) -> bool:
-    """Whether a chain can be solved this way: long, smooth over time, and in closed form."""
-    tolerant = isinstance(stop.rtol, Tensor) or stop.rtol > 0
-    return smooth(run) and tolerant and (window is None or window >= len(run.map.chain))
 
 
 @dataclass(eq=False)

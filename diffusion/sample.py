@@ -18,8 +18,8 @@ from .basis import Rotated, rotate, rotate_states, rotated_callback, rotated_edi
 from .chain import Chain, Splitting
 from .cost import cheapest, timed
 from .edit import Edit
-from .nodes import nodes
-from .passes import Passes, possible
+from .nodes import nodes, possible
+from .passes import Passes
 from .phantom import through_phantom
 from .remainder import Model, reachable
 from .sampler import SOLVER, Sampler
@@ -93,8 +93,8 @@ def sample(
         stop: rtol is a tenth of the relative error of x_0 that is asked for (default 1e-4: within 1e-3 of sequential
             sampling, met by all but a few in a thousand images), taken no smaller than half the machine epsilon of
             the model's dtype unless 0, which asks for every step to be exact. atol, if given, is added, in units of ε,
-            root mean square per step. max_steps caps the rounds of a level (by default the number of steps, which
-            always suffices).
+            root mean square per step. max_steps caps the rounds of a level, besides those that it may start with on the
+            nodes (by default the number of steps, which always suffices).
         window: time steps evaluated at once, at most; None is all, or 100 for a chain that clips, whose clipped pixels
             are stiff: far ahead of the front their remainders are of no use yet.
         generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead. noises: the noises (B, steps, …).

@@ -15,7 +15,7 @@ from .adjoint import through_chain
 from .arguments import Silent, check_arguments, model_dtype
 from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
 from .edit import Edit
-from .nodes import smooth, start
+from .nodes import possible, start
 from .phantom import through_phantom
 from .ranks import check_alike, check_group
 from .remainder import Model, Network, Remainders, move, reachable
@@ -143,7 +143,7 @@ class Sampler:
         guess = torch.zeros(B, T, D, dtype=torch.float64, device=self.x_T.device)
         evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
         rounds, margin = 0, MARGIN
-        if not levels and smooth(self) and (window is None or window >= T):
+        if not levels and possible(self, stop, window):
             (guess, rounds, evaluations), margin = start(self), MARGIN_FROM_GUESS
             bar.update(rounds)
         for count in levels:

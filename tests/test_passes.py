@@ -98,6 +98,15 @@ def test_windows_levels_and_edits_have_no_start_on_the_nodes(options):
 
 
 @torch.no_grad()
+def test_an_exact_solve_takes_no_more_rounds_than_steps():
+    model, chain, x = Watched(), SCHEDULE.chain(60), latents(1, 6)
+    expected = sample(model, x, chain, method="sequential")
+    got = sample(model, x, chain, levels=(), stop=Stop(rtol=0.0, max_steps=60))
+    assert got.rounds <= 60
+    assert relative(got.x_0, expected.x_0) <= 1e-12
+
+
+@torch.no_grad()
 def test_a_model_that_no_spline_can_follow_is_solved_for_all_steps_together():
     got, expected = both(Watched(roughness=0.3), latents(3, 6), 300)
     assert relative(got.x_0, expected.x_0) <= 1e-3

@@ -87,16 +87,16 @@ void measure(const Ring& ring, int head, std::int64_t n, Address index, Address 
 // A whole step on the host; returns how many samples have finished and how many were left behind.
 std::pair<std::int64_t, std::int64_t> step(const Ring& ring, int head, std::int64_t n, Address index, Address wanted,
                                            Address f, Address z, Address table, double safeguard, double entries,
-                                           bool is_max, int coupling, double ridge, double damping, Address mode,
-                                           Address z_next, int threads) {
+                                           bool is_max, int coupling, double ridge, double damping, Address before,
+                                           Address best, Address mode, Address z_next, int threads) {
   py::gil_scoped_release release;
   Counts counts{0, 0};
   with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
-    counts =
-        step_cpu<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
-                    {safeguard, ring.eps, entries, is_max}, at<Record>(table),
-                    {static_cast<Coupling>(coupling), ridge, damping}, at<std::uint8_t>(mode), at<S>(z_next), threads);
+    counts = step_cpu<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
+                         {safeguard, ring.eps, entries, is_max}, at<Record>(table),
+                         {static_cast<Coupling>(coupling), ridge, damping, at<const S>(before), at<S>(best)},
+                         at<std::uint8_t>(mode), at<S>(z_next), threads);
   });
   return {counts.finished, counts.left_behind};
 }
@@ -181,7 +181,7 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";

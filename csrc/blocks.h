@@ -6,6 +6,7 @@
 
 #include "batch.h"
 #include "core.h"
+#include "judge.h"
 #include "rows.h"
 #include "step.h"
 #include "tiles.h"
@@ -127,6 +128,16 @@ void mix_one(const Batch<Scalar>& b, const Block& at, std::int64_t first, std::i
     }
     write_tile(length, x, z_next + from);
   }
+}
+
+// Copies entries first … last of block (i, t) of the iterate before, where it is left behind as its sample's best.
+template <class Scalar>
+void keep_best(const Batch<Scalar>& b, const Record& record, const Update& update, std::int64_t i, std::int64_t t,
+               std::int64_t first, std::int64_t last) {
+  if (update.best == nullptr || record.left_behind == 0) return;
+  const Block at = b.block(i, t);
+  std::memcpy(static_cast<Scalar*>(update.best) + at.at * b.D + first,
+              static_cast<const Scalar*>(update.before) + at.state + first, (last - first) * sizeof(Scalar));
 }
 
 }  // namespace

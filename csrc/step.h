@@ -75,6 +75,10 @@ struct Update {
   Coupling coupling;
   double ridge;
   double beta;
+  // Iterates that are left behind as a sample's best (Record) are copied from before (n, T, D) to best (B, T, D), both
+  // of the history's scalar; null: not copied.
+  const void* before = nullptr;
+  void* best = nullptr;
 };
 struct Record;     // judge.h
 struct Judgement;  // judge.h

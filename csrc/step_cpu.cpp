@@ -112,6 +112,12 @@ Counts step(const Rows& rows, const History<Scalar>& h, const Scalar* f, const S
     weights<Scalar>(rows, h, update.coupling, update.ridge, mode, gamma.data, dropped.data, threads);
     for (std::int64_t i = 0; i < rows.n; ++i) count_losses(table[i], T, dropped.data + i * T);
     mix<Scalar>(rows, h, gamma.data, mode, update.beta, z, z_next, threads);
+    if (counts.left_behind == 0) return counts;
+    parallel_for(b.blocks * b.pieces, b.bytes(2), threads, [&](std::int64_t begin, std::int64_t end) {
+      for_pieces(b, begin, end, [&](auto i, auto t, auto first, auto last, auto) {
+        keep_best(b, table[i], update, i, t, first, last);
+      });
+    });
     return counts;
   }
   std::atomic<std::int64_t> finished{0}, left_behind{0};
@@ -136,6 +142,7 @@ Counts step(const Rows& rows, const History<Scalar>& h, const Scalar* f, const S
       for (std::int64_t j = 0; j < k; ++j) {
         count_losses(table[i + j], T, dropped.data + j * T);
         for (std::int64_t t = 0; t < T; ++t) {
+          keep_best(b, table[i + j], update, i + j, t, 0, b.D);
           const Block at = b.block(i + j, t);
           mix_one(b, at, 0, b.D, gamma.data + (j * T + t) * M, mode[(i + j) * T + t], update.beta, f + at.state,
                   b.ahead(i + j, t, group), z, z_next);

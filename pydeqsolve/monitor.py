@@ -77,11 +77,12 @@ class Monitor:
         return mode[:, None].expand(-1, norms.shape[1]).contiguous(), None, None
 
     def step(
-        self, ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, entries: int, out: Tensor
-    ) -> tuple[Tensor, int, int]:
+        self, ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, entries: int,
+        before: Tensor | None, best: Tensor | None, out: Tensor,
+    ) -> tuple[Tensor, int, int]:  # fmt: skip
         """`ops.measure`, `judge` and `ops.advance` at once, where `ops.can_step` says so; the result is judge's."""
-        is_max = self.stop.norm == "max"
-        return ops.step(ring, f, z, rows, wanted, self.table, self.safeguard, self._entries(entries), is_max, out)
+        rule = (self.safeguard, self._entries(entries), self.stop.norm == "max")
+        return ops.step(ring, f, z, rows, wanted, self.table, *rule, before, best, out)
 
     def _entries(self, entries: int) -> float:
         return float(entries if self.stop.norm == "rms" else 1)

@@ -47,7 +47,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 5  # csrc/bindings.cpp
+INTERFACE = 6  # csrc/bindings.cpp
 
 
 _native: Any
@@ -205,12 +205,14 @@ def can_step(ring: Ring) -> bool:
 
 def step(
     ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, table: Tensor, safeguard: float,
-    entries: float, is_max: bool, out: Tensor,
+    entries: float, is_max: bool, before: Tensor | None, best: Tensor | None, out: Tensor,
 ) -> tuple[Tensor, int, int]:  # fmt: skip
     """`measure`, `judge` and `advance` at once: each sample passes through all three while it is in a core's cache.
 
     Writes the next iterate to out (n, T, D), which must share no memory with f and z; counts in `table` what it drops.
-    Returns mode (n, T), samples finished, samples left behind.
+    Copies the samples that are left behind from before (n, T, D), the iterate before z, to best (B, T, D), where these
+    are given: like f and z, contiguous and in the ring's dtype. Returns mode (n, T), samples finished, samples left
+    behind.
     """
     _turn(ring)
     _check(ring, f, z)
@@ -220,7 +222,8 @@ def step(
     counts = _native.step(
         ring.__dict__[_handles][1], ring.head, n, rows.data_ptr(),
         0 if wanted is None else wanted.data_ptr(), f.data_ptr(), z.data_ptr(), table.data_ptr(),
-        safeguard, entries, is_max, COUPLINGS.index(ring.coupling), ring.ridge, ring.damping, mode.data_ptr(),
+        safeguard, entries, is_max, COUPLINGS.index(ring.coupling), ring.ridge, ring.damping,
+        *((0, 0) if before is None or best is None else (before.data_ptr(), best.data_ptr())), mode.data_ptr(),
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return (mode, *counts)

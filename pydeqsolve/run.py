@@ -57,10 +57,9 @@ class Run:
         if history is not None:
             self.monitor["steps"] = (history.since - 1).clamp_min(0)
         self.search = LineSearch(line_search, self.z) if line_search else None
-        self.full = z0.clone()  # (B, T, D): finished samples, and z0 of the others
-        self.best: Tensor | None = None  # (B, T, D): iterates of least residual that have been left behind
-        self.before = self.z  # the previous iterate, at positions `origin` (n,)
-        self.origin = self.rows
+        # (B, T, D): finished samples; of the others the iterate of least residual that has been left behind, else z0.
+        self.full = z0.clone()
+        self.before = self.z  # (n, T, D): the previous iterate
         self.dropped: Tensor | None = None  # (n, T) differences that the last step left out
         self.finished: int | None = None  # samples finished at the last measurement, where that is known
         self.buffers: list[Tensor] = []
@@ -109,10 +108,11 @@ class Run:
             self.earlier = None
         if self.at_once and not last:
             self.next = self._spare()
+            best = self.full if self.full.dtype == self.ring.dtype else None
             mode, self.finished, behind = self.monitor.step(
-                self.ring, f, self.z, self.rows, wanted, self.entries, self.next
+                self.ring, f, self.z, self.rows, wanted, self.entries, self.before, best, self.next
             )
-            if behind > 0:
+            if behind > 0 and best is None:
                 self._keep_best()
             return mode
         norms = ops.measure(self.ring, f, self.z, self.rows, wanted, self.stop.norm)
@@ -135,17 +135,16 @@ class Run:
 
     def _keep_best(self) -> None:
         """Stores iterates whose successors were worse: a monotone solve copies nothing."""
-        if self.best is None:
-            self.best = self.full.clone()
-        if ops.keep(self.best, self.rows, self.before, self.origin, self.monitor.table):
+        everyone = torch.arange(self.rows.shape[0], device=self.rows.device)
+        if ops.keep(self.full, self.rows, self.before, everyone, self.monitor.table):
             return
         left_behind = self.monitor["left_behind"] != 0
         if self.z.device.type == "cpu":
             at = left_behind.nonzero()[:, 0]
-            self.best[self.rows[at]] = self.before[self.origin[at]].to(self.best.dtype)
+            self.full[self.rows[at]] = self.before[at].to(self.full.dtype)
             return
-        before = self.before[self.origin].to(self.best.dtype)  # choosing rows by number would wait for the device
-        self.best[self.rows] = torch.where(left_behind[:, None, None], before, self.best[self.rows])
+        before = self.before.to(self.full.dtype)  # choosing rows by number would wait for the device
+        self.full[self.rows] = torch.where(left_behind[:, None, None], before, self.full[self.rows])
 
     def retire(self, mode: Tensor) -> Tensor:
         """Lets finished samples leave; returns the mode (n', T) of those that stay."""
@@ -158,7 +157,7 @@ class Run:
         self._leave(~keep, mode)
         stay = keep.nonzero()[:, 0]
         self.rows, self.z = self.rows[stay], self.z[stay]
-        self.before, self.origin = self.z, torch.arange(stay.numel(), device=stay.device)
+        self.before = self.z
         self.monitor.select(stay)
         if self.next is not None:
             self.next = self.next[stay]
@@ -170,15 +169,13 @@ class Run:
 
     def _leave(self, leaving: Tensor, mode: Tensor, ended: bool = False) -> None:
         """Stores z and the records of the samples `leaving` (n,) bool; `ended`: as they are, their budget is spent."""
-        z = self.z.to(self.full.dtype)
-        if self.front is not None and not ended:
-            z = ops.advance(self.ring, self.z, mode, self.rows)[0].to(self.full.dtype)
-        elif self.front is None:
-            # Where nothing was ever left behind, a sample may still have had no finite residual at all: it keeps z0.
-            kept = self.full if self.best is None else self.best
-            z = torch.where((self.monitor["fresh"] != 0)[:, None, None], z, kept[self.rows])
+        if self.front is None:
+            # Others keep what was left behind; a sample that never had a finite residual keeps z0.
+            moves, z = leaving & (self.monitor["fresh"] != 0), self.z
+        else:
+            moves, z = leaving, self.z if ended else ops.advance(self.ring, self.z, mode, self.rows)[0]
+        self.full[self.rows[moves]] = z[moves].to(self.full.dtype)
         at = self.rows[leaving]
-        self.full[at] = z[leaving]
         self.result.table[at] = self.monitor.table[leaving]
         if self.history is not None:
             self._remember(leaving, mode)
@@ -202,14 +199,8 @@ class Run:
             z, self.dropped = ops.advance(self.ring, self.z, mode, self.rows, self._spare())
         if self.search is not None:
             z = self.search.redirect(self.z, z)
-        self.before, self.origin = self.z, self._everyone()
+        self.before = self.z
         self.z = z if z.dtype == self.problem.layout.dtype else z.to(self.problem.layout.dtype).to(z.dtype)
-
-    def _everyone(self) -> Tensor:
-        n = self.z.shape[0]
-        if self.origin.shape[0] != n or self.origin is self.rows:
-            return torch.arange(n, device=self.z.device)
-        return self.origin
 
     def _spare(self) -> Tensor:
         """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
@@ -241,9 +232,8 @@ class Run:
 
     def snapshot(self) -> Tensor:
         """The same, but of the samples that have finished what the solution will hold."""
-        kept = self.full if self.best is None else self.best
         there = self.monitor.running | (self.monitor["fresh"] != 0)
-        z = torch.where(there[:, None, None], self.z.to(self.full.dtype), kept[self.rows])
+        z = torch.where(there[:, None, None], self.z.to(self.full.dtype), self.full[self.rows])
         return self.full.index_copy(0, self.rows, z)
 
     def solution(self, steps: int) -> Solution:

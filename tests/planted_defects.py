@@ -62,7 +62,7 @@ DEFECTS = [
            "self.inputs = [x[: len(stay)] for x in self.inputs]",
            "test_laws.py::test_a_sample_does_not_depend_on_its_neighbours"),
     Defect("the last iterate is returned, not the best", "run.py",
-           'self.monitor["fresh"] != 0)[:, None, None], z', 'self.monitor["fresh"] >= 0)[:, None, None], z',
+           'leaving & (self.monitor["fresh"] != 0), self.z', 'leaving & (self.monitor["fresh"] >= 0), self.z',
            "test_laws.py::test_the_residual_is_the_least_seen_and_belongs_to_the_z_returned"),
     Defect("second derivatives ignore that z* moves", "implicit.py", "gates.open = True", "gates.open = False",
            "test_second_order.py::test_the_second_derivative_of_a_scalar_fixed_point_is_that_of_its_closed_slope"),

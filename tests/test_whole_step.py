@@ -26,10 +26,13 @@ class Passes:
         self.ring.F.fill_(math.nan)
         self.monitor = Monitor(shape[0], Stop(rtol=1e-3, norm=norm), dtype, cpu, safeguard=2.0)
         self.entries = shape[1] * shape[2]
+        self.best = torch.full(shape, math.nan, dtype=dtype)
+        self.before: torch.Tensor | None = None
 
     def whole(self, f, z, rows, wanted):
         out = torch.full_like(z, math.nan)
-        mode, *counts = self.monitor.step(self.ring, f, z, rows, wanted, self.entries, out)
+        mode, *counts = self.monitor.step(self.ring, f, z, rows, wanted, self.entries, self.before, self.best, out)
+        self.before = z
         return mode, counts, out
 
     def parts(self, f, z, rows, wanted):
@@ -37,15 +40,20 @@ class Passes:
         mode, *counts = self.monitor.judge(norms, None, self.entries)
         out, dropped = ops.advance(self.ring, z, mode, rows)
         self.monitor["rank_losses"] += (dropped > 0).any(1)
+        left_behind = self.monitor["left_behind"] != 0
+        if left_behind.any():
+            self.best[rows[left_behind]] = self.before[left_behind]
+        self.before = z
         return mode, counts, out
 
     def select(self, keep):
         self.monitor.select(keep)
+        self.before = self.before[keep]
 
     @property
     def state(self):
         ring = self.ring
-        return ring.gram, ring.rhs, ring.squares, ring.count, self.monitor.table
+        return ring.gram, ring.rhs, ring.squares, ring.count, self.monitor.table, self.best
 
 
 # Around whole vectors and lines, a piece of 16384 entries, and the size up to which a sample passes through at once.

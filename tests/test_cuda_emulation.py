@@ -257,6 +257,25 @@ def test_keep_copies_what_was_left_behind(kernels: Emulator, D: int, dtype: torc
     assert torch.equal(best, expected)
 
 
+@pytest.mark.parametrize("D", [5, 1025, 2**31 - 1, 2**31 + 3, 2**33])
+@pytest.mark.parametrize(("n", "T"), [(1, 1), (3, 2), (70_000, 3)])
+def test_pieces_of_any_size_lie_where_the_shapes_say(kernels: Emulator, n: int, T: int, D: int) -> None:
+    slots = 6
+    pieces = kernels.piece(n, T, D, slots, 0)[-1]
+    chunks = pieces // (n * T)
+    assert (chunks == 1) == (D <= 4096)
+    last_end = kernels.piece(n, T, D, slots, pieces - 1)[5]
+    assert last_end == D
+    for index in {0, pieces // 2, pieces - 1}:
+        block, at, row, chunk, begin, end, _ = kernels.piece(n, T, D, slots, index)
+        assert (block, chunk) == divmod(index, chunks)
+        assert at == block  # no rows are chosen
+        assert row == (block // T * slots * T + block % T) * D
+        assert 0 <= begin < end <= D
+        if chunk:
+            assert kernels.piece(n, T, D, slots, index - 1)[5] == begin
+
+
 def run_steps(kernels: Emulator, case: Case, f: Tensor, z: Tensor) -> list[Tensor]:
     """Everything two passes write, over the leading dimension of f and z (steps, B, T, D)."""
     written = []

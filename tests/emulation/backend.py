@@ -128,6 +128,12 @@ class Emulator:
         self._call("keep", ctypes.c_int64(len(rows)), ctypes.c_int64(best[0].nbytes), _at(table), _at(rows),
                    _at(origin), _at(before), _at(best))  # fmt: skip
 
+    def piece(self, n: int, T: int, D: int, slots: int, index: int) -> tuple[int, ...]:
+        """Block, place in the counts, offset of slot 0, chunk, first and last feature of a piece; number of pieces."""
+        call, out = Call(n=n, blocks=T, features=D, slots=slots), (ctypes.c_int64 * 7)()
+        self._library.emulated_piece(ctypes.byref(call), ctypes.c_int64(index), out)
+        return tuple(out)
+
     def _workspace(self, call: Call) -> Tensor:
         doubles = self._library.emulated_workspace_doubles(ctypes.byref(call))
         return torch.full((max(1, doubles),), torch.nan, dtype=torch.float64)

@@ -107,6 +107,15 @@ std::int64_t emulated_workspace_doubles(const Call* call) {
   return partial_doubles({call->n, call->blocks, call->features, call->rows, call->wanted}, call->slots);
 }
 
+// Where piece `index` of a call lies: block, at, row, chunk, begin, end.
+void emulated_piece(const Call* call, std::int64_t index, std::int64_t* out) {
+  const Rows rows{call->n, call->blocks, call->features, call->rows, call->wanted};
+  const Plan plan = plan_of<float>(rows, {call->R, call->F});
+  const Piece piece(rows, plan, call->slots, index);
+  const std::int64_t fields[] = {piece.block, piece.at, piece.row, piece.chunk, piece.begin, piece.end, plan.pieces};
+  std::copy(std::begin(fields), std::end(fields), out);
+}
+
 int emulated_device_count() { return cuda_device_count(); }
 void emulated_choose_schedule(int schedule) { emulation::schedule = schedule; }
 std::int64_t emulated_launches() { return emulation::launches; }

@@ -96,7 +96,7 @@ def invert(
             one than Adam (the papers' choice) from [x_T]; lr is its own affair then.
         gradient: of "deq": Phantom(steps, damping), default Phantom(1, 0.1), or Implicit().
         stop: of "exact": atol bounds the error of a stiff step in its image and the change of ε in the others, which go
-            no lower than a fifth of the error that the stiff steps have left, and neither than half the machine
+            no lower than a tenth of the error that the stiff steps have left, and neither than half the machine
             epsilon of the model's dtype; default 2e-6, or 5e-6 for a model in float32 and less. max_steps, default 36,
             is for the rounds of all together. Of "deq": of every epoch's solve, as in `sample`.
         solver: of the fixed point, Anderson(10) for the steps of "exact" that are not stiff,

@@ -11,31 +11,49 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ring import COUPLINGS, KINDS, Method, Ring
+from .ring import COUPLINGS, KINDS, Ring
 
 
 def _ring(
     R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor, squares: Tensor, count: Tensor,
-    head: int, method: Method,
+    head: int, kind: int, coupling: int = 0, ridge: float = 0.0, damping: float = 1.0,
 ) -> Ring:  # fmt: skip
-    """A `Ring` over tensors that exist already."""
-    B, M, T, _ = R.shape
-    if method.kind == "broyden good" and steps_gram is None:
-        raise ValueError("steps_gram is required for Broyden good")
-    for name, x, dtype, shape in (
-        ("R", R, R.dtype, R.shape), ("F", F, R.dtype, R.shape), ("gram", gram, torch.float64, (B, T, M, M)),
-        ("steps_gram", gram if steps_gram is None else steps_gram, torch.float64, (B, T, M, M)),
-        ("rhs", rhs, torch.float64, (B, T, M)), ("squares", squares, torch.float64, (B, T, 2)),
-        ("count", count, torch.int32, (B, T)),
-    ):  # fmt: skip
-        _require(name, x, dtype, shape, R.device)
+    """A `Ring` over tensors that exist already, made anew for every call: an address says nothing of what it holds."""
+    shape, dtype, device = R.shape, R.dtype, R.get_device()
+    B, M, T, _ = shape
+    steps = gram if steps_gram is None else steps_gram
+    as_the_kernels_read = (
+        F.dtype == dtype and gram.dtype == steps.dtype == rhs.dtype == squares.dtype == torch.float64
+        and count.dtype == torch.int32
+        and F.shape == shape and gram.shape == (B, T, M, M) and (steps is gram or steps.shape == gram.shape)
+        and rhs.shape == (B, T, M) and squares.shape == (B, T, 2) and count.shape == (B, T)
+        and device == F.get_device() == gram.get_device() == steps.get_device() == rhs.get_device()
+        == squares.get_device() == count.get_device()
+        and R.is_contiguous() and F.is_contiguous() and gram.is_contiguous() and steps.is_contiguous()
+        and rhs.is_contiguous() and squares.is_contiguous() and count.is_contiguous()
+    )  # fmt: skip
+    if not as_the_kernels_read:
+        _explain(R, F, gram, steps, rhs, squares, count)
     ring = Ring.__new__(Ring)
-    ring.kind, ring.coupling, ring.damping, ring.ridge = method.kind, method.coupling, method.damping, method.ridge
-    ring.slots, ring.head, ring.eps, ring.dtype = M, head, torch.finfo(R.dtype).eps, R.dtype
+    ring.kind, ring.coupling, ring.damping, ring.ridge = KINDS[kind], COUPLINGS[coupling], damping, ridge
+    if ring.kind == "broyden good" and steps_gram is None:
+        raise ValueError("steps_gram is required for Broyden good")
+    ring.slots, ring.head, ring.eps, ring.dtype = M, head, torch.finfo(dtype).eps, dtype
     ring.R, ring.F, ring.gram, ring.steps_gram = R, F, gram, steps_gram
     ring.rhs, ring.squares, ring.count = rhs, squares, count
-    ops.start(ring)
+    ops.start(ring, fresh=False)
     return ring
+
+
+def _explain(R: Tensor, F: Tensor, gram: Tensor, steps: Tensor, rhs: Tensor, squares: Tensor, count: Tensor) -> None:
+    """Raises for the first tensor of a history that is not as it must be."""
+    B, M, T, _ = R.shape
+    for name, x, dtype, shape in (
+        ("R", R, R.dtype, R.shape), ("F", F, R.dtype, R.shape), ("gram", gram, torch.float64, (B, T, M, M)),
+        ("steps_gram", steps, torch.float64, (B, T, M, M)), ("rhs", rhs, torch.float64, (B, T, M)),
+        ("squares", squares, torch.float64, (B, T, 2)), ("count", count, torch.int32, (B, T)),
+    ):  # fmt: skip
+        _require(name, x, dtype, shape, R.device)
 
 
 def _require(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
@@ -47,8 +65,14 @@ def _require(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], d
         )
 
 
-def _refuse_gradient(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+def _require_rows(rows: Tensor, z: Tensor, R: Tensor) -> None:
+    alike = rows.dtype == torch.int64 and rows.get_device() == R.get_device() and rows.is_contiguous()
+    if not alike or rows.dim() != 1 or len(rows) != len(z):
+        _require("rows", rows, torch.int64, z.shape[:1], R.device)
+
+
+def _refuse_gradient(x: Tensor, y: Tensor) -> None:
+    if (x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
         raise NotImplementedError("a step has no derivative: call it under torch.no_grad()")
 
 
@@ -72,10 +96,10 @@ def measure(
     """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `ops.measure`. kind is in `KINDS`."""
     _refuse_gradient(f, z)
     M = R.shape[1]
-    _require("rows", rows, torch.int64, z.shape[:1], R.device)
+    _require_rows(rows, z, R)
     if wanted is not None:
         _require("wanted", wanted, torch.bool, z.shape[:2], R.device)
-    ring = _ring(R, F, gram, steps_gram, rhs, squares, count, (head - 1) % M, Method(KINDS[kind], M - 1))
+    ring = _ring(R, F, gram, steps_gram, rhs, squares, count, (head - 1) % M, kind)
     return ops.measure(ring, f, z, rows, wanted, "max" if is_max else "rms")
 
 
@@ -87,9 +111,9 @@ def advance(
     _refuse_gradient(z, F)
     _require("z", z, R.dtype, (len(rows), *R.shape[2:]), R.device)
     _require("modes", modes, torch.uint8, z.shape[:2], R.device)
-    _require("rows", rows, torch.int64, z.shape[:1], R.device)
-    method = Method(KINDS[kind], R.shape[1] - 1, damping, ridge, COUPLINGS[coupling])
-    return ops.advance(_ring(R, F, gram, steps_gram, rhs, squares, count, head, method), z, modes, rows)
+    _require_rows(rows, z, R)
+    ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head, kind, coupling, ridge, damping)
+    return ops.advance(ring, z, modes, rows)
 
 
 for _device in ("CPU", "CUDA"):

@@ -69,20 +69,25 @@ def _warn_once() -> None:
         )
 
 
-def start(ring: Ring) -> None:
-    """Prepares `ring` for the native step when device, size and build allow it; warns once where there is none."""
-    _warn_once()
-    _, M, T, D = ring.R.shape
-    backend = ring.R.device.type if _is_native(ring.R) and M <= _native.MAX_SLOTS else None
+def start(ring: Ring, fresh: bool = True) -> None:
+    """Prepares `ring` for the native step when device, size and build allow it; warns once where there is none.
+
+    fresh: nothing was written to its rows yet, so what lies under them may still be chosen.
+    """
+    if _native is None:
+        _warn_once()
+    R = ring.R
+    _, M, T, D = R.shape
+    backend = ("cpu" if R.is_cpu else R.device.type) if _is_native(R) and M <= _native.MAX_SLOTS else None
     handle = None
     if backend:
         steps = 0 if ring.steps_gram is None else ring.steps_gram.data_ptr()
         handle = _native.Ring(
-            STORAGES.index(ring.dtype), M, KINDS.index(ring.kind), ring.eps, T, D, _memory(ring.R), _memory(ring.F),
+            STORAGES.index(ring.dtype), M, KINDS.index(ring.kind), ring.eps, T, D, _memory(R), _memory(ring.F),
             ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.squares.data_ptr(), ring.count.data_ptr(),
         )  # fmt: skip
-    if backend == "cpu":
-        for rows in (ring.R, ring.F):
+    if fresh and backend == "cpu":
+        for rows in (R, ring.F):
             _native.use_large_pages(rows.data_ptr(), rows.nbytes)
     ring.__dict__[_handles] = (backend, handle)
 
@@ -177,7 +182,7 @@ def _is_native(x: Tensor) -> bool:
     """Whether there are kernels for the device of x."""
     if _native is None:
         return False
-    return x.device.type == "cpu" or (x.device.type == "cuda" and bool(_native.cuda_architectures))
+    return x.is_cpu or (x.is_cuda and bool(_native.cuda_architectures))
 
 
 def judge_front(
@@ -260,12 +265,17 @@ def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | Non
 
 
 def _check(ring: Ring, f: Tensor, z: Tensor) -> None:
-    for name, x in (("f", f), ("z", z)):
-        if x.dtype != ring.dtype or x.device != ring.R.device or not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {ring.dtype} on {ring.R.device}, got {x.dtype} on {x.device}")
-        _memory(x)
-    if f.shape != z.shape or f.shape[1:] != ring.R.shape[2:]:
-        raise ValueError(f"f and z must have shape (n, {ring.R.shape[2]}, {ring.R.shape[3]}), got {tuple(f.shape)}")
+    """Raises ValueError unless f and z are what the kernels will take them for: they are given their addresses alone."""
+    R, dtype, shape = ring.R, ring.dtype, f.shape
+    if not (
+        f.dtype == z.dtype == dtype and f.get_device() == z.get_device() == R.get_device()
+        and f.is_contiguous() and z.is_contiguous()
+    ):  # fmt: skip
+        got = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("f", f), ("z", z)))
+        raise ValueError(f"f and z must be contiguous {dtype} on {R.device}, got {got}")
+    if shape != z.shape or shape[1:] != R.shape[2:]:
+        raise ValueError(f"f and z must have shape (n, {R.shape[2]}, {R.shape[3]}), got {tuple(shape)}")
+    _memory(f), _memory(z)
 
 
 def build_info() -> dict[str, Any]:

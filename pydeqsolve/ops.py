@@ -265,7 +265,7 @@ def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | Non
 
 
 def _check(ring: Ring, f: Tensor, z: Tensor) -> None:
-    """Raises ValueError unless f and z are what the kernels will take them for: they are given their addresses alone."""
+    """Raises ValueError unless f and z are what the kernels will take them for: they get addresses alone."""
     R, dtype, shape = ring.R, ring.dtype, f.shape
     if not (
         f.dtype == z.dtype == dtype and f.get_device() == z.get_device() == R.get_device()

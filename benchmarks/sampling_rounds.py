@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import Sample, Splitting, load_checkpoint, sample
-from diffusion.data import digits, fashion
+from diffusion import Sample, load_checkpoint, sample
 from pydeqsolve import Stop
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -70,17 +69,14 @@ def main() -> None:
         chain = checkpoint.schedule.chain(steps)
         generator = torch.Generator().manual_seed(args.seed)
         latents = torch.randn(args.noises, *checkpoint.shape, generator=generator).split(args.batch)
+        bases = {WAYS[way].get("basis") for way in args.ways} - {None}
+        splittings = {basis: checkpoint.splitting(chain, basis) for basis in bases}
 
-        fitted = {
-            basis: Splitting.fitted(chain, {"digits": digits, "fashion": fashion}[args.model]().train[:20_000], basis)
-            for basis in {WAYS[way].get("basis") for way in args.ways} - {None}
-        }
-
-        def run(way: str, x: Tensor, chain: Any = chain, fitted: Any = fitted) -> Sample:
+        def run(way: str, x: Tensor, chain: Any = chain, splittings: Any = splittings) -> Sample:
             options = {"method": "parallel", "stop": Stop(rtol=args.error / 10, max_steps=len(chain)), **WAYS[way]}
             basis = options.pop("basis", None)
             if basis is not None:
-                options["splitting"] = fitted[basis]
+                options["splitting"] = splittings[basis]
             return sample(model, x, chain, checkpoint.prediction, mean=checkpoint.mean, variance=checkpoint.variance,
                           **options)  # fmt: skip
 

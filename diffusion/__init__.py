@@ -10,6 +10,7 @@ from .invert import Inversion, invert
 from .models import DiffusersModel, Guided
 from .sample import Sample, sample
 from .schedule import Schedule
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from .pipeline import DEQDDIMPipeline as DEQDDIMPipeline
@@ -25,6 +26,7 @@ __all__ = [
     "Sample",
     "Schedule",
     "Splitting",
+    "Statistics",
     "fit",
     "invert",
     "load_checkpoint",

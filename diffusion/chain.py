@@ -141,7 +141,8 @@ class Splitting:
         """The "gaussian" splitting with mean and variances of images (n, C, H, W), per entry of a basis.
 
         basis: "pixels"; "frequencies", of the cosine transform of every channel; or "covariance", the eigenvectors of
-        the images' own covariance, for which it is exact for Gaussian data of any kind (D³ operations).
+        the images' own covariance, for which it is exact for Gaussian data of any kind (D³ operations). Variances
+        divide by n. A checkpoint carries its data's: `Checkpoint.splitting` needs no images.
         """
         if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2:
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -149,15 +150,14 @@ class Splitting:
         data = images.detach().double().cpu().flatten(1)
         mean = data.mean(0)
         if basis == "pixels":
-            return Splitting.named("gaussian", chain, mean, data.var(0))
+            return Splitting.named("gaussian", chain, mean, data.var(0, correction=0))
         if basis == "frequencies":
-            channels, height, width = images.shape[1:]
-            Q = torch.kron(torch.eye(channels, dtype=torch.float64), torch.kron(cosines(height), cosines(width)))
+            Q = cosine_basis(images.shape[1:])
         elif basis == "covariance":
             Q = torch.linalg.eigh(torch.cov(data.T)).eigenvectors
         else:
             raise ValueError(f'basis: "pixels", "frequencies" or "covariance" is required, got {basis!r}')
-        return replace(Splitting.named("gaussian", chain, mean @ Q, (data @ Q).var(0)), basis=Q)
+        return replace(Splitting.named("gaussian", chain, mean @ Q, (data @ Q).var(0, correction=0)), basis=Q)
 
     @staticmethod
     def named(name: str, chain: Chain, mean: Tensor | None = None, variance: Tensor | None = None) -> Splitting:
@@ -195,6 +195,12 @@ class Splitting:
             raise ValueError(f"splitting: κ must be ({len(chain)},) or ({len(chain)}, D), got {tuple(splitting.shape)}")
         kappa = splitting.double().cpu()
         return Splitting(kappa[:, None] if kappa.dim() == 1 else kappa)
+
+
+def cosine_basis(shape: torch.Size) -> Tensor:
+    """(D, D) float64, orthonormal columns: the cosine transform of every channel of images of `shape` (C, H, W)."""
+    channels, height, width = shape
+    return torch.kron(torch.eye(channels, dtype=torch.float64), torch.kron(cosines(height), cosines(width)))
 
 
 def cosines(n: int) -> Tensor:

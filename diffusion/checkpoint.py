@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .chain import Chain, Splitting
 from .files import read_json, read_tensors, write_json, write_tensors
 from .models import read_diffusers
 from .schedule import Schedule
+from .statistics import Statistics, read_statistics
 from .unet import UNet
 
 FORMAT = 1
@@ -39,6 +41,7 @@ class Checkpoint:
         images: (n, C, H, W) real images in [−1, 1] which were not trained on, or None.
         name: name of the folder.
         training: record of the training run (steps, seed, final loss, …); empty if unknown.
+        statistics: of the training images, as stored (on the CPU), mean and variance among them, or None.
     """
 
     model: nn.Module
@@ -50,6 +53,28 @@ class Checkpoint:
     images: Tensor | None
     name: str
     training: dict[str, Any] = field(default_factory=dict)
+    statistics: Statistics | None = None
+
+    def splitting(self, chain: Chain, basis: str = "pixels") -> Splitting:
+        """The splitting that would be exact were the training images Gaussian; no images are needed.
+
+        κ_t = σ_t / (ᾱ_t Λ + σ_t²), b_t = −κ_t √ᾱ_t Qᵀμ, σ_t² = 1 − ᾱ_t, for y = Qᵀ x, with the images' mean μ and
+        variances Λ (D,) along the columns of Q; Λ is raised to a hundredth of its mean where it is less.
+
+        Args:
+            chain: of the schedule, of any number of steps.
+            basis: what Q is: "pixels", the identity; "frequencies", the cosine transform of every channel; or
+                "covariance", the eigenvectors of the images' covariance.
+
+        Raises:
+            ValueError: an unknown basis, or one whose variances this checkpoint does not carry.
+        """
+        if self.statistics is None:
+            raise ValueError(
+                "basis: this checkpoint carries no statistics; diffusion.checkpoint.add_statistics(folder, images) "
+                "adds them, Splitting.fitted(chain, images, basis) does without"
+            )
+        return self.statistics.splitting(chain, basis)
 
 
 def save_checkpoint(
@@ -59,7 +84,7 @@ def save_checkpoint(
     *,
     prediction: str = "epsilon",
     shape: tuple[int, int, int],
-    statistics: tuple[Tensor, Tensor] | None = None,
+    statistics: Statistics | tuple[Tensor, Tensor] | None = None,
     extra: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -71,7 +96,7 @@ def save_checkpoint(
         schedule: the noise the model was trained with.
         prediction: what the model returns: "epsilon", "v" or "sample".
         shape: (C, H, W) of an image.
-        statistics: per-pixel (mean, variance) of the training images, each of `shape`.
+        statistics: `Statistics.of` the training images, or their (mean, variance) per pixel alone, each of `shape`.
         extra: JSON-ready training record.
         dtype: type of the weights on disk; None: as they are. float16 halves the file and rounds at 5e-4.
 
@@ -94,10 +119,10 @@ def save_checkpoint(
     }
     tensors = {f"model.{key}": value.detach().to("cpu", dtype) for key, value in model.state_dict().items()}
     if statistics is not None:
-        for key, value in zip(("mean", "variance"), statistics, strict=True):
-            if tuple(value.shape) != shape:
-                raise ValueError(f"statistics: a {key} of shape {shape} is required, got {tuple(value.shape)}")
-            tensors[f"data.{key}"] = value.detach().to("cpu", torch.float32)
+        known = statistics if isinstance(statistics, Statistics) else Statistics(*statistics)
+        if tuple(known.mean.shape) != shape:
+            raise ValueError(f"statistics: a mean of shape {shape} is required, got {tuple(known.mean.shape)}")
+        tensors |= {f"data.{key}": value.detach().to("cpu", torch.float32) for key, value in known.tensors().items()}
     header = {"config": json.dumps(config)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +139,23 @@ def save_images(folder: str | Path, images: Tensor, levels: int = 255) -> None:
     values = ((images + 1) * (levels / 2)).round().to("cpu", torch.uint8)
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_tensors(Path(folder) / IMAGES, {"images": values}, {"levels": str(levels)})
+
+
+def add_statistics(folder: str | Path, images: Tensor) -> None:
+    """Add to an older checkpoint the statistics that it lacks, from the images (n, C, H, W) it was trained on.
+
+    Weights, and statistics that are there, stay as they are. The file is replaced in one move.
+
+    Raises:
+        FileNotFoundError: no weights in `folder`.
+        ValueError: the file is malformed, or its mean differs from that of the images.
+    """
+    path, statistics = Path(folder) / WEIGHTS, Statistics.of(images)
+    tensors, metadata = read_tensors(path)
+    mean = tensors.get("data.mean", statistics.mean)
+    if mean.shape != statistics.mean.shape or not torch.allclose(mean, statistics.mean, rtol=0, atol=1e-4):
+        raise ValueError(f"images: those that {path} was trained on are required, got another mean")
+    write_tensors(path, {f"data.{key}": value for key, value in statistics.tensors().items()} | tensors, metadata)
 
 
 def load_checkpoint(
@@ -146,7 +188,8 @@ def load_checkpoint(
     config = _agreed(folder, config, metadata)
     network, schedule, prediction, shape = _build(folder / CONFIG, config)
     _fill(network, tensors, folder / WEIGHTS)
-    mean, variance = (_statistic(tensors, key, shape, folder / WEIGHTS) for key in ("mean", "variance"))
+    statistics = read_statistics(tensors, shape, folder / WEIGHTS)
+    mean, variance = (None, None) if statistics is None else (statistics.mean, statistics.variance)
     images = _load_images(folder / IMAGES, shape)
     return Checkpoint(
         model=network.to(device, dtype).eval(),
@@ -158,6 +201,7 @@ def load_checkpoint(
         images=None if images is None else images.to(device, dtype),
         name=folder.name,
         training=config.get("training", {}),
+        statistics=statistics,
     )
 
 
@@ -220,13 +264,6 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         if not bool(state[key].isfinite().all()):
             raise ValueError(f"{path}: model.{key} is not finite")
     model.load_state_dict(state)
-
-
-def _statistic(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], path: Path) -> Tensor | None:
-    value = tensors.get(f"data.{key}")
-    if value is not None and tuple(value.shape) != shape:
-        raise ValueError(f"{path}: data.{key} of shape {shape} is required, got {tuple(value.shape)}")
-    return value
 
 
 def _load_images(path: Path, shape: tuple[int, ...]) -> Tensor | None:

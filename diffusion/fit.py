@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import ARCHITECTURES, PREDICTIONS, Checkpoint, load_checkpoint, save_images
+from .checkpoint import ARCHITECTURES, PREDICTIONS, Checkpoint, add_statistics, load_checkpoint, save_images
 from .data import Dataset, digits, fashion
 from .schedule import Schedule
 from .training import Run
@@ -39,7 +39,8 @@ def fit(
     Loss: mean of ‖model(x_t, t) − target‖² per pixel, x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Ho et al. 2020, Eq. 14), t
     stratified over the batch, x_0 drawn with replacement. Adam, rate lr·(1 + cos(π k/steps))/2, gradient norm
     clipped at 1. The folder holds a usable checkpoint from the first save on, and training/ the state of the run
-    until it is done: the same call again goes on from there.
+    until it is done: the same call again goes on from there. The checkpoint carries the images' `Statistics`;
+    to a run that was done before checkpoints did, the same call adds them and trains no more.
 
     Args:
         images: (n, C, H, W) in about [−1, 1].
@@ -78,6 +79,10 @@ def fit(
     }  # fmt: skip
     run = Run(images, folder, model, schedule, settings, dtype)
     if resume and run.finished():
+        checkpoint = load_checkpoint(folder)
+        if checkpoint.statistics is not None and checkpoint.statistics.frequencies is not None:
+            return checkpoint
+        add_statistics(folder, images)  # trained before checkpoints carried them
         return load_checkpoint(folder)
     if resume:
         run.resume()

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .checkpoint import CONFIG, save_checkpoint
 from .files import read_json, read_tensors, write_tensors
 from .schedule import Schedule
+from .statistics import Statistics
 
 STATE = Path("training") / "state.safetensors"
 LOSS_MEMORY = 0.998  # of the running average of the loss: about the last 500 steps
@@ -51,9 +53,13 @@ class Run:
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings["lr"])
         self.device, self.precision = self.parameters[0].device, self.parameters[0].dtype
         self.loss = torch.zeros((), device=self.device)
-        self.statistics = (images.mean(0), images.var(0, correction=0))
         self.step = 0
         self.torn = False
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Of the images; their covariance takes a while, and a run that is done does not need it."""
+        return Statistics.of(self.images)
 
     def advance(self) -> Tensor:
         """Do one step and return its loss, a scalar on the model's device."""

@@ -211,6 +211,18 @@ def test_each_wrong_entry_of_the_configuration_is_named(folder, changes, words):
         (lambda tensors: tensors.update({"model.enter.bias": torch.zeros(3)}), r"shape \(8,\) is required, got \(3,\)"),
         (lambda tensors: tensors["model.enter.bias"].fill_(torch.nan), r"enter\.bias is not finite"),
         (lambda tensors: tensors.update({"data.mean": torch.zeros(2)}), r"data\.mean of shape \(1, 4, 4\)"),
+        (lambda tensors: tensors["data.variance"].fill_(torch.nan), r"data\.variance is not finite"),
+        (
+            lambda tensors: tensors.update({"data.frequencies": torch.zeros(16)}),
+            r"data\.frequencies of shape \(1, 4, 4\)",
+        ),
+        (lambda tensors: tensors.update({"data.eigenvalues": torch.zeros(16)}), r"eigenvectors: both or none"),
+        (
+            lambda tensors: tensors.update(
+                {"data.eigenvalues": torch.zeros(16), "data.eigenvectors": torch.zeros(9, 2)}
+            ),
+            r"data\.eigenvectors of shape \(16, 2\) is required, got \(9, 2\)",
+        ),
     ],
 )
 def test_each_wrong_tensor_is_named(folder, change, words):

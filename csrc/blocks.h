@@ -27,15 +27,26 @@ void measure_one(const Batch<Scalar>& b, const Block& at, std::int64_t first, st
   }
   f += at.state + first;
   z += at.state + first;
-  if (!b.steps && norm == Norm::kSquares && older <= kMaxOlder) {
-    double sums[2 * kMaxOlder + 2] = {};
-    measure_piece(last - first, older, f, z, R, F[0], ahead, b.past_cache, sums);
-    for (int a = 0; a < older; ++a) {
-      dots.gram_row(a) += sums[a];
-      dots.rhs(a) += sums[older + a];
+  if (norm == Norm::kSquares && older <= most_older(b.steps)) {
+    RowsOf<Scalar> rows;
+    std::memcpy(rows.R, R, (older + 1) * sizeof(Scalar*));
+    std::memcpy(rows.F, F, (older + 1) * sizeof(Scalar*));
+    const int kinds = b.steps ? 4 : 2;
+    double sums[4 * kMaxOlder + 2] = {};
+    if (b.steps) {
+      measure_piece<Scalar, true>(last - first, older, f, z, rows, ahead, b.past_cache, sums);
+    } else {
+      measure_piece<Scalar, false>(last - first, older, f, z, rows, ahead, b.past_cache, sums);
     }
-    dots.squares(0) += sums[2 * older];
-    dots.squares(1) += sums[2 * older + 1];
+    for (int a = 0; a < older; ++a) {
+      (b.steps ? dots.gram_column(a) : dots.gram_row(a)) += sums[a];
+      dots.rhs(a) += sums[older + a];
+      if (!b.steps) continue;
+      dots.gram_row(a) += sums[2 * older + a];
+      dots.steps_row(a) += sums[3 * older + a];
+    }
+    dots.squares(0) += sums[kinds * older];
+    dots.squares(1) += sums[kinds * older + 1];
     return;
   }
   for (std::int64_t k = 0; k < last - first; k += kTile) {

@@ -10,7 +10,9 @@
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {
 
-constexpr int kMaxOlder = 10;  // differences kept in registers; more take the tiled kernel
+// Differences whose sums stay in registers; more take the tiled kernel.
+constexpr int kMaxOlder = 10;
+constexpr int most_older(bool steps) { return steps ? 7 : kMaxOlder; }
 template <class Scalar>
 constexpr int kLine = 64 / static_cast<int>(sizeof(Scalar));  // entries of one cache line, a multiple of kChunk
 
@@ -23,21 +25,41 @@ struct Ahead {
 
 inline void fetch(const void* p) { __builtin_prefetch(p); }
 
-// Writes R0 = r, which is f - z as kept, and F0 = f over `length` entries, whole lines. With y_a = r_a - r_{a+1} adds
-// dots[a] += y_0.y_a, dots[C + a] += r.y_a, dots[2C] += |f - z|^2, dots[2C + 1] += f.f.
-template <class Scalar, int C, bool past_cache>
-void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar* R0, Scalar* F0, const Scalar* const* R,
-                  Ahead ahead, double* dots) {
-  Lanes gram[C + 1], rhs[C + 1], rr = {}, ff = {};
-  const Scalar* older[C + 1];
+// The rows that a measurement reads and writes. R[0] and F[0] receive the newest; R[a + 1] and F[a + 1] are older ones,
+// of which F is read only where steps are.
+template <class Scalar>
+struct RowsOf {
+  Scalar* R[kMaxOlder + 1];
+  Scalar* F[kMaxOlder + 1];
+};
+
+// Writes R[0] = r, which is f - z as kept, and F[0] = f over `length` entries, whole lines. With differences by age
+// y_a = r_a - r_{a+1} and steps s_a = z_a - z_{a+1}, z = f - r, adds
+//   without steps: y_0.y_a, y_a.r;  with steps: s_a.y_0, s_a.r, s_0.y_a, s_0.s_a;  C of each, one kind after the other,
+// and then |f - z|^2 and f.f, to dots.
+template <class Scalar, int C, bool past_cache, bool steps>
+void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, const RowsOf<Scalar>& rows, Ahead ahead,
+                  double* dots) {
+  constexpr int kSums = steps ? 4 : 2;
+  Lanes sums[kSums][C + 1], rr = {}, ff = {};
+  const Scalar *R[C + 1], *F[C + 1];
 #pragma GCC unroll 16
-  for (int a = 0; a < C; ++a) gram[a] = rhs[a] = Lanes{}, older[a] = R[a];
+  for (int a = 0; a < C; ++a) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSums; ++k) sums[k][a] = Lanes{};
+    R[a] = rows.R[a + 1];
+    if constexpr (steps) F[a] = rows.F[a + 1];
+  }
+  Scalar *R0 = rows.R[0], *F0 = rows.F[0];
   for (std::int64_t line = 0; line < length; line += kLine<Scalar>) {
     if (ahead.history != 0) {
       fetch(f + ahead.states + line);
       fetch(z + ahead.states + line);
 #pragma GCC unroll 16
-      for (int a = 0; a < C; ++a) fetch(older[a] + ahead.history + line);
+      for (int a = 0; a < C; ++a) {
+        fetch(R[a] + ahead.history + line);
+        if constexpr (steps) fetch(F[a] + ahead.history + line);
+      }
     }
 #pragma GCC unroll 8
     for (std::int64_t i = line; i < line + kLine<Scalar>; i += kChunk<Scalar>) {
@@ -52,25 +74,35 @@ void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, Scalar*
         const Lanes r = widen(expand<Scalar>(r_row, part)), value = widen(expand<Scalar>(f_row, part));
         rr += widen(exact[part]) * widen(exact[part]);
         ff += value * value;
-        Lanes newer = r, y0 = {};
+        Lanes r_a = r, z_a = value - r, y_0 = {}, s_0 = {};
 #pragma GCC unroll 16
         for (int a = 0; a < C; ++a) {
-          const Lanes next = widen(read(older[a] + i, part)), y = newer - next;
-          if (a == 0) y0 = y;
-          gram[a] += y * y0;
-          rhs[a] += y * r;
-          newer = next;
+          const Lanes r_next = widen(read(R[a] + i, part)), y = r_a - r_next;
+          if (a == 0) y_0 = y;
+          r_a = r_next;
+          if constexpr (steps) {
+            const Lanes z_next = widen(read(F[a] + i, part)) - r_next, s = z_a - z_next;
+            if (a == 0) s_0 = s;
+            z_a = z_next;
+            sums[0][a] += s * y_0;
+            sums[1][a] += s * r;
+            sums[2][a] += s_0 * y;
+            sums[3][a] += s_0 * s;
+          } else {
+            sums[0][a] += y * y_0;
+            sums[1][a] += y * r;
+          }
         }
       }
     }
   }
+#pragma GCC unroll 4
+  for (int k = 0; k < kSums; ++k) {
 #pragma GCC unroll 16
-  for (int a = 0; a < C; ++a) {
-    dots[a] += sum_lanes(gram[a]);
-    dots[C + a] += sum_lanes(rhs[a]);
+    for (int a = 0; a < C; ++a) dots[k * C + a] += sum_lanes(sums[k][a]);
   }
-  dots[2 * C] += sum_lanes(rr);
-  dots[2 * C + 1] += sum_lanes(ff);
+  dots[kSums * C] += sum_lanes(rr);
+  dots[kSums * C + 1] += sum_lanes(ff);
 }
 
 // out = F_0 - sum_a weight[a] (F_a - F_{a+1}) over `length` entries, whole lines; rows[0] is F_0. In float where rows
@@ -107,13 +139,13 @@ void mix_rows(std::int64_t length, const Scalar* const* rows, const double* weig
   }
 }
 
-// The instances by number of differences C = 0 … kMaxOlder.
-template <class Scalar, bool past_cache, int C = 0>
-void measure_rows_of(int differences, std::int64_t length, const Scalar* f, const Scalar* z, Scalar* R0, Scalar* F0,
-                     const Scalar* const* older, Ahead ahead, double* dots) {
-  if (differences == C) return measure_rows<Scalar, C, past_cache>(length, f, z, R0, F0, older, ahead, dots);
-  if constexpr (C < kMaxOlder) {
-    measure_rows_of<Scalar, past_cache, C + 1>(differences, length, f, z, R0, F0, older, ahead, dots);
+// The instances by number of differences C = 0 … most_older.
+template <class Scalar, bool past_cache, bool steps, int C = 0>
+void measure_rows_of(int differences, std::int64_t length, const Scalar* f, const Scalar* z, const RowsOf<Scalar>& rows,
+                     Ahead ahead, double* dots) {
+  if (differences == C) return measure_rows<Scalar, C, past_cache, steps>(length, f, z, rows, ahead, dots);
+  if constexpr (C < most_older(steps)) {
+    measure_rows_of<Scalar, past_cache, steps, C + 1>(differences, length, f, z, rows, ahead, dots);
   }
 }
 
@@ -125,32 +157,36 @@ void mix_rows_of(int differences, std::int64_t length, const Scalar* const* rows
 }
 
 // A whole piece: whole lines where they lie, the rest through padded copies (zeros leave every sum unchanged).
-// R[0] and F receive the newest rows; R[a + 1] are the older ones. sums as `dots` above.
-template <class Scalar>
-void measure_piece(std::int64_t length, int older, const Scalar* f, const Scalar* z, Scalar* const* R, Scalar* F,
+// sums as `dots` above.
+template <class Scalar, bool steps>
+void measure_piece(std::int64_t length, int older, const Scalar* f, const Scalar* z, const RowsOf<Scalar>& rows,
                    Ahead ahead, bool past_cache, double* sums) {
   constexpr int line = kLine<Scalar>;
   const std::int64_t whole = length / line * line;
-  const Scalar* rows[kMaxOlder + 1];
-  for (int a = 0; a < older; ++a) rows[a] = R[a + 1];
-  if (past_cache && is_aligned(R[0]) && is_aligned(F)) {
-    measure_rows_of<Scalar, true>(older, whole, f, z, R[0], F, rows, ahead, sums);
+  if (past_cache && is_aligned(rows.R[0]) && is_aligned(rows.F[0])) {
+    measure_rows_of<Scalar, true, steps>(older, whole, f, z, rows, ahead, sums);
   } else {
-    measure_rows_of<Scalar, false>(older, whole, f, z, R[0], F, rows, ahead, sums);
+    measure_rows_of<Scalar, false, steps>(older, whole, f, z, rows, ahead, sums);
   }
   if (whole == length) return;
-  Scalar padded[kMaxOlder + 5][line] = {};
+  Scalar padded[2 * kMaxOlder + 4][line] = {};
   const std::size_t bytes = (length - whole) * sizeof(Scalar);
-  std::memcpy(padded[kMaxOlder + 1], f + whole, bytes);
-  std::memcpy(padded[kMaxOlder + 2], z + whole, bytes);
-  for (int a = 0; a < older; ++a) {
-    std::memcpy(padded[a], rows[a] + whole, bytes);
-    rows[a] = padded[a];
+  RowsOf<Scalar> copies;
+  Scalar(*next)[line] = padded;
+  const auto copy_of = [&](const Scalar* row) {
+    if (row) std::memcpy(*next, row + whole, bytes);
+    return *next++;
+  };
+  const Scalar *f_copy = copy_of(f), *z_copy = copy_of(z);
+  copies.R[0] = copy_of(nullptr);
+  copies.F[0] = copy_of(nullptr);
+  for (int a = 1; a <= older; ++a) {
+    copies.R[a] = copy_of(rows.R[a]);
+    if constexpr (steps) copies.F[a] = copy_of(rows.F[a]);
   }
-  measure_rows_of<Scalar, false>(older, line, padded[kMaxOlder + 1], padded[kMaxOlder + 2], padded[kMaxOlder + 3],
-                                 padded[kMaxOlder + 4], rows, {}, sums);
-  std::memcpy(R[0] + whole, padded[kMaxOlder + 3], bytes);
-  std::memcpy(F + whole, padded[kMaxOlder + 4], bytes);
+  measure_rows_of<Scalar, false, steps>(older, line, f_copy, z_copy, copies, {}, sums);
+  std::memcpy(rows.R[0] + whole, copies.R[0], bytes);
+  std::memcpy(rows.F[0] + whole, copies.F[0], bytes);
 }
 
 // Changes `rows` when a copy is needed.

@@ -21,11 +21,12 @@ from pydeqsolve import Front, Solution, Status, Stop, solve
 
 from .arguments import Silent
 from .nodes import Nodes
-from .sampler import MARGIN, Sampler, block_stop, scale_of
+from .sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
 
 PASSES = 2
 FIRST, CORRECTION = 50.0, 1.0  # tolerances on the nodes, in units of rtol
-ROUNDING = 2.0  # the tightest tolerance on the nodes, in units of the network's machine epsilon
+# The tightest tolerance on the nodes, in units of the network's machine epsilon, is that of a front over all steps.
+ROUNDING = MARGIN * UNITS_PER_RTOL / 2
 SETTLED = 30.0  # change of x_0 by the correction, relative, in units of rtol: three times the error asked for
 
 

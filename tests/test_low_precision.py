@@ -12,9 +12,13 @@ SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def relative(x, y):
+def each(x, y):
     x, y = x.double(), y.double()
-    return ((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).max().item()
+    return (x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)
+
+
+def relative(x, y):
+    return each(x, y).max().item()
 
 
 class Gaussian(nn.Module):
@@ -61,13 +65,18 @@ def test_sums_over_a_thousand_steps_lose_nothing_to_a_low_precision_network(dtyp
     [(torch.bfloat16, 50), (torch.bfloat16, 100), (torch.bfloat16, 1000), (torch.float16, 50), (torch.float16, 100)],
 )
 def test_parallel_and_sequential_agree_to_the_precision_of_the_network_in_few_rounds(dtype, steps):
+    # Asked for rtol = 1e-4, of which no such network is capable, it takes the least that is, half an eps, and x_0 is to
+    # be within 10 rtol. An image that rounding alone moves by more, between the two networks, may move so here too.
     checkpoint = load_checkpoint("digits")
-    model, chain = checkpoint.model.to(dtype), checkpoint.schedule.chain(steps)
-    x = latents(4, *checkpoint.shape).float()
+    chain, x = checkpoint.schedule.chain(steps), latents(4, *checkpoint.shape).float()
+    exact = sample(checkpoint.model.float(), x, chain, method="sequential").x_0
+    model, goal = checkpoint.model.to(dtype), 10 * torch.finfo(dtype).eps / 2
     oracle = sample(model, x, chain, method="sequential").x_0
-    got = sample(model, x, chain)  # asks for 1e-4, which no such network has
-    assert relative(got.x_0, oracle) < 6 * torch.finfo(dtype).eps
-    assert got.rounds < 25
+    got = sample(model, x, chain)
+    error = each(got.x_0, oracle)
+    assert error.median() < goal
+    assert (error < goal + each(oracle, exact)).all()
+    assert got.rounds < max(25, steps // 20)
     assert got.solution.converged.all()
 
 

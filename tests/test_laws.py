@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import problems
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pydeqsolve import Anderson, Broyden, Implicit, Phantom, Picard, Stop, testing
@@ -127,6 +127,7 @@ def test_an_interrupted_solve_goes_on_as_if_it_had_not_been(solver, seed, dtype)
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden(), Picard()], ids=str)
 @few
+@example(seed=6126)  # a derivative of 3e-5, the sum of terms of order 1: the quotient's rounding is 1e-5 of it
 @given(seed=seeds)
 def test_implicit_gradients_equal_central_differences(solver, seed):
     z0, (rate, b) = draw(seed)

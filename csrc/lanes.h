@@ -143,18 +143,24 @@ inline Stored<Scalar> joined(const WideLanes<Scalar>* parts) {
     return parts[0];
   }
 }
-// Residuals as the ring keeps them: `kept` of scalar.h.
+// Residuals as the ring keeps them: `kept` of scalar.h. NaN stays.
+template <class Scalar>
+inline FloatLanes in_range(const FloatLanes& v) {
+  const FloatLanes most = FloatLanes{} + kLargest<Scalar>;
+#if defined(__AVX512F__)
+  return (FloatLanes)_mm256_max_ps((__m256)-most, _mm256_min_ps((__m256)most, (__m256)v));
+#elif defined(__AVX__)
+  return (FloatLanes)_mm_max_ps((__m128)-most, _mm_min_ps((__m128)most, (__m128)v));
+#else
+  return v > most ? most : v < -most ? -most : v;
+#endif
+}
 template <class Scalar>
 inline Stored<Scalar> joined_residuals(const WideLanes<Scalar>* parts) {
-  if constexpr (std::is_same_v<Scalar, Half>) {
-    const FloatLanes most = FloatLanes{} + kLargestHalf;
-#if defined(__AVX512F__)
-    return to_half((FloatLanes)_mm256_max_ps((__m256)-most, _mm256_min_ps((__m256)most, (__m256)parts[0])));
-#elif defined(__AVX__)
-    return to_half((FloatLanes)_mm_max_ps((__m128)-most, _mm_min_ps((__m128)most, (__m128)parts[0])));
-#else
-    return to_half(parts[0] > most ? most : parts[0] < -most ? -most : parts[0]);  // NaN stays, as above
-#endif
+  if constexpr (sizeof(Scalar) == 2) {
+    WideLanes<Scalar> kept[kParts<Scalar>];
+    for (int part = 0; part < kParts<Scalar>; ++part) kept[part] = in_range<Scalar>(parts[part]);
+    return joined<Scalar>(kept);
   } else {
     return joined<Scalar>(parts);
   }

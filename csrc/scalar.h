@@ -75,7 +75,9 @@ struct Half {
 #endif
 };
 
-constexpr float kLargestHalf = 65504;
+// The largest finite number of a 16-bit type.
+template <class Scalar>
+constexpr float kLargest = std::is_same_v<Scalar, Half> ? 65504.0f : 0x1.fep127f;
 
 // What arithmetic on a Scalar is done in.
 template <class Scalar>
@@ -89,11 +91,13 @@ struct Arithmetic<double> {
 template <class Scalar>
 using Wide = typename Arithmetic<Scalar>::type;
 
-// A residual as the ring keeps it, rounded to the storage type; one beyond the range of float16 is kept at its largest.
+// A residual as the ring keeps it, rounded to the storage type; one beyond the range of a 16-bit type is kept at its
+// largest: a difference of two of float16, or one of float that bfloat16 would round up to infinity. The residual of a
+// value that is itself infinite is kept so too, and its norm says what it was.
 template <class Scalar>
 PYDEQSOLVE_HD static inline Scalar kept(Wide<Scalar> r) {
-  if constexpr (std::is_same_v<Scalar, Half>) {
-    r = r > kLargestHalf ? kLargestHalf : r < -kLargestHalf ? -kLargestHalf : r;
+  if constexpr (sizeof(Scalar) == 2) {
+    r = r > kLargest<Scalar> ? kLargest<Scalar> : r < -kLargest<Scalar> ? -kLargest<Scalar> : r;
   }
   return static_cast<Scalar>(r);
 }

@@ -29,7 +29,7 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
     wide = torch.promote_types(f.dtype, torch.float32)
     r = f.to(wide) - z.to(wide)
     largest = torch.finfo(ring.dtype).max
-    kept = (r.clamp(-largest, largest) if ring.dtype == torch.float16 else r).to(ring.dtype)  # csrc/scalar.h
+    kept = (r.clamp(-largest, largest) if ring.dtype.itemsize == 2 else r).to(ring.dtype)  # csrc/scalar.h
     taken = torch.ones(f.shape[:2], dtype=torch.bool, device=f.device) if wanted is None else wanted
     for stored, new in ((ring.R, kept), (ring.F, f)):
         stored[rows, head] = torch.where(taken[..., None], new, stored[rows, head])

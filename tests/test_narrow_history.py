@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydeqsolve import DEQ, Anderson, Broyden, Picard, Stop, ops, run, solve
+from pydeqsolve import DEQ, Anderson, Broyden, Picard, Status, Stop, ops, run, solve
 from pydeqsolve.ring import COUPLINGS, KINDS, Method, Ring
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -110,6 +110,30 @@ def test_a_residual_beyond_the_range_of_float16_is_kept_at_its_largest(backend, 
     assert set(kept[~kept.isnan()].tolist()) == {65_504.0, -65_504.0}
     f[..., 7] = 0
     assert ops.measure(ring, f, -f, torch.arange(1), None, "max")[0, 0].tolist() == [120_000.0, 60_000.0]
+
+
+@pytest.mark.parametrize("kind", ["anderson II", "broyden good"])
+@pytest.mark.parametrize("D", [1, 40])  # in single numbers and in vectors
+def test_a_residual_that_bfloat16_would_round_to_infinity_is_kept_at_its_largest(backend, kind, D):
+    largest = torch.finfo(torch.bfloat16).max  # the next number up would be 2^128; from half way on r is nearer to it
+    f = torch.full((1, 1, D), largest, dtype=torch.bfloat16)
+    f[..., 1::2] = -largest
+    ring = ring_of(Method(kind, 1), (1, 1, D), torch.bfloat16)
+    norms = ops.measure(ring, f, -(2.0**-8) * f, torch.arange(1), None, "max")
+    assert norms[0, 0, 0] == (1 + 2.0**-8) * largest
+    assert torch.equal(ring.R[0, ring.head], f[0])
+
+
+def test_a_map_at_the_top_of_the_range_of_bfloat16_ends_as_its_scaled_down_twin(backend):
+    largest = torch.finfo(torch.bfloat16).max
+    ends, stop = [], Stop(rtol=2.0**-6)
+    for scale in (1.0, 2.0**-40):
+        f = torch.full((1, 40), scale * largest, dtype=torch.bfloat16)
+        out = solve(lambda z, f=f: f, -(2.0**-8) * f, solver=Picard(damping=0.5), stop=stop, gradient=None)
+        ends.append((out.status.item(), out.evaluations.item(), out.residual.item() / scale, out.z / scale))
+    assert ends[0][:3] == ends[1][:3]
+    assert ends[0][0] == Status.CONVERGED
+    assert torch.equal(ends[0][3], ends[1][3])
 
 
 @pytest.mark.parametrize("dtype", NARROW)

@@ -103,13 +103,14 @@ struct FrontRule {
   double entries;       // of one block
 };
 
-// The residual of a whole sample, of its T blocks as last measured.
+// The residual of a whole sample, of its T blocks as last measured; infinite where one is not a number.
 static inline double total_of(const Block* blocks, std::int64_t T, int norm) {
   double total = 0;
   for (std::int64_t t = 0; t < T; ++t) {
     const double x = blocks[t].residual;
     total = norm == 2 ? worse(total, x) : total + x * x;
   }
+  if (!(total < INFINITY)) return INFINITY;
   return norm == 2 ? total : std::sqrt(norm == 1 ? total : total / static_cast<double>(T));
 }
 

@@ -125,8 +125,9 @@ class FrontMonitor(Monitor):
         return torch.where(wanted, mode, KEEP).to(torch.uint8), broken
 
     def _total(self) -> Tensor:
-        """The residual of whole samples (n,), of blocks as last measured; infinite before all were."""
+        """The residual of whole samples (n,), of blocks as last measured; infinite before all were, and with a NaN."""
+        of_blocks = self.block("residual").nan_to_num(torch.inf, torch.inf)
         if self.stop.norm == "max":
-            return self.block("residual").amax(1)
-        squares = self.block("residual").square()
+            return of_blocks.amax(1)
+        squares = of_blocks.square()
         return (squares.mean(1) if self.stop.norm == "rms" else squares.sum(1)).sqrt()

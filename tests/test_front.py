@@ -164,6 +164,22 @@ def test_a_nan_block_ends_its_sample_as_nonfinite_and_leaves_the_other():
     assert solution.z[0].isfinite().all()
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("norm", ["rms", "l2", "max"])
+def test_the_residual_of_a_sample_with_a_nan_block_is_infinite_as_without_a_front(native, norm, monkeypatch):
+    if not native:
+        monkeypatch.setattr(ops, "_native", None)
+    problem = problems.triangular(8, B=2)
+    problem.inputs[0][0, 0] = torch.nan
+    whole = solve(problem.fn, problem.start, problem.inputs, solver=Picard(), stop=Stop(norm=norm), gradient=None)
+    blocks, _ = run(problem, solver=Picard(), stop=Stop(norm=norm), trace=True)
+    for solution in (whole, blocks):
+        assert solution.status.tolist() == [Status.NONFINITE, Status.CONVERGED]
+        assert solution.residual[0] == torch.inf
+        assert repr(solution).endswith("residual at most inf)")
+    assert blocks.trace[0, 0] == torch.inf
+
+
 def test_a_block_that_is_nan_only_until_its_predecessors_are_right_is_solved():
     # sqrt of the block before: NaN from the zero start is gone once the front arrives.
     b = torch.full((1, 6, 1), 2.0, dtype=f64)

@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo docs report test lint format types cuda-check emulate fuzz defects clean
+.PHONY: help install demo docs report test lint format types cuda-check arm-check emulate fuzz defects clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,6 +49,12 @@ types: $(INSTALLED)  ## mypy
 
 cuda-check: $(INSTALLED)  ## spills, loads, registers and occupancy of the compiled CUDA kernels
 	@$(BIN)/python benchmarks/cuda_static.py --check
+
+# What Debian's g++-aarch64-linux-gnu and qemu-user hold.
+arm-check: $(INSTALLED)  ## the CPU kernels on emulated processors: Arm, and x86-64 without AVX2
+	@for program in aarch64-linux-gnu-g++ qemu-aarch64 qemu-x86_64; do command -v $$program >/dev/null \
+	  || { echo "$$program is missing: sudo apt-get install -y g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	@$(BIN)/python -m pytest -q tests/test_portable.py
 
 emulate: $(INSTALLED)  ## the CUDA kernels run on the CPU
 	@$(BIN)/python -m pytest -q tests/test_cuda_emulation.py

@@ -32,4 +32,4 @@ def test_random_steps_are_clean_under_sanitizers(tmp_path, sanitizers, extra):
     )  # fmt: skip
     done = subprocess.run([str(program), str(CASES)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{CASES} cases\n"
+    assert done.stdout.startswith(f"{CASES} cases")

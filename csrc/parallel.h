@@ -25,7 +25,8 @@ void parallel_for(std::int64_t items, std::int64_t bytes, int threads, const Bod
     return;
   }
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+// All threads although some get nothing: for a smaller team libgomp ends the others, and torch starts them anew.
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (std::int64_t p = 0; p < parts; ++p) body(items * p / parts, items * (p + 1) / parts);
 #else
   std::vector<std::thread> workers;

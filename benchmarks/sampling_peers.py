@@ -210,7 +210,7 @@ def compare(checkpoint: Checkpoint, steps: int, latents: list[Tensor], error: fl
         print(cheapest(solve, peer, latents, expected, error, name, steps, base), flush=True)
     stop = Stop(rtol=error / 10, max_steps=steps)
     for name, options in {
-        "ours, all steps in every round": {"levels": ()},
+        "ours, all steps together": {"levels": ()},
         "ours, on nodes": {"levels": "nodes"} if steps >= 60 else None,
         "ours, automatic": {"method": "auto"},
     }.items():

@@ -10,15 +10,14 @@ Errors are relative, of x_0 against sequential sampling: median and nine in ten.
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 import torch
+from sampling_study import asked
 from torch import Tensor
 
-from diffusion import load_checkpoint
 from diffusion.arguments import Silent
 from diffusion.chain import interpolation
+from diffusion.nodes import placed
 from diffusion.sampler import Sampler
 
 MEMORY = 3
@@ -58,11 +57,6 @@ def try_secants(run: Sampler, right: Tensor, rounds: int = 10) -> None:
         print(f"{'secants, m = ' + str(memory) if memory else 'Picard':16} " + ", ".join(line[3:]), flush=True)
 
 
-def nodes(T: int, n: int, power: float) -> Tensor:
-    left = T * (1 - torch.linspace(0, 1, n, dtype=torch.float64)).pow(power)
-    return (T - left).round().long().clamp(max=T - 1).unique()
-
-
 def multistep(run: Sampler, at: Tensor, order: int) -> Tensor:
     """N (B, n, D) at the nodes, in n calls of one row per image."""
     T, linear, base = len(run.map.chain), run.map.linear, run.base()
@@ -84,7 +78,7 @@ def try_nodes(run: Sampler, right: Tensor) -> None:
     T, linear, base, half = len(run.map.chain), run.map.linear, run.base(), len(right) // 2
     N = evaluate(run, right[:, :T], torch.arange(T))
     for n in (15, 22, 30, 45):
-        at = nodes(T, n, 1.7)
+        at = placed(T, n, 1.7)
         spread = interpolation(at, T)
         orders = [
             f"{order}: {said(linear.trajectory(base, spread @ multistep(run, at, order))[:, -1], right[:, -1])}"
@@ -98,15 +92,7 @@ def try_nodes(run: Sampler, right: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="digits", help="digits, fashion or a folder")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100])
-    parser.add_argument("--noises", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    checkpoint = load_checkpoint(args.model)
-    x = torch.randn(args.noises, *checkpoint.shape, generator=torch.Generator().manual_seed(args.seed))
+    args, checkpoint, x = asked(__doc__, noises=32)
     for steps in args.steps:
         run = Sampler.of(
             checkpoint.model, x, checkpoint.schedule.chain(steps), checkpoint.prediction, "gaussian", None, None, (),

@@ -93,22 +93,27 @@ def try_splines(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> Non
     right = linear.trajectory(base, N)[:, -1]
     for n in (20, 40, 80, 160, 320, 640):
         if n < T:
-            left = T * (1 - torch.linspace(0, 1, n, dtype=torch.float64)).square()
-            at = (T - left).round().long().clamp(max=T - 1).unique()
+            at = nodes.placed(T, n, 2.0)
             found = linear.trajectory(base, interpolation(at, T) @ N[:, at])[:, -1]
             print(f"splines alone, {len(at):4} nodes {'':24} rows/T {len(at) / T:5.2f} {errors(found, right)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(description: str | None, noises: int) -> tuple[argparse.Namespace, Checkpoint, Tensor]:
+    """The arguments of a study with so many noises by default, the model they name, and its latents; on one thread."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits", help="digits, fashion or a folder")
     parser.add_argument("--steps", type=int, nargs="+", default=[100])
-    parser.add_argument("--noises", type=int, default=16)
+    parser.add_argument("--noises", type=int, default=noises)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = load_checkpoint(args.model)
-    x = torch.randn(args.noises, *checkpoint.shape, generator=torch.Generator().manual_seed(args.seed))
+    generator = torch.Generator().manual_seed(args.seed)
+    return args, checkpoint, torch.randn(args.noises, *checkpoint.shape, generator=generator)
+
+
+def main() -> None:
+    args, checkpoint, x = asked(__doc__, noises=16)
     for steps in args.steps:
         chain = checkpoint.schedule.chain(steps)
         reference = sample(checkpoint.model, x, chain, method="sequential")

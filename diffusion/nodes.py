@@ -51,10 +51,13 @@ def nodes(T: int) -> Tensor:
 
     T − k falls as a power: where σ goes to 0, N changes over a range of steps that shrinks with their number left.
     """
-    n = max(4, min(MOST_NODES, int(T / STEPS_PER_NODE)))
-    left = T * (1 - torch.linspace(0, 1, n, dtype=torch.float64)).pow(DENSITY)
-    at = (T - left).round().long().clamp(max=T - 1)
-    return at.unique()
+    return placed(T, max(4, min(MOST_NODES, int(T / STEPS_PER_NODE))), DENSITY)
+
+
+def placed(T: int, n: int, power: float) -> Tensor:
+    """Positions of at most n nodes, T − k falling as `power`: fewer where rounding brings two together."""
+    left = T * (1 - torch.linspace(0, 1, n, dtype=torch.float64)).pow(power)
+    return (T - left).round().long().clamp(max=T - 1).unique()
 
 
 def possible(run: Sampler, stop: Stop, window: int | None) -> bool:

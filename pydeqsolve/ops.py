@@ -74,8 +74,7 @@ def start(ring: Ring, fresh: bool = True) -> None:
 
     fresh: nothing was written to its rows yet, so what lies under them may still be chosen.
     """
-    if _native is None:
-        _warn_once()
+    _warn_once()
     R = ring.R
     _, M, T, D = R.shape
     backend = ("cpu" if R.is_cpu else R.device.type) if _is_native(R) and M <= _native.MAX_SLOTS else None

@@ -33,7 +33,7 @@ struct Batch {
 
   std::int64_t sample(std::int64_t i) const { return rows.rows ? rows.rows[i] : i; }
   Block block(std::int64_t i, std::int64_t t) const {
-    return {sample(i) * T + t, (i * T + t) * D, (sample(i) * M * T + t) * D};
+    return {sample(i) * T + t, (i * T + t) * D, sample(i) * h.sample_stride + t * D};
   }
   // From block (i, t) to the same of the sample that comes `later`.
   Ahead ahead(std::int64_t i, std::int64_t t, std::int64_t later) const {
@@ -43,7 +43,7 @@ struct Batch {
   }
   bool is_wanted(std::int64_t i, std::int64_t t) const { return !rows.wanted || rows.wanted[i * T + t]; }
   int older(const Block& at) const { return h.count[at.at] < M - 1 ? h.count[at.at] : M - 1; }
-  std::int64_t row(const Block& at, int age) const { return at.history + slot_of(h.head, age, M) * T * D; }
+  std::int64_t row(const Block& at, int age) const { return at.history + slot_of(h.head, age, M) * h.slot_stride; }
   std::int64_t bytes(std::int64_t words) const {
     return words * blocks * D * static_cast<std::int64_t>(sizeof(Scalar));
   }

@@ -30,13 +30,15 @@ struct Ring {
   Kind kind;
   double eps;
   Address R, F, gram, steps_gram, rhs, squares, count;
-  std::int64_t blocks, features;
+  std::int64_t blocks, features, sample_stride, slot_stride;
 
   template <class Scalar>
   History<Scalar> history(int head) const {
     return {slots,
             head,
             kind,
+            sample_stride,
+            slot_stride,
             at<Scalar>(R),
             at<Scalar>(F),
             at<double>(gram),
@@ -65,7 +67,7 @@ void with_scalar(Storage storage, const Body& body) {
   }
 }
 
-// Asks for large pages under a long history: its rows are read side by side, a page table entry each.
+// Asks for large pages under long rows: they are read side by side, a page table entry each.
 void use_large_pages([[maybe_unused]] Address address, [[maybe_unused]] std::uintptr_t bytes) {
 #if defined(__linux__)
   constexpr std::uintptr_t page = std::uintptr_t{1} << 21;
@@ -167,10 +169,10 @@ void judge_on_cuda(std::int64_t n, std::int64_t blocks, Address norms, Address d
                    {safeguard, eps, entries, is_max}, at<std::uint8_t>(mode), at<void>(stream)));
 }
 
-void keep_on_cuda(std::int64_t n, std::int64_t bytes, Address table, Address rows, Address origin, Address from,
-                  Address to, Address stream) {
-  check(keep_cuda(n, bytes, at<const Record>(table), at<const std::int64_t>(rows), at<const std::int64_t>(origin),
-                  at<const void>(from), at<void>(to), at<void>(stream)));
+void keep_on_cuda(std::int64_t n, std::int64_t bytes, Address table, Address rows, Address from, Address to,
+                  Address stream) {
+  check(keep_cuda(n, bytes, at<const Record>(table), at<const std::int64_t>(rows), at<const void>(from), at<void>(to),
+                  at<void>(stream)));
 }
 
 std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
@@ -181,13 +183,14 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
   py::class_<Ring>(m, "Ring").def(
-      py::init([](int storage, int slots, int kind, double eps, std::int64_t blocks, std::int64_t features, Address R,
-                  Address F, Address gram, Address steps_gram, Address rhs, Address squares, Address count) {
+      py::init([](int storage, int slots, int kind, double eps, std::int64_t blocks, std::int64_t features,
+                  std::int64_t sample_stride, std::int64_t slot_stride, Address R, Address F, Address gram,
+                  Address steps_gram, Address rhs, Address squares, Address count) {
         if (slots < 1 || slots > kMaxSlots) throw std::invalid_argument("slots out of range");
         if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) {
           throw std::invalid_argument("storage out of range");
@@ -204,7 +207,9 @@ PYBIND11_MODULE(_native, m) {
                     squares,
                     count,
                     blocks,
-                    features};
+                    features,
+                    sample_stride,
+                    slot_stride};
       }));
   m.attr("INTERFACE") = kInterface;
   m.attr("MAX_SLOTS") = kMaxSlots;

@@ -19,20 +19,21 @@ template <class Scalar>
 void measure_one(const Batch<Scalar>& b, const Block& at, std::int64_t first, std::int64_t last, const Scalar* f,
                  const Scalar* z, Norm norm, Ahead ahead, const Dots& dots) {
   const int older = b.older(at);
-  Scalar *R[kMaxSlots], *F[kMaxSlots];
-  for (int a = 0; a <= older; ++a) {
-    const std::int64_t row = b.row(at, a) + first;
-    R[a] = b.h.R + row;
-    F[a] = b.h.F + row;
-  }
+  const auto fill = [&](Scalar** R, Scalar** F) {
+    for (int a = 0; a <= older; ++a) {
+      const std::int64_t row = b.row(at, a) + first;
+      R[a] = b.h.R + row;
+      F[a] = b.h.F + row;
+    }
+  };
   f += at.state + first;
   z += at.state + first;
   if (norm == Norm::kSquares && older <= most_older(b.steps)) {
     RowsOf<Scalar> rows;
-    std::memcpy(rows.R, R, (older + 1) * sizeof(Scalar*));
-    std::memcpy(rows.F, F, (older + 1) * sizeof(Scalar*));
+    fill(rows.R, rows.F);
     const int kinds = b.steps ? 4 : 2;
-    double sums[4 * kMaxOlder + 2] = {};
+    double sums[4 * kMaxOlder + 2];
+    for (int k = 0; k < kinds * older + 2; ++k) sums[k] = 0;
     if (b.steps) {
       measure_piece<Scalar, true>(last - first, older, f, z, rows, ahead, b.past_cache, sums);
     } else {
@@ -49,6 +50,8 @@ void measure_one(const Batch<Scalar>& b, const Block& at, std::int64_t first, st
     dots.squares(1) += sums[kinds * older + 1];
     return;
   }
+  Scalar *R[kMaxSlots], *F[kMaxSlots];
+  fill(R, F);
   for (std::int64_t k = 0; k < last - first; k += kTile) {
     const int length = last - first - k < kTile ? static_cast<int>(last - first - k) : kTile;
     measure_tile(length, older, b.steps, norm, f + k, z + k, R, F, dots);

@@ -153,13 +153,13 @@ __global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 || (kAges == 8 &
   PYDEQSOLVE_SHARED(shared);
   const Team team(plan.team);
   if (team.piece < plan.pieces) {
-    const Piece piece(rows, plan, h.slots, team.piece);
+    const Piece piece(rows, plan, h.sample_stride, team.piece);
     const bool wanted = !rows.wanted || rows.wanted[piece.block];
     const int shared_doubles = measure_shared_doubles<kAges, kSteps>(h.slots, team.size);
     double* const mine = shared + team.index * shared_doubles;
     const Sums<kSteps> sums{h.slots, mine};
     const int older = wanted ? older_rows(h.count[piece.at], h.slots) : 0, width = Sums<kSteps>::size(h.slots);
-    fill_table(team, piece, rows, h, h.slots, mine + shared_doubles - h.slots);
+    fill_table(team, piece, h, h.slots, mine + shared_doubles - h.slots);
     const RowTable table = reinterpret_cast<RowTable>(mine + shared_doubles - h.slots);
     team.sync();
     if (wanted) {
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
                   double* norms, Norm norm) {
   PYDEQSOLVE_SHARED(shared);
   const Team team(kThreads);
-  const Piece piece(rows, Plan{blocks, 1, rows.features, kThreads, false}, h.slots, team.piece);
+  const Piece piece(rows, Plan{blocks, 1, rows.features, kThreads, false}, h.sample_stride, team.piece);
   const Sums<kSteps> sums{h.slots, shared};
   const int warp = team.rank / kWarp, lane = team.rank % kWarp, width = Sums<kSteps>::size(h.slots);
   const bool wanted = !rows.wanted || rows.wanted[piece.block];

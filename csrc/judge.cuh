@@ -45,17 +45,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Copies rows of `words` of the samples that were left behind: from[origin[i]] to to[rows[i]]. A thread block owns a
+// Copies rows of `words` of the samples that were left behind: from[i] to to[rows[i]]. A thread block owns a
 // chunk of one sample, and reads no more than its flag where there is nothing to copy.
 template <class Word>
-__global__ void __launch_bounds__(kThreads)
-    keep_kernel(std::int64_t chunks, std::int64_t words, const Record* table, const std::int64_t* rows,
-                const std::int64_t* origin, const Word* from, Word* to) {
+__global__ void __launch_bounds__(kThreads) keep_kernel(std::int64_t chunks, std::int64_t words, const Record* table,
+                                                        const std::int64_t* rows, const Word* from, Word* to) {
   const std::int64_t i = blockIdx.x / chunks, chunk = blockIdx.x % chunks, length = (words + chunks - 1) / chunks;
   if (table[i].left_behind == 0) return;
   const std::int64_t end = (chunk + 1) * length < words ? (chunk + 1) * length : words;
   for (std::int64_t w = chunk * length + threadIdx.x; w < end; w += kThreads) {
-    to[rows[i] * words + w] = from[origin[i] * words + w];
+    to[rows[i] * words + w] = from[i * words + w];
   }
 }
 

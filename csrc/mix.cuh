@@ -79,12 +79,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int M = h.slots;
   double* const work = shared + team.index * mix_shared_doubles(M, solve);
   if (team.piece < plan.pieces) {
-    const Piece piece(rows, plan, M, team.piece);
+    const Piece piece(rows, plan, h.sample_stride, team.piece);
     const std::uint8_t what = mode[piece.block];
     const int differences = what == kMix ? larger(h.count[piece.at] - 1, 0) : 0;
     const int newest = what == kReject && M > 1 ? 1 : 0;  // a ring of one row has no other to go back to
     double* const places = work + mix_shared_doubles(M, solve) - M;
-    fill_table(team, piece, rows, h, M, places);
+    fill_table(team, piece, h, M, places);
     const RowTable table = reinterpret_cast<RowTable>(places);
     Solved solved{work, 0};
     if (solve) {

@@ -42,8 +42,9 @@ struct History {
   int slots;  // M
   int head;   // slot of the newest row
   Kind kind;
-  Scalar* R;            // (B, M, T*D) residuals r = f - z
-  Scalar* F;            // (B, M, T*D) values f
+  std::int64_t sample_stride, slot_stride;  // of R and F, entries
+  Scalar* R;                                // (B, M, T*D) residuals r = f - z, any order of samples and slots in memory
+  Scalar* F;                                // (B, M, T*D) values f
   double* gram;         // (B, T, M, M) w_a . y_b by slots, w = y for type II and bad, s for type I and good
   double* steps_gram;   // (B, T, M, M) s_a . s_b by slots, kind good only, else null
   double* rhs;          // (B, T, M) w_a . r_0 by age
@@ -111,9 +112,9 @@ const char* advance_cuda(const Rows& rows, const History<Scalar>& history, Coupl
 // judge_all on the device, but for the counts: norms (n, T, 2), dropped (n, T) or null, table (n,), mode (n, T).
 const char* judge_cuda(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped, Record* table,
                        const Judgement& rule, std::uint8_t* mode, void* stream);
-// Copies `bytes` of each sample that was left behind: to[rows[i]] = from[origin[i]]; rows, origin (n,).
+// Copies `bytes` of each sample that was left behind: to[rows[i]] = from[i]; rows (n,).
 const char* keep_cuda(std::int64_t n, std::int64_t bytes, const Record* table, const std::int64_t* rows,
-                      const std::int64_t* origin, const void* from, void* to, void* stream);
+                      const void* from, void* to, void* stream);
 std::int64_t partial_doubles(const Rows& rows, int slots);
 int cuda_device_count();  // 0 without a driver
 

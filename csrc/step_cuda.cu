@@ -37,12 +37,13 @@ bool aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
+// strides: all that there are besides D, or-ed together.
 template <class Scalar>
-Plan plan_of(const Rows& rows, std::initializer_list<const void*> pointers) {
+Plan plan_of(const Rows& rows, std::int64_t strides, std::initializer_list<const void*> pointers) {
   constexpr int kSize = Pack<Scalar>::kSize;
   const std::int64_t D = rows.features, chunks = chunks_of(D);
   const std::int64_t length = divide_up(divide_up(D, chunks), kSize) * kSize;
-  const bool vector = D % kSize == 0 && aligned(pointers);
+  const bool vector = (D | strides) % kSize == 0 && aligned(pointers);
   return {rows.n * rows.blocks * chunks, chunks, length, D <= kWarpFeatures ? kWarp : kThreads, vector};
 }
 
@@ -72,13 +73,13 @@ const char* launched() {
 // What the kernels that read no rows take of a history: they are compiled once for all storage types.
 template <class Scalar>
 History<void> matrices_of(const History<Scalar>& h) {
-  return {h.slots, h.head, h.kind, nullptr, nullptr, h.gram, h.steps_gram, h.rhs, h.squares, h.count, h.eps};
+  return {h.slots, h.head, h.kind, 0, 0, nullptr, nullptr, h.gram, h.steps_gram, h.rhs, h.squares, h.count, h.eps};
 }
 
 template <class Scalar, int kAges, bool kMany, bool kSteps>
 const char* launch_measure(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z,
                            double* norms, Norm norm, double* partial, cudaStream_t stream) {
-  const Plan plan = plan_of<Scalar>(rows, {history.R, history.F, f, z});
+  const Plan plan = plan_of<Scalar>(rows, history.sample_stride | history.slot_stride, {history.R, history.F, f, z});
   const Shape shape = shape_of(plan.pieces, plan.team, measure_shared_doubles<kAges, kSteps>(history.slots, plan.team));
   const auto measure = plan.vector ? measure_kernel<Scalar, kAges, kMany, kSteps, true>
                                    : measure_kernel<Scalar, kAges, kMany, kSteps, false>;
@@ -101,7 +102,8 @@ template <class Scalar>
 const char* launch_mix(const Rows& rows, const History<Scalar>& history, bool solve, double ridge,
                        const std::uint8_t* mode, const double* given, double* gamma, std::int32_t* dropped, double beta,
                        const Scalar* z, Scalar* z_next, cudaStream_t stream) {
-  const Plan plan = plan_of<Scalar>(rows, {history.R, history.F, z, z_next});
+  const Plan plan =
+      plan_of<Scalar>(rows, history.sample_stride | history.slot_stride, {history.R, history.F, z, z_next});
   if (plan.pieces == 0) return nullptr;
   const Shape shape = shape_of(plan.pieces, plan.team, mix_shared_doubles(history.slots, solve));
   const auto mix = beta == 1 ? mix_kernel<Scalar, false> : mix_kernel<Scalar, true>;
@@ -182,14 +184,14 @@ const char* judge_cuda(std::int64_t n, std::int64_t T, const double* norms, cons
 }
 
 const char* keep_cuda(std::int64_t n, std::int64_t bytes, const Record* table, const std::int64_t* rows,
-                      const std::int64_t* origin, const void* from, void* to, void* stream) {
+                      const void* from, void* to, void* stream) {
   if (n * bytes == 0) return nullptr;
   const auto run = [&](auto word) {
     using Word = decltype(word);
     const std::int64_t words = bytes / static_cast<std::int64_t>(sizeof(Word)), chunks = divide_up(bytes, kKeptBytes);
     const auto keep = keep_kernel<Word>;
     PYDEQSOLVE_LAUNCH(keep, static_cast<unsigned>(n * chunks), kThreads, 0, static_cast<cudaStream_t>(stream), chunks,
-                      words, table, rows, origin, static_cast<const Word*>(from), static_cast<Word*>(to));
+                      words, table, rows, static_cast<const Word*>(from), static_cast<Word*>(to));
     return launched();
   };
   return bytes % 16 == 0 && aligned({from, to}) ? run(Pack<float>{}) : run(std::uint16_t{});

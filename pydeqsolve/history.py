@@ -58,8 +58,8 @@ class History:
         ring.count.copy_(self.counts)
         turn = (torch.arange(M, device=self.heads.device) + self.heads[:, None] - ring.head) % M  # (B, M) old slots
         if bool((self.heads != ring.head).any()):
-            each = torch.arange(len(self.heads), device=self.heads.device)[:, None]
-            ring.R, ring.F = ring.R[each, turn], ring.F[each, turn]
+            each = torch.arange(len(self.heads), device=self.heads.device)
+            ring.R, ring.F = (rows.transpose(0, 1)[turn.T, each].transpose(0, 1) for rows in (ring.R, ring.F))
             down, across = turn[:, None, :, None], turn[:, None, None, :]
             for name in ("gram", "steps_gram"):
                 matrices = getattr(ring, name)  # (B, T, M, M)

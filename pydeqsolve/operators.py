@@ -29,7 +29,8 @@ def _ring(
         and rhs.shape == (B, T, M) and squares.shape == (B, T, 2) and count.shape == (B, T)
         and device == F.get_device() == gram.get_device() == steps.get_device() == rhs.get_device()
         == squares.get_device() == count.get_device()
-        and R.is_contiguous() and F.is_contiguous() and gram.is_contiguous() and steps.is_contiguous()
+        and _are_rows(R) and F.stride() == R.stride()
+        and gram.is_contiguous() and steps.is_contiguous()
         and rhs.is_contiguous() and squares.is_contiguous() and count.is_contiguous()
     )  # fmt: skip
     if not as_the_kernels_read:
@@ -45,11 +46,27 @@ def _ring(
     return ring
 
 
+def _are_rows(R: Tensor) -> bool:
+    """Whether blocks (T, D) are contiguous and apart from each other, sample by sample or slot by slot in memory."""
+    B, M, T, D = R.shape
+    sample, slot, block, feature = R.stride()
+    apart = (slot >= T * D and sample >= M * slot) or (sample >= T * D and slot >= B * sample)
+    return apart and block == D and feature == 1
+
+
 def _explain(R: Tensor, F: Tensor, gram: Tensor, steps: Tensor, rhs: Tensor, squares: Tensor, count: Tensor) -> None:
     """Raises for the first tensor of a history that is not as it must be."""
     B, M, T, _ = R.shape
+    for name, x in (("R", R), ("F", F)):
+        if x.dtype != R.dtype or x.shape != R.shape or x.device != R.device or x.stride() != R.stride():
+            raise ValueError(
+                f"{name} must be contiguous by blocks, {R.dtype} of shape {tuple(R.shape)} on {R.device} with the "
+                f"strides of R, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+            )
+        if not _are_rows(x):
+            raise ValueError(f"{name} must be contiguous by blocks, and these apart, got strides {x.stride()}")
     for name, x, dtype, shape in (
-        ("R", R, R.dtype, R.shape), ("F", F, R.dtype, R.shape), ("gram", gram, torch.float64, (B, T, M, M)),
+        ("gram", gram, torch.float64, (B, T, M, M)),
         ("steps_gram", steps, torch.float64, (B, T, M, M)), ("rhs", rhs, torch.float64, (B, T, M)),
         ("squares", squares, torch.float64, (B, T, 2)), ("count", count, torch.int32, (B, T)),
     ):  # fmt: skip

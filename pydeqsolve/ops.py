@@ -26,6 +26,7 @@ __all__ = [
     "PLAIN",
     "REJECT",
     "advance",
+    "buffer_like",
     "build_info",
     "can_step",
     "judge",
@@ -47,7 +48,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 6  # csrc/bindings.cpp
+INTERFACE = 7  # csrc/bindings.cpp
 
 
 _native: Any
@@ -82,13 +83,22 @@ def start(ring: Ring, fresh: bool = True) -> None:
     if backend:
         steps = 0 if ring.steps_gram is None else ring.steps_gram.data_ptr()
         handle = _native.Ring(
-            STORAGES.index(ring.dtype), M, KINDS.index(ring.kind), ring.eps, T, D, _memory(R), _memory(ring.F),
-            ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.squares.data_ptr(), ring.count.data_ptr(),
+            STORAGES.index(ring.dtype), M, KINDS.index(ring.kind), ring.eps, T, D, *R.stride()[:2], _memory(R),
+            _memory(ring.F), ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.squares.data_ptr(),
+            ring.count.data_ptr(),
         )  # fmt: skip
     if fresh and backend == "cpu":
         for rows in (R, ring.F):
-            _native.use_large_pages(rows.data_ptr(), rows.nbytes)
+            _native.use_large_pages(rows.data_ptr(), rows.untyped_storage().nbytes())
     ring.__dict__[_handles] = (backend, handle)
+
+
+def buffer_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor like x, on large pages where it is that long."""
+    buffer = torch.empty_like(x)
+    if _native is not None and x.is_cpu:
+        _native.use_large_pages(_memory(buffer), buffer.nbytes)
+    return buffer
 
 
 def _memory(x: Tensor) -> int:
@@ -160,10 +170,10 @@ def judge(
     return mode, None, None
 
 
-def keep(best: Tensor, rows: Tensor, before: Tensor, origin: Tensor, table: Tensor) -> bool:
-    """best[rows] = before[origin] on a device, for the samples that `table` says were left behind.
+def keep(best: Tensor, rows: Tensor, before: Tensor, table: Tensor) -> bool:
+    """best[rows] = before on a device, for the samples that `table` says were left behind.
 
-    best (B, T, D), before (k, T, D), rows, origin (n,) int64. Returns False, having done nothing, where it cannot run.
+    best (B, T, D), before (n, T, D), rows (n,) int64. Returns False, having done nothing, where it cannot run.
     """
     if table.device.type == "cpu" or not _is_native(table):
         return False
@@ -171,8 +181,8 @@ def keep(best: Tensor, rows: Tensor, before: Tensor, origin: Tensor, table: Tens
         return False
     with torch.cuda.device(table.device):
         _native.keep_cuda(
-            len(rows), best[0].nbytes, table.data_ptr(), rows.data_ptr(), origin.data_ptr(), before.data_ptr(),
-            best.data_ptr(), torch.cuda.current_stream(table.device).cuda_stream,
+            len(rows), best[0].nbytes, table.data_ptr(), rows.data_ptr(), before.data_ptr(), best.data_ptr(),
+            torch.cuda.current_stream(table.device).cuda_stream,
         )  # fmt: skip
     return True
 

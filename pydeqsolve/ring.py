@@ -6,10 +6,12 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 KINDS = ("anderson II", "anderson I", "broyden good", "broyden bad")  # csrc/step.h, Kind
 COUPLINGS = ("joint", "independent", "causal")  # csrc/step.h, Coupling
 STORAGES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/scalar.h, Storage
+PAGE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,15 @@ class Method:
     damping: float = 1.0
     ridge: float = 0.0
     coupling: str = "joint"
+
+
+def _rows(B: int, M: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for rows (B, M, T, D), slot by slot: a step reads each slot's from the first sample to the last."""
+    line = 64 // dtype.itemsize
+    stride = B * T * D
+    if stride * dtype.itemsize >= PAGE:  # slots that start at one place of a page would share few places of a cache
+        stride = (stride + line - 1) // line * line + 13 * line
+    return torch.empty(M * stride, dtype=dtype, device=device).as_strided((B, M, T, D), (T * D, stride, D, 1))
 
 
 class Ring:
@@ -40,8 +51,7 @@ class Ring:
         self.eps = torch.finfo(dtype).eps
         self.dtype = dtype
         M = self.slots
-        self.R = torch.empty(B, M, T, D, dtype=self.dtype, device=device)
-        self.F = torch.empty_like(self.R)
+        self.R, self.F = (_rows(B, M, T, D, dtype, device) for _ in range(2))
         self.gram = torch.zeros(B, T, M, M, dtype=torch.float64, device=device)
         self.steps_gram = torch.zeros_like(self.gram) if self.kind == "broyden good" else None
         self.rhs = torch.zeros(B, T, M, dtype=torch.float64, device=device)

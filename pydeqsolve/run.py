@@ -58,7 +58,7 @@ class Run:
             self.monitor["steps"] = (history.since - 1).clamp_min(0)
         self.search = LineSearch(line_search, self.z) if line_search else None
         # (B, T, D): finished samples; of the others the iterate of least residual that has been left behind, else z0.
-        self.full = z0.clone()
+        self.full = ops.buffer_like(z0).copy_(z0)
         self.before = self.z  # (n, T, D): the previous iterate
         self.dropped: Tensor | None = None  # (n, T) differences that the last step left out
         self.finished: int | None = None  # samples finished at the last measurement, where that is known
@@ -135,8 +135,7 @@ class Run:
 
     def _keep_best(self) -> None:
         """Stores iterates whose successors were worse: a monotone solve copies nothing."""
-        everyone = torch.arange(self.rows.shape[0], device=self.rows.device)
-        if ops.keep(self.full, self.rows, self.before, everyone, self.monitor.table):
+        if ops.keep(self.full, self.rows, self.before, self.monitor.table):
             return
         left_behind = self.monitor["left_behind"] != 0
         if self.z.device.type == "cpu":
@@ -210,7 +209,7 @@ class Run:
             unused = buffer is not self.z and buffer is not self.before and _holders(buffer) <= _ALONE
             if unused and buffer.shape == self.z.shape:
                 return buffer
-        buffer = torch.empty_like(self.z)
+        buffer = ops.buffer_like(self.z)
         self.buffers = [*self.buffers[-2:], buffer]
         return buffer
 

@@ -169,14 +169,14 @@ def test_judge_and_keep_equal_the_tensors() -> None:
     monitors = [Monitor(40, Stop(rtol=0.3), torch.float32, torch.device(d), 2.0) for d in ("cuda", "cpu")]
     best, before = torch.randn(2, 40, 3, 65, generator=generator)
     here = best.cuda()
-    rows, origin = torch.randperm(40, generator=generator), torch.arange(40)
+    rows = torch.randperm(40, generator=generator)
     for _ in range(6):
         norms = torch.rand(40, 3, 2, generator=generator, dtype=torch.float64)
         modes = [m.judge(norms.to(m.table.device), None, 65)[0] for m in monitors]
         assert torch.equal(modes[0].cpu(), modes[1])
-        assert ops.keep(here, rows.cuda(), before.cuda(), origin.cuda(), monitors[0].table)
+        assert ops.keep(here, rows.cuda(), before.cuda(), monitors[0].table)
         left = monitors[1]["left_behind"] != 0
-        best[rows[left]] = before[origin[left]]
+        best[rows[left]] = before[left]
         assert torch.equal(here.cpu(), best)
         before = before.roll(1, 0)
     torch.testing.assert_close(monitors[0].table.cpu(), monitors[1].table, rtol=1e-12, atol=0)

@@ -247,13 +247,13 @@ def test_judge_equals_the_tensors(
 @pytest.mark.parametrize(("D", "dtype"), [(3, torch.float16), (64, torch.bfloat16), (90_001, torch.float32)], ids=str)
 def test_keep_copies_what_was_left_behind(kernels: Emulator, D: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    best, before = torch.randn(2, 6, 2, D, generator=generator).to(dtype)
-    rows, origin = torch.tensor([4, 0, 3]), torch.tensor([1, 5, 2])
+    best, before = torch.randn(9, 2, D, generator=generator).to(dtype).split((6, 3))
+    rows = torch.tensor([4, 0, 3])
     monitor = Monitor(3, Stop(), dtype, torch.device("cpu"), 0.0)
     monitor["left_behind"] = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     expected = best.clone()
-    expected[4], expected[3] = before[1], before[2]
-    kernels.keep(best, rows, before, origin, monitor.table)
+    expected[4], expected[3] = before[0], before[2]
+    kernels.keep(best, rows, before, monitor.table)
     assert torch.equal(best, expected)
 
 

@@ -78,6 +78,31 @@ def test_a_history_that_is_not_contiguous_is_refused():
         measure(f, z, *parts, torch.arange(3), None, 1, 0, False)
 
 
+@pytest.mark.parametrize("layout", ["samples", "slots", "padded"])
+def test_samples_and_slots_may_lie_in_any_order(layout):
+    B, M, T, D = shape = (3, 4, 2, 5)
+    stride = {"samples": (M * T * D, T * D), "slots": (T * D, B * T * D), "padded": (T * D, B * T * D + 8)}[layout]
+    ours, theirs, rows = history("anderson II"), history("anderson II"), torch.arange(3)
+    ours.R, ours.F = (
+        torch.zeros(M * (B * T * D + 8), dtype=torch.float64).as_strided(shape, (*stride, D, 1)) for _ in "RF"
+    )
+    mode = torch.full((3, 2), ops.MIX, dtype=torch.uint8)
+    for head in (1, 2, 3, 0):
+        f, z = states(seed=head)
+        norms = [measure(f, z, *tensors(ring), rows, None, head, 0, False) for ring in (ours, theirs)]
+        assert torch.equal(*norms)
+        nexts = [advance(z, mode, *tensors(ring), rows, head, 0, 0, 0.0, 1.0)[0] for ring in (ours, theirs)]
+        assert torch.equal(*nexts)
+    assert torch.equal(ours.R, theirs.R)
+
+
+def test_blocks_that_overlap_are_refused():
+    ring, (f, z) = history("anderson II"), states()
+    ring.R, ring.F = (torch.zeros(200, dtype=torch.float64).as_strided((3, 4, 2, 5), (10, 20, 5, 1)) for _ in "RF")
+    with pytest.raises(ValueError, match="apart"):
+        measure(f, z, *tensors(ring), torch.arange(3), None, 1, 0, False)
+
+
 def test_a_gradient_is_refused_and_not_lost():
     ring, (f, z), rows = history("anderson II"), states(), torch.arange(3)
     f.requires_grad_()

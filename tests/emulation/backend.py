@@ -36,6 +36,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n", "blocks", "features")),
         *((name, ctypes.c_void_p) for name in ("rows", "wanted")),
+        *((name, ctypes.c_int64) for name in ("sample_stride", "slot_stride")),
         *((name, ctypes.c_int32) for name in ("storage", "slots", "head", "kind")),
         *((name, ctypes.c_void_p) for name in ("R", "F", "gram", "steps_gram", "rhs", "squares", "count")),
         ("eps", ctypes.c_double),
@@ -123,14 +124,18 @@ class Emulator:
                    *map(ctypes.c_double, (safeguard, eps, entries)), int(is_max), _at(mode))  # fmt: skip
         return mode
 
-    def keep(self, best: Tensor, rows: Tensor, before: Tensor, origin: Tensor, table: Tensor) -> None:
-        """best[rows] = before[origin] where `table` says so; see `ops.keep`."""
+    def keep(self, best: Tensor, rows: Tensor, before: Tensor, table: Tensor) -> None:
+        """best[rows] = before where `table` says so; see `ops.keep`."""
         self._call("keep", ctypes.c_int64(len(rows)), ctypes.c_int64(best[0].nbytes), _at(table), _at(rows),
-                   _at(origin), _at(before), _at(best))  # fmt: skip
+                   _at(before), _at(best))  # fmt: skip
 
     def piece(self, n: int, T: int, D: int, slots: int, index: int) -> tuple[int, ...]:
-        """Block, place in the counts, offset of slot 0, chunk, first and last feature of a piece; number of pieces."""
-        call, out = Call(n=n, blocks=T, features=D, slots=slots), (ctypes.c_int64 * 7)()
+        """Block, place in the counts, offset of slot 0, chunk, first and last feature of a piece; number of pieces.
+
+        Of rows that lie sample by sample.
+        """
+        call = Call(n=n, blocks=T, features=D, sample_stride=slots * T * D, slot_stride=T * D, slots=slots)
+        out = (ctypes.c_int64 * 7)()
         self._library.emulated_piece(ctypes.byref(call), ctypes.c_int64(index), out)
         return tuple(out)
 
@@ -158,9 +163,11 @@ def _at(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def _call(ring: Ring, n: int, rows: Tensor | None, wanted: Tensor | None) -> Call:
-    tensors = (ring.R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
-    return Call(n, *ring.R.shape[2:], _at(rows), _at(wanted), STORAGES.index(ring.dtype), ring.slots, ring.head,
-                KINDS.index(ring.kind), *map(_at, tensors), ring.eps)  # fmt: skip
+    assert ring.R.stride() == ring.F.stride()
+    small = (ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
+    return Call(n, *ring.R.shape[2:], _at(rows), _at(wanted), *ring.R.stride()[:2], STORAGES.index(ring.dtype),
+                ring.slots, ring.head, KINDS.index(ring.kind), ring.R.data_ptr(), ring.F.data_ptr(), *map(_at, small),
+                ring.eps)  # fmt: skip
 
 
 @functools.cache
@@ -193,8 +200,8 @@ def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
     def judge(table: Tensor, norms: Tensor, *rule: Any) -> tuple[Tensor, None, None]:
         return kernels.judge(table, norms, *rule), None, None
 
-    def keep(best: Tensor, rows: Tensor, before: Tensor, origin: Tensor, table: Tensor) -> bool:
-        kernels.keep(best, rows, before, origin, table)
+    def keep(best: Tensor, rows: Tensor, before: Tensor, table: Tensor) -> bool:
+        kernels.keep(best, rows, before, table)
         return True
 
     replaced = {

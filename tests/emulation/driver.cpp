@@ -78,8 +78,21 @@ struct Store {
         count(c.B * c.T) {}
   History<Scalar> history(const Case& c, int head, double eps) {
     double* const steps = c.kind == Kind::kBroydenGood ? steps_gram.data() : nullptr;
-    return {c.memory + 1, head,       c.kind,         R.data(),     F.data(), gram.data(),
-            steps,        rhs.data(), squares.data(), count.data(), eps};
+    const std::int64_t row = c.T * c.D, M = c.memory + 1;
+    const bool by_slots = c.memory % 2 == 1;
+    return {c.memory + 1,
+            head,
+            c.kind,
+            by_slots ? row : M * row,
+            by_slots ? c.B * row : row,
+            R.data(),
+            F.data(),
+            gram.data(),
+            steps,
+            rhs.data(),
+            squares.data(),
+            count.data(),
+            eps};
   }
 };
 

@@ -13,6 +13,7 @@ struct Call {
   std::int64_t n, blocks, features;
   const std::int64_t* rows;
   const std::uint8_t* wanted;
+  std::int64_t sample_stride, slot_stride;
   std::int32_t storage, slots, head, kind;
   void *R, *F;
   double *gram, *steps_gram, *rhs, *squares;
@@ -30,6 +31,8 @@ const char* with(const Call& call, const Body& body) {
     const History<Scalar> history{call.slots,
                                   call.head,
                                   static_cast<Kind>(call.kind),
+                                  call.sample_stride,
+                                  call.slot_stride,
                                   static_cast<Scalar*>(call.R),
                                   static_cast<Scalar*>(call.F),
                                   call.gram,
@@ -99,8 +102,8 @@ const char* emulated_judge(std::int64_t n, std::int64_t T, const double* norms, 
 }
 
 const char* emulated_keep(std::int64_t n, std::int64_t bytes, const void* table, const std::int64_t* rows,
-                          const std::int64_t* origin, const void* from, void* to) {
-  return keep_cuda(n, bytes, static_cast<const Record*>(table), rows, origin, from, to, nullptr);
+                          const void* from, void* to) {
+  return keep_cuda(n, bytes, static_cast<const Record*>(table), rows, from, to, nullptr);
 }
 
 std::int64_t emulated_workspace_doubles(const Call* call) {
@@ -110,8 +113,8 @@ std::int64_t emulated_workspace_doubles(const Call* call) {
 // Where piece `index` of a call lies: block, at, row, chunk, begin, end.
 void emulated_piece(const Call* call, std::int64_t index, std::int64_t* out) {
   const Rows rows{call->n, call->blocks, call->features, call->rows, call->wanted};
-  const Plan plan = plan_of<float>(rows, {call->R, call->F});
-  const Piece piece(rows, plan, call->slots, index);
+  const Plan plan = plan_of<float>(rows, call->sample_stride | call->slot_stride, {call->R, call->F});
+  const Piece piece(rows, plan, call->sample_stride, index);
   const std::int64_t fields[] = {piece.block, piece.at, piece.row, piece.chunk, piece.begin, piece.end, plan.pieces};
   std::copy(std::begin(fields), std::end(fields), out);
 }

@@ -90,6 +90,7 @@ bool run(std::uint64_t seed) {
   const Update update{static_cast<Coupling>(below(3)), chance(50) ? 0 : 1e-6, chance(50) ? 1.0 : 0.7};
   const Judgement rule{chance(50) ? 2.0 : 0, 1e-7, double(T * D), norm == Norm::kMax};
   const int odd = chance(50) ? 0 : 3;
+  const bool by_slots = chance(50);
   Side<Scalar> sides[2];
   for (Side<Scalar>& s : sides) {
     s.R.assign(history,
@@ -120,6 +121,8 @@ bool run(std::uint64_t seed) {
       const History<Scalar> h{M,
                               step % M,
                               kind,
+                              by_slots ? T * D : M * T * D,
+                              by_slots ? B * T * D : T * D,
                               s.R.data() + shift,
                               s.F.data() + shift,
                               s.gram.data(),

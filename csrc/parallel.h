@@ -11,13 +11,15 @@
 namespace pydeqsolve {
 namespace {
 
-constexpr std::int64_t kBytesPerThread = 1 << 17;  // below this a thread costs more than it brings
+#ifndef PYDEQSOLVE_BYTES_PER_THREAD
+#define PYDEQSOLVE_BYTES_PER_THREAD (1 << 17)  // below this a thread costs more than it brings
+#endif
 
 // Calls body(begin, end) on ranges that cover 0..items-1. How many ranges there are never changes a result: every
 // item is computed by itself.
 template <class Body>
 void parallel_for(std::int64_t items, std::int64_t bytes, int threads, const Body& body) {
-  const std::int64_t useful = bytes / kBytesPerThread + 1;
+  const std::int64_t useful = bytes / PYDEQSOLVE_BYTES_PER_THREAD + 1;
   std::int64_t parts = threads < useful ? threads : useful;
   if (parts > items) parts = items;
   if (parts <= 1) {

@@ -22,7 +22,10 @@ CASES = int(os.environ.get("FUZZ_CASES", "200"))
 
 
 # "address,undefined" on the widest vectors of this machine, "thread" on the portable ones.
-@pytest.mark.parametrize(("sanitizers", "extra"), [("address,undefined", ("-march=native",)), ("thread", ("-DPYDEQSOLVE_BYTES_PER_THREAD=64",))])
+@pytest.mark.parametrize(
+    ("sanitizers", "extra"),
+    [("address,undefined", ("-march=native",)), ("thread", ("-DPYDEQSOLVE_BYTES_PER_THREAD=64",))],
+)
 def test_random_steps_are_clean_under_sanitizers(tmp_path, sanitizers, extra):
     program = tmp_path / "step_fuzz"
     source = ROOT / "tests" / "fuzz" / "step_fuzz.cpp"

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "judge.h"
 #include "step.h"
@@ -103,17 +104,18 @@ std::pair<std::int64_t, std::int64_t> step(const Ring& ring, int head, std::int6
   return {counts.finished, counts.left_behind};
 }
 
-void advance(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma, Address dropped,
-             int coupling, double ridge, double damping, Address z, Address z_next, int threads) {
+void advance(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address dropped, int coupling,
+             double ridge, double damping, Address z, Address z_next, int threads) {
   py::gil_scoped_release release;
+  std::vector<double> gamma(static_cast<std::size_t>(n * ring.blocks * ring.slots));
   with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     const Rows rows = ring.rows(n, index, 0);
     const History<S> history = ring.history<S>(head);
-    weights_cpu<S>(rows, history, static_cast<Coupling>(coupling), ridge, at<const std::uint8_t>(mode),
-                   at<double>(gamma), at<std::int32_t>(dropped), threads);
-    mix_cpu<S>(rows, history, at<const double>(gamma), at<const std::uint8_t>(mode), damping, at<const S>(z),
-               at<S>(z_next), threads);
+    weights_cpu<S>(rows, history, static_cast<Coupling>(coupling), ridge, at<const std::uint8_t>(mode), gamma.data(),
+                   at<std::int32_t>(dropped), threads);
+    mix_cpu<S>(rows, history, gamma.data(), at<const std::uint8_t>(mode), damping, at<const S>(z), at<S>(z_next),
+               threads);
   });
 }
 
@@ -183,7 +185,7 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";

@@ -6,6 +6,7 @@ small systems and mixes the next iterate. Both work on n samples at hand, which 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from types import ModuleType
@@ -48,7 +49,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 7  # csrc/bindings.cpp
+INTERFACE = 8  # csrc/bindings.cpp
 
 
 _native: Any
@@ -75,18 +76,14 @@ def start(ring: Ring, fresh: bool = True) -> None:
 
     fresh: nothing was written to its rows yet, so what lies under them may still be chosen.
     """
-    _warn_once()
     R = ring.R
-    _, M, T, D = R.shape
-    backend = ("cpu" if R.is_cpu else R.device.type) if _is_native(R) and M <= _native.MAX_SLOTS else None
-    handle = None
-    if backend:
-        steps = 0 if ring.steps_gram is None else ring.steps_gram.data_ptr()
-        handle = _native.Ring(
-            STORAGES.index(ring.dtype), M, KINDS.index(ring.kind), ring.eps, T, D, *R.stride()[:2], _memory(R),
-            _memory(ring.F), ring.gram.data_ptr(), steps, ring.rhs.data_ptr(), ring.squares.data_ptr(),
-            ring.count.data_ptr(),
-        )  # fmt: skip
+    backend = handle = None
+    if _is_native(R):
+        address(R), address(ring.F)
+        numbers = layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
+        handle = bind(numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
+        backend = None if handle is None else "cpu" if R.is_cpu else R.device.type
+    _warn_once()
     if fresh and backend == "cpu":
         for rows in (R, ring.F):
             _native.use_large_pages(rows.data_ptr(), rows.untyped_storage().nbytes())
@@ -97,11 +94,41 @@ def buffer_like(x: Tensor) -> Tensor:
     """An uninitialised tensor like x, on large pages where it is that long."""
     buffer = torch.empty_like(x)
     if _native is not None and x.is_cpu:
-        _native.use_large_pages(_memory(buffer), buffer.nbytes)
+        _native.use_large_pages(address(buffer), buffer.nbytes)
     return buffer
 
 
-def _memory(x: Tensor) -> int:
+def layout(
+    kind: int, eps: float, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the native module must know of R (B, M, T, D) besides its address; kind is a place in `KINDS`."""
+    _, M, T, D = shape
+    return STORAGES.index(dtype), M, kind, eps, T, D, *strides[:2]
+
+
+def bind(
+    numbers: tuple[Any, ...], R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
+    squares: Tensor, count: Tensor,
+) -> Any:  # fmt: skip
+    """A history of that `layout` as the native module takes it, or None where there are no kernels for it.
+
+    It is addresses alone: nothing is checked, and no tensor is kept alive.
+    """
+    if _native is None or numbers[1] > _native.MAX_SLOTS or not (R.is_cpu or _is_native(R)):
+        return None
+    return _history(
+        *numbers, R.data_ptr(), F.data_ptr(), gram.data_ptr(), 0 if steps_gram is None else steps_gram.data_ptr(),
+        rhs.data_ptr(), squares.data_ptr(), count.data_ptr(),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _history(*numbers: Any) -> Any:
+    """Numbers and addresses, copied once for all calls that name the same ones, whatever lies there by then."""
+    return _native.Ring(*numbers)
+
+
+def address(x: Tensor) -> int:
     """The address of x. Raises NotImplementedError for tensors that have none, as inside a transform of torch.func."""
     if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise NotImplementedError(f"tensors without memory of their own ({type(x).__name__}) are not supported")
@@ -132,20 +159,36 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
     if backend is None:
         return reference.measure(ring, f, z, rows, wanted, norm)
     _check(ring, f, z)
-    norms = torch.zeros(f.shape[0], f.shape[1], 2, dtype=torch.float64, device=f.device)
     wanted = None if wanted is None else wanted.contiguous()
+    return measure_bound(handle, ring.head, f, z, rows, wanted, norm == "max", ring.squares)
+
+
+def measure_bound(
+    handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, is_max: bool, squares: Tensor
+) -> Tensor:
+    """`measure` of a history that `bind` returned, whose newest row goes to slot `head`. Nothing is checked."""
+    n, T, _ = f.shape
     mask = 0 if wanted is None else wanted.data_ptr()
-    shared = (handle, ring.head, f.shape[0], rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr())
-    if backend == "cpu":
-        _native.measure(*shared, int(norm == "max"), torch.get_num_threads())
-    else:
-        partial = torch.empty(
-            max(1, _native.workspace_doubles(handle, f.shape[0])), dtype=torch.float64, device=f.device
-        )
-        with torch.cuda.device(f.device):
-            stream = torch.cuda.current_stream(f.device).cuda_stream
-            _native.measure_cuda(*shared, int(norm == "max"), partial.data_ptr(), stream)
+    if f.is_cpu:
+        # Norms of blocks that are not wanted are not written.
+        norms = squares.new_empty(n, T, 2) if wanted is None else squares.new_zeros(n, T, 2)
+        _native.measure(
+            handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(), is_max,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return norms
+    norms, partial = squares.new_zeros(n, T, 2), _workspace(handle, f)
+    with torch.cuda.device(f.device):
+        _native.measure_cuda(
+            handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(), is_max,
+            partial.data_ptr(), torch.cuda.current_stream(f.device).cuda_stream,
+        )  # fmt: skip
     return norms
+
+
+def _workspace(handle: Any, x: Tensor) -> Tensor:
+    """Memory for the partial sums of a pass over the samples of x (n, T, D) on its device."""
+    return torch.empty(max(1, _native.workspace_doubles(handle, x.shape[0])), dtype=torch.float64, device=x.device)
 
 
 def judge(
@@ -255,36 +298,49 @@ def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | Non
         count = ring.count[rows]
         gamma, dropped = reference.weights(ring, mode, rows)
         return reference.mix(ring, gamma, mode, z, rows, count), dropped
+    coupling = COUPLINGS.index(ring.coupling)
+    return advance_bound(
+        handle, ring.head, z, mode, rows, coupling, ring.ridge, ring.damping, ring.rhs, ring.count, out
+    )
+
+
+def advance_bound(
+    handle: Any, head: int, z: Tensor, mode: Tensor, rows: Tensor, coupling: int, ridge: float, damping: float,
+    rhs: Tensor, count: Tensor, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`advance` of a history that `bind` returned, whose newest row is in slot `head`. Nothing is checked."""
     n, T, _ = z.shape
-    gamma = torch.empty(n, T, ring.slots, dtype=torch.float64, device=z.device)
-    dropped = torch.empty(n, T, dtype=torch.int32, device=z.device)
+    dropped = count.new_empty(n, T)
     z_next = torch.empty_like(z) if out is None else out
-    shared = (
-        handle, ring.head, n, rows.data_ptr(), mode.data_ptr(), gamma.data_ptr(), dropped.data_ptr(),
-        COUPLINGS.index(ring.coupling), ring.ridge, ring.damping, z.data_ptr(), z_next.data_ptr(),
-    )  # fmt: skip
-    if backend == "cpu":
-        _native.advance(*shared, torch.get_num_threads())
-    else:
-        workspace = torch.empty(max(1, _native.workspace_doubles(handle, n)), dtype=torch.float64, device=z.device)
-        with torch.cuda.device(z.device):
-            stream = torch.cuda.current_stream(z.device).cuda_stream
-            _native.advance_cuda(*shared, workspace.data_ptr(), stream)
+    if z.is_cpu:
+        _native.advance(
+            handle, head, n, rows.data_ptr(), mode.data_ptr(), dropped.data_ptr(), coupling, ridge, damping,
+            z.data_ptr(), z_next.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return z_next, dropped
+    gamma, workspace = rhs.new_empty(n, T, rhs.shape[2]), _workspace(handle, z)
+    with torch.cuda.device(z.device):
+        _native.advance_cuda(
+            handle, head, n, rows.data_ptr(), mode.data_ptr(), gamma.data_ptr(), dropped.data_ptr(), coupling, ridge,
+            damping, z.data_ptr(), z_next.data_ptr(), workspace.data_ptr(),
+            torch.cuda.current_stream(z.device).cuda_stream,
+        )  # fmt: skip
     return z_next, dropped
 
 
 def _check(ring: Ring, f: Tensor, z: Tensor) -> None:
     """Raises ValueError unless f and z are what the kernels will take them for: they get addresses alone."""
     R, dtype, shape = ring.R, ring.dtype, f.shape
+    _, _, T, D = R.shape
     if not (
         f.dtype == z.dtype == dtype and f.get_device() == z.get_device() == R.get_device()
         and f.is_contiguous() and z.is_contiguous()
     ):  # fmt: skip
         got = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("f", f), ("z", z)))
         raise ValueError(f"f and z must be contiguous {dtype} on {R.device}, got {got}")
-    if shape != z.shape or shape[1:] != R.shape[2:]:
-        raise ValueError(f"f and z must have shape (n, {R.shape[2]}, {R.shape[3]}), got {tuple(shape)}")
-    _memory(f), _memory(z)
+    if shape != z.shape or len(shape) != 3 or shape[1] != T or shape[2] != D:
+        raise ValueError(f"f and z must have shape (n, {T}, {D}), got {tuple(shape)}")
+    address(f), address(z)
 
 
 def build_info() -> dict[str, Any]:

@@ -4,8 +4,8 @@
 
 Disassembles the installed module (objdump of GNU binutils) and counts, per instruction set, the instructions of the row
 kernels that read whole vectors from memory, convert to wider numbers, multiply and add, and read single numbers. Then
-times the thinnest path through the step on one system of 64 numbers, m = 5: the module's own function, `ops.measure`,
-and the operator registered with torch.library; least of several medians, in microseconds.
+times both passes of a step on one system of 64 numbers, m = 5: the module's own function, that of `ops`, and the
+operator registered with torch.library, the kernel included in each; least of several medians, in microseconds.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def disassembly() -> dict[tuple[str, str, str], Counter[str]]:
 
 
 def best(call: Callable[[], object], repeats: int = 2000) -> float:
-    """Microseconds a call."""
+    """Microseconds a call; medians of stretches too short to be interrupted often."""
     medians = []
-    for _ in range(5):
+    for _ in range(20):
         times = []
         for _ in range(10):
             started = time.perf_counter()
@@ -93,13 +93,26 @@ def calls() -> None:
     ring.R.zero_(), ring.F.zero_()
     ops.start(ring)
     f, z, rows = torch.randn(1, 1, 64), torch.randn(1, 1, 64), torch.arange(1)
+    modes = torch.full((1, 1), ops.MIX, dtype=torch.uint8)
     tensors = (ring.R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
-    registered = torch.ops.pydeqsolve.measure.default
+    measure, advance = torch.ops.pydeqsolve.measure.default, torch.ops.pydeqsolve.advance.default
+    for _ in range(ring.slots):  # fills the history
+        ops.measure(ring, torch.randn(1, 1, 64), z, rows, None, "rms")
     native = sys.modules["pydeqsolve._native"]
+    layout = ops.layout(0, ring.eps, ring.dtype, ring.R.shape, ring.R.stride())
+    history = ops.bind(layout, *tensors)
+    norms, dropped, out = torch.empty(1, 1, 2, dtype=torch.float64), ring.count.clone(), torch.empty_like(z)
+    index, of_f, of_z, to = (x.data_ptr() for x in (rows, f, z, out))
+    measured = (history, 1, 1, index, 0, of_f, of_z, norms.data_ptr(), 0, 1)
+    advanced = (history, 1, 1, index, modes.data_ptr(), dropped.data_ptr(), 0, 0.0, 1.0, of_z, to, 1)
     paths: dict[str, Callable[[], object]] = {
         "an empty function of the module": native.cpu_isa,
-        "ops.measure, kernel included": lambda: ops.measure(ring, f, z, rows, None, "rms"),
-        "torch.ops.pydeqsolve.measure": lambda: registered(f, z, *tensors, rows, None, 1, 0, False),
+        "the module's own measure": lambda: native.measure(*measured),
+        "ops.measure": lambda: ops.measure(ring, f, z, rows, None, "rms"),
+        "torch.ops.pydeqsolve.measure": lambda: measure(f, z, *tensors, rows, None, 1, 0, False),
+        "the module's own advance": lambda: native.advance(*advanced),
+        "ops.advance": lambda: ops.advance(ring, z, modes, rows),
+        "torch.ops.pydeqsolve.advance": lambda: advance(z, modes, *tensors, rows, 1, 0, 0, 0.0, 1.0),
     }
     for name, call in paths.items():
         print(f"  {name:<34}{best(call):6.2f} us")

@@ -7,90 +7,110 @@ costs less per call. The tensors are those of `ring.Ring`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
 from . import ops
-from .ring import COUPLINGS, KINDS, Ring
+from .ring import COUPLINGS, KINDS, STORAGES, Ring
+
+# What a call takes besides R and F; it may take steps_gram too, and wanted.
+MEASURED = ("gram", "rhs", "squares", "count", "rows", "f", "z")
+ADVANCED = ("gram", "rhs", "squares", "count", "rows", "z", "modes")
+
+
+@functools.lru_cache(maxsize=256)
+def _contract(
+    names: tuple[str, ...], kind: int, n: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]
+) -> tuple[list[tuple[object, ...]], tuple[Any, ...]]:
+    """What a call of n samples takes beside such an R (B, M, T, D), which F must be like; and the `ops.layout` of R.
+
+    Of each name: type, dtype, shape, and that it is contiguous. Raises ValueError where R holds no history. Kept, for a
+    call to be compared with it at little cost.
+    """
+    if dtype not in STORAGES or len(shape) != 4 or not shape[1] or not _are_rows(shape, strides):
+        raise ValueError(
+            f"R must be (B, M, T, D), M > 0, in one of {STORAGES}, its blocks (T, D) contiguous and apart, got {dtype} "
+            f"of shape {tuple(shape)} with strides {strides}"
+        )
+    if not 0 <= kind < len(KINDS):
+        raise ValueError(f"kind must be a place in {KINDS}, got {kind}")
+    if KINDS[kind] == "broyden good" and "steps_gram" not in names:
+        raise ValueError("steps_gram is required for Broyden good")
+    B, M, T, D = shape
+    table = {
+        "gram": (torch.float64, (B, T, M, M)), "steps_gram": (torch.float64, (B, T, M, M)),
+        "rhs": (torch.float64, (B, T, M)), "squares": (torch.float64, (B, T, 2)), "count": (torch.int32, (B, T)),
+        "rows": (torch.int64, (n,)), "f": (dtype, (n, T, D)), "z": (dtype, (n, T, D)),
+        "wanted": (torch.bool, (n, T)), "modes": (torch.uint8, (n, T)),
+    }  # fmt: skip
+    layout = ops.layout(kind, torch.finfo(dtype).eps, dtype, shape, strides)
+    return [(Tensor, *table[name], True) for name in names], layout
+
+
+def _are_rows(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether the blocks (T, D) of R (B, M, T, D) are contiguous, and no two of them share memory."""
+    T, D = shape[2:]
+    taken = T * D
+    for stride, size in sorted(zip(strides[:2], shape[:2], strict=True)):
+        if size > 1 and stride < taken:
+            return False
+        taken += stride * (size - 1)
+    return (D <= 1 or strides[3] == 1) and (T <= 1 or strides[2] == D)
+
+
+def _check(
+    kind: int, R: Tensor, F: Tensor, steps_gram: Tensor | None, n: int, names: tuple[str, ...],
+    others: tuple[Tensor, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The `ops.layout` of a history. Raises unless every tensor is what the kernels take it for, given its address."""
+    if steps_gram is not None:
+        names, others = (*names, "steps_gram"), (*others, steps_gram)
+    dtype, shape, strides = like_R = (R.dtype, R.shape, R.stride())
+    expected, layout = _contract(names, kind, n, dtype, shape, strides)
+    found = [(type(x), x.dtype, x.shape, x.is_contiguous()) for x in others]
+    if found != expected or (F.dtype, F.shape, F.stride()) != like_R or not type(R) is type(F) is Tensor:
+        _look_closely(R, F, names, others, expected)
+    return layout
+
+
+def _look_closely(
+    R: Tensor, F: Tensor, names: tuple[str, ...], others: tuple[Tensor, ...], expected: list[tuple[Any, ...]]
+) -> None:
+    """Raises for the first tensor that is not as it must be; it may be of a subclass that has memory."""
+    for x in (R, F, *others):
+        ops.address(x)
+    if _words(F) != _words(R):
+        raise ValueError(f"F must be {_words(R)}, as R is, got {_words(F)}")
+    for name, x, (_, dtype, shape, _) in zip(names, others, expected, strict=True):
+        if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {dtype} of shape {shape}, got {_words(x)}")
+
+
+def _words(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)} with strides {x.stride()}"
 
 
 def _ring(
     R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor, squares: Tensor, count: Tensor,
     head: int, kind: int, coupling: int = 0, ridge: float = 0.0, damping: float = 1.0,
 ) -> Ring:  # fmt: skip
-    """A `Ring` over tensors that exist already, made anew for every call: an address says nothing of what it holds."""
-    shape, dtype, device = R.shape, R.dtype, R.get_device()
-    B, M, T, _ = shape
-    steps = gram if steps_gram is None else steps_gram
-    as_the_kernels_read = (
-        F.dtype == dtype and gram.dtype == steps.dtype == rhs.dtype == squares.dtype == torch.float64
-        and count.dtype == torch.int32
-        and F.shape == shape and gram.shape == (B, T, M, M) and (steps is gram or steps.shape == gram.shape)
-        and rhs.shape == (B, T, M) and squares.shape == (B, T, 2) and count.shape == (B, T)
-        and device == F.get_device() == gram.get_device() == steps.get_device() == rhs.get_device()
-        == squares.get_device() == count.get_device()
-        and _are_rows(R) and F.stride() == R.stride()
-        and gram.is_contiguous() and steps.is_contiguous()
-        and rhs.is_contiguous() and squares.is_contiguous() and count.is_contiguous()
-    )  # fmt: skip
-    if not as_the_kernels_read:
-        _explain(R, F, gram, steps, rhs, squares, count)
+    """A `Ring` over tensors that exist already: the reference, which runs where there are no kernels, takes one."""
     ring = Ring.__new__(Ring)
     ring.kind, ring.coupling, ring.damping, ring.ridge = KINDS[kind], COUPLINGS[coupling], damping, ridge
-    if ring.kind == "broyden good" and steps_gram is None:
-        raise ValueError("steps_gram is required for Broyden good")
-    ring.slots, ring.head, ring.eps, ring.dtype = M, head, torch.finfo(dtype).eps, dtype
+    ring.slots, ring.dtype, ring.eps = R.shape[1], R.dtype, torch.finfo(R.dtype).eps
+    ring.head = head % ring.slots
     ring.R, ring.F, ring.gram, ring.steps_gram = R, F, gram, steps_gram
     ring.rhs, ring.squares, ring.count = rhs, squares, count
     ops.start(ring, fresh=False)
     return ring
 
 
-def _are_rows(R: Tensor) -> bool:
-    """Whether blocks (T, D) are contiguous and apart from each other, sample by sample or slot by slot in memory."""
-    B, M, T, D = R.shape
-    sample, slot, block, feature = R.stride()
-    apart = (slot >= T * D and sample >= M * slot) or (sample >= T * D and slot >= B * sample)
-    return apart and block == D and feature == 1
-
-
-def _explain(R: Tensor, F: Tensor, gram: Tensor, steps: Tensor, rhs: Tensor, squares: Tensor, count: Tensor) -> None:
-    """Raises for the first tensor of a history that is not as it must be."""
-    B, M, T, _ = R.shape
-    for name, x in (("R", R), ("F", F)):
-        if x.dtype != R.dtype or x.shape != R.shape or x.device != R.device or x.stride() != R.stride():
-            raise ValueError(
-                f"{name} must be contiguous by blocks, {R.dtype} of shape {tuple(R.shape)} on {R.device} with the "
-                f"strides of R, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
-            )
-        if not _are_rows(x):
-            raise ValueError(f"{name} must be contiguous by blocks, and these apart, got strides {x.stride()}")
-    for name, x, dtype, shape in (
-        ("gram", gram, torch.float64, (B, T, M, M)),
-        ("steps_gram", steps, torch.float64, (B, T, M, M)), ("rhs", rhs, torch.float64, (B, T, M)),
-        ("squares", squares, torch.float64, (B, T, 2)), ("count", count, torch.int32, (B, T)),
-    ):  # fmt: skip
-        _require(name, x, dtype, shape, R.device)
-
-
-def _require(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises ValueError unless x is what the kernels will take it for: they are given its address alone."""
-    if x.dtype != dtype or x.shape != shape or x.device != device or not x.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous {dtype} of shape {tuple(shape)} on {device}, got "
-            f"{'' if x.is_contiguous() else 'strided '}{x.dtype} of shape {tuple(x.shape)} on {x.device}"
-        )
-
-
-def _require_rows(rows: Tensor, z: Tensor, R: Tensor) -> None:
-    alike = rows.dtype == torch.int64 and rows.get_device() == R.get_device() and rows.is_contiguous()
-    if not alike or rows.dim() != 1 or len(rows) != len(z):
-        _require("rows", rows, torch.int64, z.shape[:1], R.device)
-
-
-def _refuse_gradient(x: Tensor, y: Tensor) -> None:
-    if (x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
-        raise NotImplementedError("a step has no derivative: call it under torch.no_grad()")
+def _refuse_gradient() -> NoReturn:
+    raise NotImplementedError("a step has no derivative: call it under torch.no_grad()")
 
 
 # Defined on the dispatcher itself: `torch.library.custom_op` would add some 50 µs to every call.
@@ -110,32 +130,61 @@ def measure(
     f: Tensor, z: Tensor, R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor, squares: Tensor,
     count: Tensor, rows: Tensor, wanted: Tensor | None, head: int, kind: int, is_max: bool,
 ) -> Tensor:  # fmt: skip
-    """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `ops.measure`. kind is in `KINDS`."""
-    _refuse_gradient(f, z)
-    M = R.shape[1]
-    _require_rows(rows, z, R)
+    """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `ops.measure`.
+
+    kind is a place in `ring.KINDS`; head is taken modulo the number of slots. Raises ValueError for a tensor that
+    is not as `_contract` says, NotImplementedError where a gradient would be lost. rows must lie in 0 … B − 1.
+    """
+    if (f.requires_grad or z.requires_grad) and torch.is_grad_enabled():
+        _refuse_gradient()
+    names: tuple[str, ...] = MEASURED
+    others: tuple[Tensor, ...] = (gram, rhs, squares, count, rows, f, z)
     if wanted is not None:
-        _require("wanted", wanted, torch.bool, z.shape[:2], R.device)
-    ring = _ring(R, F, gram, steps_gram, rhs, squares, count, (head - 1) % M, kind)
-    return ops.measure(ring, f, z, rows, wanted, "max" if is_max else "rms")
+        names, others = (*names, "wanted"), (*others, wanted)
+    layout = _check(kind, R, F, steps_gram, rows.numel(), names, others)
+    handle = ops.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
+    if handle is None:
+        ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head - 1, kind)
+        return ops.measure(ring, f, z, rows, wanted, "max" if is_max else "rms")
+    return ops.measure_bound(handle, head % layout[1], f, z, rows, wanted, is_max, squares)
 
 
 def advance(
     z: Tensor, modes: Tensor, R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
     squares: Tensor, count: Tensor, rows: Tensor, head: int, kind: int, coupling: int, ridge: float, damping: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pass 2: the next iterate (n, T, D) and the differences dropped (n, T); see `ops.advance`."""
-    _refuse_gradient(z, F)
-    _require("z", z, R.dtype, (len(rows), *R.shape[2:]), R.device)
-    _require("modes", modes, torch.uint8, z.shape[:2], R.device)
-    _require_rows(rows, z, R)
-    ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head, kind, coupling, ridge, damping)
-    return ops.advance(ring, z, modes, rows)
+    """Pass 2: the next iterate (n, T, D) and the differences dropped (n, T); see `ops.advance`.
+
+    coupling is a place in `ring.COUPLINGS`; the rest, and what is raised, as in `measure`.
+    """
+    if (z.requires_grad or F.requires_grad) and torch.is_grad_enabled():
+        _refuse_gradient()
+    layout = _check(kind, R, F, steps_gram, rows.numel(), ADVANCED, (gram, rhs, squares, count, rows, z, modes))
+    if not 0 <= coupling < len(COUPLINGS):
+        raise ValueError(f"coupling must be a place in {COUPLINGS}, got {coupling}")
+    handle = ops.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
+    if handle is None:
+        ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head, kind, coupling, ridge, damping)
+        return ops.advance(ring, z, modes, rows)
+    return ops.advance_bound(handle, head % layout[1], z, modes, rows, coupling, ridge, damping, rhs, count)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("measure", measure, _device)
-    _library.impl("advance", advance, _device)
+def _on_one_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, for tensors that all lie on one device."""
+
+    def checked(*given: object) -> Any:
+        devices = {x.device for x in given if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+        return kernel(*given)
+
+    return checked
+
+
+for _kernel in (measure, advance):
+    # The dispatcher calls the host's kernel only where all tensors lie there, a device's where one does.
+    _library.impl(_kernel.__name__, _kernel, "CPU")
+    _library.impl(_kernel.__name__, _on_one_device(_kernel), "CUDA")
 
 
 @torch.library.register_fake("pydeqsolve::measure", lib=_library)

@@ -103,39 +103,155 @@ def test_blocks_that_overlap_are_refused():
         measure(f, z, *tensors(ring), torch.arange(3), None, 1, 0, False)
 
 
-def test_a_gradient_is_refused_and_not_lost():
-    ring, (f, z), rows = history("anderson II"), states(), torch.arange(3)
-    f.requires_grad_()
-    with pytest.raises(NotImplementedError, match="a step has no derivative"):
-        measure(f, z, *tensors(ring), rows, None, 1, 0, False)
-    with torch.no_grad():
-        assert measure(f, z, *tensors(ring), rows, None, 1, 0, False).isfinite().all()
+def passes(dtype=torch.float32, kind="anderson II"):
+    """Each operator with arguments by name that it takes."""
+    ring, (f, z), rows = history(kind, dtype), states(dtype), torch.arange(3)
+    both = dict(zip(("R", "F", "gram", "steps_gram", "rhs", "squares", "count"), tensors(ring), strict=True))
+    both |= {"z": z, "rows": rows, "head": 1, "kind": KINDS.index(kind)}
+    modes = torch.full((3, 2), ops.PLAIN, dtype=torch.uint8)
+    return (
+        (measure, both | {"f": f, "wanted": None, "is_max": False}),
+        (advance, both | {"modes": modes, "coupling": 0, "ridge": 0.0, "damping": 1.0}),
+    )
+
+
+@pytest.mark.parametrize("name", ["f", "z", "F"])
+def test_a_gradient_is_refused_and_not_lost(name):
+    for operator, given in passes():
+        if name in given and (operator, name) != (measure, "F"):
+            learned = given | {name: given[name].detach().requires_grad_()}
+            with pytest.raises(NotImplementedError, match="a step has no derivative"):
+                operator(**learned)
+            with torch.no_grad():
+                operator(**learned)
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
+        ("f", lambda f: f.double()),
+        ("f", lambda f: f[:, :, :4].contiguous()),
         ("z", lambda z: z.double()),
         ("z", lambda z: z.half()),
         ("z", lambda z: torch.stack([z, z], -1)[..., 0]),
         ("z", lambda z: z[:2].contiguous()),
         ("modes", lambda modes: modes.long()),
+        ("wanted", lambda _: torch.ones(2, 3, dtype=torch.bool).T),
+        ("wanted", lambda _: torch.ones(3, 2, dtype=torch.uint8)),
         ("rows", lambda rows: rows.int()),
         ("rows", lambda rows: torch.stack([rows, rows], 1)[:, 0]),
+        ("rows", lambda rows: rows[None]),
+        ("R", lambda R: R.int()),
+        ("R", lambda R: R[0]),
+        ("R", lambda R: R[..., :4]),
+        ("R", lambda R: R[:1].expand(R.shape)),
+        ("R", lambda R: R[:, :0]),
         ("F", lambda F: F.bfloat16()),
+        ("F", lambda F: F.contiguous()),
+        ("F", lambda F: F[:2]),
         ("gram", lambda gram: gram.float()),
+        ("steps_gram", lambda _: torch.zeros(3, 2, 4, 4)),
         ("count", lambda count: count.long()),
         ("rhs", lambda rhs: rhs[:, :, :2].contiguous()),
+        ("squares", lambda squares: squares.transpose(0, 1)),
     ],
 )
 def test_a_tensor_that_the_kernels_would_misread_is_refused(name, change):
-    ring = history("anderson II", torch.float32)
-    given = {
-        "z": states(torch.float32)[1], "modes": torch.full((3, 2), ops.PLAIN, dtype=torch.uint8), "R": ring.R,
-        "F": ring.F, "gram": ring.gram, "steps_gram": None, "rhs": ring.rhs, "squares": ring.squares,
-        "count": ring.count, "rows": torch.arange(3),
-    }  # fmt: skip
-    advance(*given.values(), 1, 0, 0, 0.0, 1.0)
-    given[name] = change(given[name])
-    with pytest.raises(ValueError, match=rf"^{name} must be contiguous"):
-        advance(*given.values(), 1, 0, 0, 0.0, 1.0)
+    for operator, given in passes():
+        operator(**given)
+        if name in given:
+            with pytest.raises(ValueError, match=rf"^{name} must be"):
+                operator(**given | {name: change(given[name])})
+
+
+@pytest.mark.parametrize("name", ["kind", "coupling"])
+@pytest.mark.parametrize("number", [-1, 4])
+def test_a_kind_and_a_coupling_that_there_are_not_are_refused(name, number):
+    for operator, given in passes():
+        if name in given:
+            with pytest.raises(ValueError, match=f"^{name} must be a place in"):
+                operator(**given | {name: number})
+
+
+def test_broyden_good_asks_for_the_gram_matrix_of_its_steps():
+    for operator, given in passes(kind="broyden good"):
+        with pytest.raises(ValueError, match=r"^steps_gram is required"):
+            operator(**given | {"steps_gram": None})
+
+
+def test_heads_are_counted_modulo_the_slots():
+    once, again = passes(), passes()
+    for (operator, given), (_, same) in zip(once, again, strict=True):
+        torch.testing.assert_close(operator(**given), operator(**same | {"head": 9}), rtol=0, atol=0)
+    assert torch.equal(once[0][1]["R"], again[0][1]["R"])
+    assert once[0][1]["R"][:, 1].any()
+
+
+def test_blocks_that_are_not_wanted_have_norms_of_zero():
+    given = passes()[0][1]
+    torch.full((3, 2, 2), 7.0, dtype=torch.float64)  # lies where the norms will
+    wanted = torch.tensor([[True, False], [True, True], [False, True]])
+    assert torch.equal(measure(**given | {"wanted": wanted}) > 0, wanted[..., None].expand(3, 2, 2))
+
+
+def test_a_parameter_is_taken_and_a_tensor_without_memory_is_not():
+    class Empty(torch.Tensor):
+        __torch_dispatch__ = classmethod(lambda cls, function, types, args=(), kwargs=None: function(*args, **kwargs))
+
+    for operator, given in passes():
+        held = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
+        for name, x in held.items():
+            taken = torch.nn.Parameter(x, requires_grad=False)
+            operator(**given | {name: taken})
+            empty = torch.Tensor._make_wrapper_subclass(Empty, x.shape, strides=x.stride(), dtype=x.dtype)
+            with torch._C._DisableTorchDispatch(), pytest.raises(NotImplementedError, match="without memory"):
+                operator(**given | {name: empty})
+
+
+def test_no_kernel_of_the_host_runs_where_a_tensor_lies_elsewhere():
+    for operator, given in passes():
+        given["count"].fill_(7)
+        for name, x in given.items():
+            if isinstance(x, torch.Tensor):
+                operator(**given | {name: x.to("meta")})
+                assert (given["count"] == 7).all()
+        operator(**given)
+        assert not (given["count"] == 7).any()
+
+
+@pytest.mark.cuda
+def test_on_a_device_they_equal_those_of_the_host_and_refuse_its_tensors():
+    for (operator, host), (_, given) in zip(passes(torch.float64), passes(torch.float64), strict=True):
+        device = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+        for name, x in host.items():
+            if isinstance(x, torch.Tensor):
+                with pytest.raises(ValueError, match=r"^all tensors must be on one device, got cpu, cuda:0$"):
+                    operator(**device | {name: x})
+        torch.testing.assert_close(operator(**device), operator(**host), rtol=1e-12, atol=1e-12, check_device=False)
+
+
+def test_without_kernels_the_operators_are_the_reference(monkeypatch):
+    natively, plainly = passes(torch.float64), passes(torch.float64)
+    expected = [operator(**given) for operator, given in natively]
+    monkeypatch.setattr(ops, "_native", None)
+    got = [operator(**given) for operator, given in plainly]
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(plainly[0][1]["gram"], natively[0][1]["gram"], rtol=1e-12, atol=0)
+
+
+def test_a_module_that_holds_its_history_is_exported():
+    class Norms(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, x in passes()[0][1].items():
+                if isinstance(x, torch.Tensor) and name != "f":
+                    self.register_buffer(name, x.clone())
+
+        def forward(self, f):
+            ring = (self.R, self.F, self.gram, None, self.rhs, self.squares, self.count)
+            return measure(f, self.z, *ring, self.rows, None, 1, 0, False)
+
+    f = states(torch.float32)[0]
+    exported = torch.export.export(Norms(), (f,)).module()
+    assert torch.equal(exported(f), Norms()(f))
+    assert (exported.count == 1).all()

@@ -95,6 +95,7 @@ def calls() -> None:
     f, z, rows = torch.randn(1, 1, 64), torch.randn(1, 1, 64), torch.arange(1)
     modes = torch.full((1, 1), ops.MIX, dtype=torch.uint8)
     tensors = (ring.R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
+    first, second = (f, z, *tensors, rows, None, 1, 0, False), (z, modes, *tensors, rows, 1, 0, 0, 0.0, 1.0)
     measure, advance = torch.ops.pydeqsolve.measure.default, torch.ops.pydeqsolve.advance.default
     for _ in range(ring.slots):  # fills the history
         ops.measure(ring, torch.randn(1, 1, 64), z, rows, None, "rms")
@@ -109,10 +110,10 @@ def calls() -> None:
         "an empty function of the module": native.cpu_isa,
         "the module's own measure": lambda: native.measure(*measured),
         "ops.measure": lambda: ops.measure(ring, f, z, rows, None, "rms"),
-        "torch.ops.pydeqsolve.measure": lambda: measure(f, z, *tensors, rows, None, 1, 0, False),
+        "torch.ops.pydeqsolve.measure": lambda: measure(*first),
         "the module's own advance": lambda: native.advance(*advanced),
         "ops.advance": lambda: ops.advance(ring, z, modes, rows),
-        "torch.ops.pydeqsolve.advance": lambda: advance(z, modes, *tensors, rows, 1, 0, 0, 0.0, 1.0),
+        "torch.ops.pydeqsolve.advance": lambda: advance(*second),
     }
     for name, call in paths.items():
         print(f"  {name:<34}{best(call):6.2f} us")

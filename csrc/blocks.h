@@ -7,6 +7,7 @@
 #include "batch.h"
 #include "core.h"
 #include "judge.h"
+#include "mix.h"
 #include "rows.h"
 #include "step.h"
 #include "tiles.h"
@@ -28,27 +29,26 @@ void measure_one(const Batch<Scalar>& b, const Block& at, std::int64_t first, st
   };
   f += at.state + first;
   z += at.state + first;
-  if (norm == Norm::kSquares && older <= most_older(b.steps)) {
+  if (norm == Norm::kSquares && older <= most_older(b.steps) && is_long<Scalar>(last - first)) {
     RowsOf<Scalar> rows;
     fill(rows.R, rows.F);
     const int kinds = b.steps ? 4 : 2;
     double sums[4 * kMaxOlder + 2];
     for (int k = 0; k < kinds * older + 2; ++k) sums[k] = 0;
-    if (b.steps) {
-      measure_piece<Scalar, true>(last - first, older, f, z, rows, ahead, b.past_cache, sums);
-    } else {
-      measure_piece<Scalar, false>(last - first, older, f, z, rows, ahead, b.past_cache, sums);
+    const double before = b.h.squares[2 * at.at];
+    if (b.steps ? measure_piece<Scalar, true>(last - first, older, f, z, rows, ahead, b.past_cache, before, sums)
+                : measure_piece<Scalar, false>(last - first, older, f, z, rows, ahead, b.past_cache, before, sums)) {
+      for (int a = 0; a < older; ++a) {
+        (b.steps ? dots.gram_column(a) : dots.gram_row(a)) += sums[a];
+        dots.rhs(a) += sums[older + a];
+        if (!b.steps) continue;
+        dots.gram_row(a) += sums[2 * older + a];
+        dots.steps_row(a) += sums[3 * older + a];
+      }
+      dots.squares(0) += sums[kinds * older];
+      dots.squares(1) += sums[kinds * older + 1];
+      return;
     }
-    for (int a = 0; a < older; ++a) {
-      (b.steps ? dots.gram_column(a) : dots.gram_row(a)) += sums[a];
-      dots.rhs(a) += sums[older + a];
-      if (!b.steps) continue;
-      dots.gram_row(a) += sums[2 * older + a];
-      dots.steps_row(a) += sums[3 * older + a];
-    }
-    dots.squares(0) += sums[kinds * older];
-    dots.squares(1) += sums[kinds * older + 1];
-    return;
   }
   Scalar *R[kMaxSlots], *F[kMaxSlots];
   fill(R, F);

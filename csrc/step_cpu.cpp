@@ -2,8 +2,9 @@
 // chooses at run time. Everything here has internal linkage or lies in that namespace, so that the linker cannot
 // replace a function of the portable build by its AVX-512 twin.
 //
-// Sums are formed in double: lanes of a line or tile, lines of a piece, pieces of a block, always in that order, so the
-// bits depend on the instruction set but never on the number of threads or on the other samples.
+// Sums are formed in double (rows.h: short runs of 16 bits in float): lanes of a line or tile, lines of a piece, pieces
+// of a block, always in that order, so the bits depend on the instruction set but never on the number of threads or on
+// the other samples.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>

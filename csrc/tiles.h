@@ -6,7 +6,7 @@
 #include <initializer_list>
 
 #include "core.h"
-#include "lanes.h"
+#include "loads.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {
@@ -59,12 +59,20 @@ struct Dots {
   }
 };
 
+// One vector as doubles.
+inline void put(double* out, const Lanes& v) { write<false>(out, v); }
+inline void put(double* out, const FloatLanes& v) { write<false>(out, widen(v)); }
+inline void put(double* out, const Floats& v) {
+  write<false>(out, lower(v));
+  write<false>(out + kLanes, upper(v));
+}
+
 // The entries of one tile of a row as doubles, in the order in which loads bring them: the same for every row.
 template <class Scalar>
 inline void read_tile(int length, const Scalar* row, double* out) {
   int i = 0;
   for (; i + kChunk<Scalar> <= length; i += kChunk<Scalar>) {
-    for (int part = 0; part < kParts<Scalar>; ++part) write<false>(out + i + part * kLanes, widen(read(row + i, part)));
+    for (int part = 0; part < kParts<Scalar>; ++part) put(out + i + part * kWidth<Scalar>, read(row + i, part));
   }
   for (; i < length; ++i) out[i] = static_cast<Wide<Scalar>>(row[i]);
 }
@@ -75,7 +83,12 @@ inline void write_tile(int length, const double* x, Scalar* out) {
   for (; i + kChunk<Scalar> <= length; i += kChunk<Scalar>) {
     WideLanes<Scalar> parts[kParts<Scalar>];
     for (int part = 0; part < kParts<Scalar>; ++part) {
-      parts[part] = converted<WideLanes<Scalar>>(read(x + i + part * kLanes));
+      const double* from = x + i + part * kWidth<Scalar>;
+      if constexpr (std::is_same_v<WideLanes<Scalar>, Floats>) {
+        parts[part] = paired(read(from), read(from + kLanes));
+      } else {
+        parts[part] = converted<WideLanes<Scalar>>(read(from));
+      }
     }
     write<false>(out + i, joined<Scalar>(parts));
   }
@@ -90,7 +103,7 @@ inline void residual_tile(int length, const Scalar* f, const Scalar* z, Scalar* 
     WideLanes<Scalar> parts[kParts<Scalar>];
     for (int part = 0; part < kParts<Scalar>; ++part) {
       parts[part] = read(f + i, part) - read(z + i, part);
-      write<false>(r + i + part * kLanes, widen(parts[part]));
+      put(r + i + part * kWidth<Scalar>, parts[part]);
     }
     write<false>(R + i, joined_residuals<Scalar>(parts));
   }

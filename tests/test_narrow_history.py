@@ -136,6 +136,74 @@ def test_a_map_at_the_top_of_the_range_of_bfloat16_ends_as_its_scaled_down_twin(
     assert torch.equal(ends[0][3], ends[1][3])
 
 
+def measured(kind, dtype, values, memory=3):
+    """The ring after it has measured each (f, z) of `values`, both (B, 1, D)."""
+    ring = ring_of(Method(kind, memory), values[0][0].shape, dtype)
+    for f, z in values:
+        ops.measure(ring, f, z, torch.arange(len(f)), None, "l2")
+    return ring
+
+
+def pairs(dtype, D, steps, B=2, seed=0):
+    """Random f and z (B, 1, D), `steps` of them, that come closer to each other."""
+    g = problems.generator(seed)
+    base = torch.randn(B, 1, D, generator=g)
+    return [
+        tuple((base + 0.7**k * torch.randn(B, 1, D, generator=g)).to(dtype) for _ in range(2)) for k in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("D", [41, 512, 40_000])
+def test_products_in_float_are_those_in_double_to_its_precision(dtype, kind, D, monkeypatch):
+    values = pairs(dtype, D, 6)
+    narrow = measured(kind, dtype, values)
+    monkeypatch.setattr(ops, "_native", None)
+    oracle = measured(kind, dtype, values)
+    assert torch.equal(narrow.R.nan_to_num(), oracle.R.nan_to_num())
+    torch.testing.assert_close(narrow.squares, oracle.squares, rtol=1e-12, atol=0)
+    for name in ("gram", "steps_gram", "rhs"):
+        if getattr(oracle, name) is not None:
+            found, expected = getattr(narrow, name), getattr(oracle, name)
+            assert (found - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exponent", [-110, -70, -30, 70, 120])
+def test_a_power_of_two_times_bfloat16_rows_changes_no_bit_of_their_sums(kind, exponent):
+    values = [(f.clamp(-8, 8), z.clamp(-8, 8)) for f, z in pairs(torch.bfloat16, 777, 7)]
+    scale = 2.0**exponent
+    plain = measured(kind, torch.bfloat16, values)
+    scaled = measured(kind, torch.bfloat16, [(scale * f, scale * z) for f, z in values])
+    for name in ("gram", "steps_gram", "rhs", "squares"):
+        if getattr(plain, name) is not None:
+            assert getattr(plain, name).any()
+            assert torch.equal(getattr(scaled, name), scale**2 * getattr(plain, name)), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_residual_that_leaps_beyond_the_products_of_floats_is_summed_all_the_same(kind, monkeypatch):
+    values = pairs(torch.bfloat16, 300, 3)
+    f, z = values[-1]
+    f[0], z[0] = 2.0**100 * f[0], 2.0**100 * z[0]
+    narrow = measured(kind, torch.bfloat16, values)
+    calm = measured(kind, torch.bfloat16, pairs(torch.bfloat16, 300, 3))
+    monkeypatch.setattr(ops, "_native", None)
+    oracle = measured(kind, torch.bfloat16, values)
+    for name in ("gram", "rhs", "squares"):
+        torch.testing.assert_close(getattr(narrow, name)[0], getattr(oracle, name)[0], rtol=1e-6, atol=0)
+        assert torch.equal(getattr(narrow, name)[1], getattr(calm, name)[1])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_differences_that_outnumber_their_entries_are_left_out(dtype):
+    ring = measured("anderson II", dtype, pairs(dtype, 4, 9, B=6), memory=8)
+    _, dropped = ops.advance(ring, torch.zeros(6, 1, 4, dtype=dtype), torch.full((6, 1), ops.MIX, dtype=torch.uint8),
+                             torch.arange(6))  # fmt: skip
+    assert (dropped >= 4).all()
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("solver", [Anderson(), Anderson(10), Anderson(kind="I"), Anderson(damping=0.7), Broyden(),
                                     Broyden(kind="bad")], ids=str)  # fmt: skip

@@ -1,0 +1,75 @@
+// The next iterate from rows of values, each read once. Included by step_cpu.cpp alone, once per instruction set.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+
+namespace pydeqsolve::PYDEQSOLVE_ISA {
+namespace {
+
+// out = F_0 - sum_a weight[a] (F_a - F_{a+1}) over `length` entries, whole lines; rows[0] is F_0. In float where rows
+// have 16 bits: what that rounds off is 2^-13 and less of what the weights make of the rounding of F.
+template <class Scalar, int C, bool past_cache>
+void mix_rows(std::int64_t length, const Scalar* const* rows, const double* weight, Ahead ahead, Scalar* out) {
+  Number<Scalar> w[C + 1];
+  const Scalar* F[C + 1];
+  F[0] = rows[0];
+#pragma GCC unroll 16
+  for (int a = 0; a < C; ++a) w[a] = all<Number<Scalar>>(weight[a]), F[a + 1] = rows[a + 1];
+  for (std::int64_t line = 0; line < length; line += kLine<Scalar>) {
+    if (ahead.history != 0) {
+#pragma GCC unroll 16
+      for (int a = 0; a < C; ++a) fetch(F[a + 1] + ahead.history + line);
+    }
+#pragma GCC unroll 8
+    for (std::int64_t i = line; i < line + kLine<Scalar>; i += kChunk<Scalar>) {
+      WideLanes<Scalar> out_parts[kParts<Scalar>];
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts<Scalar>; ++part) {
+        Number<Scalar> newer = converted<Number<Scalar>>(read(F[0] + i, part)), x = newer;
+#pragma GCC unroll 16
+        for (int a = 0; a < C; ++a) {
+          const Number<Scalar> next = converted<Number<Scalar>>(read(F[a + 1] + i, part));
+          x -= w[a] * (newer - next);
+          newer = next;
+        }
+        out_parts[part] = converted<WideLanes<Scalar>>(x);
+      }
+      write<past_cache>(out + i, joined<Scalar>(out_parts));
+    }
+  }
+}
+
+// The instances by number of differences C = 0 … kMaxOlder.
+template <class Scalar, bool past_cache, int C = 0>
+void mix_rows_of(int differences, std::int64_t length, const Scalar* const* rows, const double* weight, Ahead ahead,
+                 Scalar* out) {
+  if (differences == C) return mix_rows<Scalar, C, past_cache>(length, rows, weight, ahead, out);
+  if constexpr (C < kMaxOlder) mix_rows_of<Scalar, past_cache, C + 1>(differences, length, rows, weight, ahead, out);
+}
+
+// Changes `rows` when a copy is needed.
+template <class Scalar>
+void mix_piece(std::int64_t length, int differences, Ahead ahead, bool past_cache, const Scalar** rows,
+               const double* weight, Scalar* out) {
+  constexpr int line = kLine<Scalar>;
+  const std::int64_t whole = length / line * line;
+  if (past_cache && is_aligned(out)) {
+    mix_rows_of<Scalar, true>(differences, whole, rows, weight, ahead, out);
+  } else {
+    mix_rows_of<Scalar, false>(differences, whole, rows, weight, ahead, out);
+  }
+  if (whole == length) return;
+  Scalar padded[kMaxOlder + 2][line] = {};
+  const std::size_t bytes = (length - whole) * sizeof(Scalar);
+  for (int a = 0; a <= differences; ++a) {
+    std::memcpy(padded[a], rows[a] + whole, bytes);
+    rows[a] = padded[a];
+  }
+  mix_rows_of<Scalar, false>(differences, line, rows, weight, {}, padded[kMaxOlder + 1]);
+  std::memcpy(out + whole, padded[kMaxOlder + 1], bytes);
+}
+
+}  // namespace
+}  // namespace pydeqsolve::PYDEQSOLVE_ISA

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -24,6 +25,14 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+struct Memory {
+  Address first;
+  std::uintptr_t bytes;
+  bool overlaps(const Memory& other) const {
+    return bytes > 0 && other.bytes > 0 && first < other.first + other.bytes && other.first < first + bytes;
+  }
+};
+
 // One solver's history, as Python hands it over once; every call of the step then names only what changes.
 struct Ring {
   Storage storage;
@@ -31,7 +40,37 @@ struct Ring {
   Kind kind;
   double eps;
   Address R, F, gram, steps_gram, rhs, squares, count;
-  std::int64_t blocks, features, sample_stride, slot_stride;
+  std::int64_t samples, blocks, features, sample_stride, slot_stride;
+
+  Memory memory(Address first, std::int64_t entries) const {
+    const std::uintptr_t size = storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+    return {first, static_cast<std::uintptr_t>(entries) * size};
+  }
+  Memory rows_from(Address first) const {
+    if (samples * blocks * features == 0) return {first, 0};
+    return memory(first, (samples - 1) * sample_stride + (slots - 1) * slot_stride + blocks * features);
+  }
+
+  // Throws unless no two of the state f, or the next iterate, and z, n samples each, and the history share memory.
+  // f may be z itself: both are read only.
+  void check_memory(std::int64_t n, Address other, Address z, bool written) const {
+    const std::int64_t entries = n * blocks * features;
+    for (const Memory& state : {memory(other, entries), memory(z, entries)}) {
+      for (const Address first : {R, F}) {
+        if (state.overlaps(rows_from(first))) throw std::invalid_argument("a state must not lie in the history's rows");
+      }
+    }
+    if (written && memory(other, entries).overlaps(memory(z, entries))) {
+      throw std::invalid_argument("the next iterate must share no memory with f and z");
+    }
+  }
+  // On the host alone: a device's indices cannot be read without waiting for it.
+  void check_rows(std::int64_t n, Address index) const {
+    const auto* const rows = at<const std::int64_t>(index);
+    bool inside = true;
+    for (std::int64_t i = 0; i < n; ++i) inside = inside && rows[i] >= 0 && rows[i] < samples;
+    if (!inside) throw std::invalid_argument("rows must lie in 0 ... " + std::to_string(samples - 1));
+  }
 
   template <class Scalar>
   History<Scalar> history(int head) const {
@@ -79,6 +118,8 @@ void use_large_pages([[maybe_unused]] Address address, [[maybe_unused]] std::uin
 
 void measure(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
              Address norms, int norm, int threads) {
+  ring.check_memory(n, f, z, false);
+  ring.check_rows(n, index);
   py::gil_scoped_release release;
   with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
@@ -92,6 +133,9 @@ std::pair<std::int64_t, std::int64_t> step(const Ring& ring, int head, std::int6
                                            Address f, Address z, Address table, double safeguard, double entries,
                                            bool is_max, int coupling, double ridge, double damping, Address before,
                                            Address best, Address mode, Address z_next, int threads) {
+  ring.check_memory(n, z_next, f, true);
+  ring.check_memory(n, z_next, z, true);
+  ring.check_rows(n, index);
   py::gil_scoped_release release;
   Counts counts{0, 0};
   with_scalar(ring.storage, [&](auto scalar) {
@@ -106,6 +150,8 @@ std::pair<std::int64_t, std::int64_t> step(const Ring& ring, int head, std::int6
 
 void advance(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address dropped, int coupling,
              double ridge, double damping, Address z, Address z_next, int threads) {
+  ring.check_memory(n, z_next, z, true);
+  ring.check_rows(n, index);
   py::gil_scoped_release release;
   std::vector<double> gamma(static_cast<std::size_t>(n * ring.blocks * ring.slots));
   with_scalar(ring.storage, [&](auto scalar) {
@@ -145,6 +191,7 @@ void check(const char* error) {
 
 void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
                      Address norms, int norm, Address partial, Address stream) {
+  ring.check_memory(n, f, z, false);
   with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     check(measure_cuda<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
@@ -155,6 +202,7 @@ void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, 
 void advance_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma,
                      Address dropped, int coupling, double ridge, double damping, Address z, Address z_next,
                      Address workspace, Address stream) {
+  ring.check_memory(n, z_next, z, true);
   with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     const Rows rows = ring.rows(n, index, 0);
@@ -185,14 +233,14 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
   py::class_<Ring>(m, "Ring").def(
-      py::init([](int storage, int slots, int kind, double eps, std::int64_t blocks, std::int64_t features,
-                  std::int64_t sample_stride, std::int64_t slot_stride, Address R, Address F, Address gram,
-                  Address steps_gram, Address rhs, Address squares, Address count) {
+      py::init([](int storage, int slots, int kind, double eps, std::int64_t samples, std::int64_t blocks,
+                  std::int64_t features, std::int64_t sample_stride, std::int64_t slot_stride, Address R, Address F,
+                  Address gram, Address steps_gram, Address rhs, Address squares, Address count) {
         if (slots < 1 || slots > kMaxSlots) throw std::invalid_argument("slots out of range");
         if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) {
           throw std::invalid_argument("storage out of range");
@@ -208,6 +256,7 @@ PYBIND11_MODULE(_native, m) {
                     rhs,
                     squares,
                     count,
+                    samples,
                     blocks,
                     features,
                     sample_stride,

@@ -133,7 +133,8 @@ def measure(
     """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `ops.measure`.
 
     kind is a place in `ring.KINDS`; head is taken modulo the number of slots. Raises ValueError for a tensor that
-    is not as `_contract` says, NotImplementedError where a gradient would be lost. rows must lie in 0 … B − 1.
+    is not as `_contract` says or shares memory with the history, NotImplementedError where a gradient would be lost. On
+    the host rows outside 0 … B − 1 are a ValueError too; a device is not waited for to find them.
     """
     if (f.requires_grad or z.requires_grad) and torch.is_grad_enabled():
         _refuse_gradient()

@@ -49,7 +49,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 8  # csrc/bindings.cpp
+INTERFACE = 9  # csrc/bindings.cpp
 
 
 _native: Any
@@ -102,8 +102,8 @@ def layout(
     kind: int, eps: float, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]
 ) -> tuple[Any, ...]:  # fmt: skip
     """What the native module must know of R (B, M, T, D) besides its address; kind is a place in `KINDS`."""
-    _, M, T, D = shape
-    return STORAGES.index(dtype), M, kind, eps, T, D, *strides[:2]
+    B, M, T, D = shape
+    return STORAGES.index(dtype), M, kind, eps, B, T, D, *strides[:2]
 
 
 def bind(

@@ -27,11 +27,11 @@ def main(path):
     gram, rhs = (ctypes.c_double * (B * M * M))(), (ctypes.c_double * (B * M))()
     squares, count = (ctypes.c_double * (2 * B))(), (ctypes.c_int32 * B)()
     ring = native.Ring(
-        FLOAT32, M, 0, 1e-7, 1, D, address(R), address(F), address(gram), 0, address(rhs), address(squares),
-        address(count),
+        FLOAT32, M, 0, 1e-7, B, 1, D, M * D, D, address(R), address(F), address(gram), 0, address(rhs),
+        address(squares), address(count),
     )  # fmt: skip
     rows, modes = (ctypes.c_int64 * B)(*range(B)), (ctypes.c_uint8 * B)(*[MIX] * B)
-    gamma, dropped = (ctypes.c_double * (B * M))(), (ctypes.c_int32 * B)()
+    dropped = (ctypes.c_int32 * B)()
     z = (ctypes.c_float * (B * D))()
     for step in range(1, 4):
         # f = A z + b with A = ½: integers and halves, which float32 holds exactly.
@@ -41,9 +41,7 @@ def main(path):
         native.measure(*shared, 0, address(f), address(z), address(norms), RMS, 1)
         expected = [sum((f[i * D + k] - z[i * D + k]) ** 2 for k in range(D)) for i in range(B)]
         assert list(norms[::2]) == expected, (list(norms[::2]), expected)
-        native.advance(
-            *shared, address(modes), address(gamma), address(dropped), 0, 0.0, 1.0, address(z), address(following), 1
-        )
+        native.advance(*shared, address(modes), address(dropped), 0, 0.0, 1.0, address(z), address(following), 1)
         z = following
     # Residuals of f = ½ z + b lie on one line, so Anderson's second step is exact: z = 2 b.
     assert all(abs(x - 2 * (i % 5 + 1)) < 1e-5 for i, x in enumerate(z)), list(z)

@@ -255,3 +255,34 @@ def test_a_module_that_holds_its_history_is_exported():
     exported = torch.export.export(Norms(), (f,)).module()
     assert torch.equal(exported(f), Norms()(f))
     assert (exported.count == 1).all()
+
+
+@pytest.mark.parametrize("name", ["f", "z"])
+def test_a_state_in_the_memory_of_the_history_is_refused(name):
+    ring, (f, z) = history("anderson II", B=3, M=4), states(n=3)
+    inside = torch.zeros(3 * 4 * 2 * 5, dtype=torch.float64)
+    ring.R, ring.F = inside.view(3, 4, 2, 5), torch.zeros(3, 4, 2, 5, dtype=torch.float64)
+    given = {"f": f, "z": z, name: inside[-30:].view(3, 2, 5)}
+    with pytest.raises(ValueError, match="must not lie in the history"):
+        measure(given["f"], given["z"], *tensors(ring), torch.arange(3), None, 1, 0, False)
+    assert not ring.count.any()
+
+
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+def test_a_row_that_the_history_does_not_have_is_refused(row):
+    ring, (f, z) = history("anderson II"), states()
+    with pytest.raises(ValueError, match=r"rows must lie in 0 \.\.\. 2"):
+        measure(f, z, *tensors(ring), torch.tensor([0, row, 1]), None, 1, 0, False)
+    mode = torch.full((3, 2), ops.PLAIN, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="rows must lie in"):
+        advance(z, mode, *tensors(ring), torch.tensor([0, row, 1]), 1, 0, 0, 0.0, 1.0)
+    assert not ring.count.any()
+
+
+def test_an_iterate_is_not_written_over_the_one_it_is_made_from():
+    ring, (f, z) = history("anderson II"), states()
+    ops.start(ring)
+    ops.measure(ring, f, z, torch.arange(3), None, "rms")
+    mode = torch.full((3, 2), ops.PLAIN, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="share no memory"):
+        ops.advance(ring, z, mode, torch.arange(3), out=z)

@@ -122,6 +122,7 @@ template <class Scalar>
 void run(const Case& c, double unit) {
   const int M = c.memory + 1;
   const std::int64_t blocks = c.B * c.T, size = blocks * c.D;
+  const bool narrow = sizeof(Scalar) == 2;  // the CPU adds up products of such rows in float
   Store<Scalar> cuda(c, M), cpu(c, M);
   Array<std::int64_t> index(c.B);
   for (std::int64_t i = 0; i < c.B; ++i) index.data()[i] = c.B - 1 - i;
@@ -146,12 +147,12 @@ void run(const Case& c, double unit) {
     expect_equal("R", c, cuda.R, cpu.R, 0);
     expect_equal("F", c, cuda.F, cpu.F, 0);
     expect_equal("squares", c, cuda.squares, cpu.squares, 1e-12);
-    expect_equal("gram", c, cuda.gram, cpu.gram, 1e-12 * static_cast<double>(c.D));
+    expect_equal("gram", c, cuda.gram, cpu.gram, narrow ? 1e-5 : 1e-12 * static_cast<double>(c.D));
     expect_launched(advance_cuda<Scalar>(rows, on_cuda, c.coupling, 1e-3, mode.data(), gamma.data(), dropped.data(),
                                          c.beta, z.data(), next.data(), workspace.data(), nullptr));
     weights_cpu<Scalar>(rows, on_cpu, c.coupling, 1e-3, mode.data(), gamma_cpu.data(), dropped_cpu.data(), 1);
     mix_cpu<Scalar>(rows, on_cpu, gamma_cpu.data(), mode.data(), c.beta, z.data(), next_cpu.data(), 1);
-    expect_equal("gamma", c, gamma, gamma_cpu, 1e-8);
+    expect_equal("gamma", c, gamma, gamma_cpu, narrow ? 1e-3 : 1e-8);
     expect_equal("dropped", c, dropped, dropped_cpu, 0);
     expect_equal("count", c, cuda.count, cpu.count, 0);
     expect_equal("z", c, next, next_cpu, 100 * unit);

@@ -2,7 +2,7 @@
 
 Run: OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling_ideas.py --model digits --steps 100 --noises 32
 
-secants: a Jacobian of N per time step from the differences of the last rounds, and the linearised chain solved exactly.
+secants: what the nodes have (`diffusion.secants`) at all steps: a Jacobian of N from the last rounds, the chain solved.
 multistep: N at the nodes one after the other, each state from the last values of N by Adams and Bashforth's formula on
 the chain's own sums; then a spline. mean wiggle: what a spline misses of N, averaged over other images, is added to it.
 Errors are relative, of x_0 against sequential sampling: median and nine in ten.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Chain, Checkpoint, load_checkpoint, nodes, passes, sample, sampler
+from diffusion import Chain, Checkpoint, load_checkpoint, nodes, passes, sample, sampler, secants
 from diffusion.chain import LinearChain, interpolation
 from pydeqsolve import Anderson, Picard
 
@@ -46,10 +46,14 @@ def try_ways(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) 
 
 
 def try_nodes(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) -> None:
-    """The numbers behind levels="nodes" and the start on the nodes, varied one at a time."""
+    """The numbers behind levels="nodes" and the start on the nodes, varied one at a time.
+
+    TELLING = inf leaves Picard on the nodes: no move tells the Jacobians anything.
+    """
     variants: list[dict[str, float]] = [
-        {}, {"STEPS_PER_NODE": 7}, {"MOST_NODES": 34, "STEPS_PER_NODE": 3}, {"DENSITY": 2.0}, {"FIRST": 20.0},
-        {"FIRST": 100.0}, {"CORRECTION": 0.5}, {"CORRECTION": 2.0}, {"SETTLED": 10.0}, {"SETTLED": 100.0},
+        {}, {"TELLING": float("inf")}, {"MEMORY": 1}, {"MEMORY": 2}, {"MEMORY": 4}, {"STEPS_PER_NODE": 7},
+        {"DENSITY": 2.0}, {"FIRST": 50.0}, {"FIRST": 200.0}, {"CORRECTION": 1.0}, {"CORRECTION": 5.0},
+        {"SETTLED": 15.0}, {"SETTLED": 50.0},
     ]  # fmt: skip
     for variant in variants:
         try_numbers(checkpoint, chain, x, expected, "nodes", variant)
@@ -62,7 +66,7 @@ def try_numbers(
     checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor, levels: Any, variant: dict[str, float]
 ) -> None:
     """One way of sampling with some of its numbers changed."""
-    homes = {name: next(m for m in (nodes, passes, sampler) if name in vars(m)) for name in variant}
+    homes = {name: next(m for m in (nodes, passes, sampler, secants) if name in vars(m)) for name in variant}
     usual = {name: getattr(home, name) for name, home in homes.items()}
     for name, value in variant.items():
         setattr(homes[name], name, value)

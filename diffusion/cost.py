@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # after one; and on the nodes, as shares of n, besides the evaluation of all steps: one image in five has a second.
 TOGETHER = (1.0, 1.0, 0.97, 0.7, 0.42, 0.3, 0.2, 0.12, 0.05, 0.02)
 STARTED = (1.0, 1.0, 0.8, 0.5, 0.35, 0.2, 0.1)
-ON_NODES = (1.0, 0.95, 0.8, 0.6, 0.45, 0.3, 0.2, 1.0, 0.8, 0.6, 0.4, 0.2)
+ON_NODES = (1.0, 0.95, 0.7, 0.5, 0.35, 0.6, 0.7, 0.5, 0.2, 0.1)
 SWEEPS = 1.2
 PER_ROUND, PER_ENTRY = 3e-4, 1.2e-8  # seconds of the solver itself on a CPU: per round, and per entry of the state
 MARGIN = 0.85  # a parallel way must promise to take at most so much of the sequential time

@@ -39,11 +39,15 @@ class NodeChain(LinearChain):
 
     def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
         """(B, n, D): base plus the response to N (B, n, D)."""
+        return base + self.response(N)
+
+    def response(self, N: Tensor) -> Tensor:
+        """G N (B, n, D), what N (B, n, D) does to the states."""
         if len(self.G) == 1:
-            return base + self.G[0] @ N
+            return self.G[0] @ N
         if len(N) * self.G.numel() <= SMALL:  # for few images the D products of tiny matrices are ten times slower
-            return base + (self.rows * N[:, None]).sum(2)
-        return base + (self.G @ N.permute(2, 1, 0)).permute(2, 1, 0)
+            return (self.rows * N[:, None]).sum(2)
+        return (self.G @ N.permute(2, 1, 0)).permute(2, 1, 0)
 
 
 def nodes(T: int) -> Tensor:
@@ -75,11 +79,13 @@ class Nodes:
     Attributes:
         at: (n,) int64, their positions among the T steps.
         spread: (T, n) float64, from values at the nodes to all steps.
+        chain: the states there.
         map: the remainders there; it counts its own evaluations.
     """
 
     at: Tensor
     spread: Tensor
+    chain: NodeChain
     map: Remainders
 
     @staticmethod
@@ -95,7 +101,7 @@ class Nodes:
         chain = NodeChain(m.linear, at, spread)
         part = Remainders(m.network, replace(m.chain, **fields), split, chain, scale=there)
         part.evaluations = torch.zeros(len(run.x_T), dtype=torch.int64, device=device)
-        return Nodes(at, spread, part)
+        return Nodes(at, spread, chain, part)
 
 
 def start(run: Sampler) -> tuple[Tensor, int, Tensor]:

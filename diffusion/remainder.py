@@ -88,17 +88,22 @@ class Remainders:
         self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor, wanted: Tensor | None = None
     ) -> Tensor:
         """N' (n, T, D) where `wanted` (n, T), N elsewhere. image (n,) numbers the images; base (n, T+1, D)."""
-        if self.scale is not None:
-            N = N / self.scale
+        if self.scale is None:
+            return self.evaluate(N, image, base, conditioning, wanted)[1]
+        return self.evaluate(N / self.scale, image, base, conditioning, wanted)[1] * self.scale
+
+    def evaluate(
+        self, N: Tensor, image: Tensor, base: Tensor, conditioning: Sequence[Tensor], wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The states (n, T, D) that N makes, and N' there; N as it is, without `scale`."""
         x = self.linear.trajectory(base, N, image)[:, self.shift : self.shift + N.shape[1]]
         if wanted is None:
             wanted = torch.ones(N.shape[:2], dtype=torch.bool, device=N.device)
         i, k = wanted.nonzero(as_tuple=True)
         self.evaluations.index_add_(0, image[i], torch.ones_like(i))
-        rows = x[i, k]
         out = N.clone()
-        out[i, k] = self.remainder(rows, k, [c[i] for c in conditioning])
-        return out if self.scale is None else out * self.scale
+        out[i, k] = self.remainder(x[i, k], k, [c[i] for c in conditioning])
+        return x, out
 
     def __post_init__(self) -> None:
         self.evaluations = torch.zeros(0, dtype=torch.int64)

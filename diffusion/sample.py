@@ -89,7 +89,7 @@ def sample(
         prediction: "epsilon", "v" or "sample".
         splitting: "v", "epsilon", "gaussian" (with `mean` and `variance`, the data's, of the shape of an image), κ (T,)
             or (T, D), or a `Splitting`: `Splitting.fitted` makes one of images, per pixel, frequency or covariance.
-        solver: of the fixed point; Anderson(2, coupling="causal").
+        solver: of all steps together; Anderson(2, coupling="causal"). Nodes have their own, `diffusion.secants`.
         stop: rtol is a tenth of the relative error of x_0 that is asked for (default 1e-4: within 1e-3 of sequential
             sampling, met by all but a few in a thousand images), taken no smaller than half the machine epsilon of
             the model's dtype unless 0, which asks for every step to be exact. atol, if given, is added, in units of ε,

@@ -23,7 +23,7 @@ import torch
 
 import pydeqsolve.operators  # noqa: F401 - registers them
 from pydeqsolve import build_info, ops
-from pydeqsolve.ring import Method, Ring
+from pydeqsolve.step.ring import Method, Ring
 
 KERNELS = re.compile(
     r"<void pydeqsolve::(portable|avx2|avx512)::.*?(measure_rows|mix_rows|mix_piece)<(?:pydeqsolve::)?(\w+)"
@@ -93,7 +93,7 @@ def calls() -> None:
     ring.R.zero_(), ring.F.zero_()
     ops.start(ring)
     f, z, rows = torch.randn(1, 1, 64), torch.randn(1, 1, 64), torch.arange(1)
-    modes = torch.full((1, 1), ops.MIX, dtype=torch.uint8)
+    modes = torch.full((1, 1), MIX, dtype=torch.uint8)
     tensors = (ring.R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
     first, second = (f, z, *tensors, rows, None, 1, 0, False), (z, modes, *tensors, rows, 1, 0, 0, 0.0, 1.0)
     measure, advance = torch.ops.pydeqsolve.measure.default, torch.ops.pydeqsolve.advance.default

@@ -21,7 +21,7 @@ import torch
 from native_step import SHAPES, ours, torchdeq
 
 from pydeqsolve import build_info, ops
-from pydeqsolve.ring import Method, Ring
+from pydeqsolve.step.ring import Method, Ring
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = 40
@@ -54,7 +54,7 @@ def passes(B: int, m: int, D: int, dtype: torch.dtype, device: torch.device) -> 
     ops.start(ring)
     rows = torch.arange(B, device=device)
     f, z = torch.randn(2, B, 1, D, device=device, dtype=dtype)
-    mode = torch.full((B, 1), ops.MIX, dtype=torch.uint8, device=device)
+    mode = torch.full((B, 1), MIX, dtype=torch.uint8, device=device)
     out = torch.empty_like(z)
     for _ in range(m + 1):  # fills the ring with rows that differ
         ops.measure(ring, f, z, rows, None, "rms")

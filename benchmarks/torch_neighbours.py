@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pydeqsolve import build_info, ops
-from pydeqsolve.ring import Method, Ring
+from pydeqsolve.step.ring import Method, Ring
 
 SHAPES = [(256, 6, 4_096), (8, 6, 400), (1, 5, 64)]  # B, memory, D: every thread, two threads' worth, one thread
 
@@ -35,7 +35,7 @@ def stepper(B: int, memory: int, D: int) -> tuple[Ring, Callable[[], object]]:
     ring = Ring(Method(memory=memory), B, 1, D, torch.float32, torch.device("cpu"))
     ops.start(ring)
     z, f, rows = torch.randn(B, 1, D), torch.randn(B, 1, D), torch.arange(B)
-    out, mode = torch.empty_like(z), torch.full((B, 1), ops.MIX, dtype=torch.uint8)
+    out, mode = torch.empty_like(z), torch.full((B, 1), MIX, dtype=torch.uint8)
 
     def step() -> None:
         ops.measure(ring, f, z, rows, None, "rms")

@@ -11,9 +11,10 @@ from xml.sax.saxutils import escape
 
 import networkx
 
-PROGRAM = {"__main__", "cli", "frechet", "fit", "training", "data"}
-APART = {"testing"}
+LEFT_OUT = ("diffusion/__main__", "diffusion/cli", "diffusion/frechet", "diffusion/fit", "diffusion/training",
+            "diffusion/data", "diffusion/program/", "pydeqsolve/testing")  # fmt: skip
 PITCH, ROW, HIGH, MARGIN, BAND = 128, 54, 28, 22, 46
+NATIVE = "pydeqsolve/step/native"
 COLOURS = {"diffusion": "#d55e00", "pydeqsolve": "#0072b2", "csrc": "#009e73"}
 TITLES = {
     "diffusion": "diffusion: the DDIM chain as one fixed point",
@@ -22,31 +23,40 @@ TITLES = {
 }
 
 
-def imports(root: Path) -> networkx.DiGraph:
-    """Return the graph of "package/module" → what it imports; imports for type checkers alone are left out."""
-    graph = networkx.DiGraph()
+def modules(root: Path) -> dict[str, Path]:
+    """Return "package/wing/module" → its file, of all that the picture shows."""
+    found = {}
     for package in ("diffusion", "pydeqsolve"):
-        for path in sorted((root / package).glob("*.py")):
-            if path.stem in PROGRAM | APART:
-                continue
-            name = f"{package}/{path.stem}"
-            graph.add_node(name)
-            for module, names in _relative(path):
-                targets = [module] if module else names
-                graph.add_edges_from((name, f"{package}/{t}") for t in targets if (root / package / f"{t}.py").exists())
-            if package == "diffusion" and "pydeqsolve" in _absolute(path):
-                graph.add_edge(name, "pydeqsolve/__init__")
+        for path in sorted((root / package).rglob("*.py")):
+            name = path.relative_to(root).with_suffix("").as_posix()
+            if not name.startswith(LEFT_OUT) and (path.stem != "__init__" or path.parent.name == package):
+                found[name] = path
+    return found
+
+
+def imports(root: Path) -> networkx.DiGraph:
+    """Return the graph of module → what it imports; imports for type checkers alone are left out."""
+    graph, shown = networkx.DiGraph(), modules(root)
+    for name, path in shown.items():
+        graph.add_node(name)
+        here = name.split("/")[:-1]
+        for level, module, names in _relative(path):
+            base = [*here[: len(here) - level + 1], *filter(None, module.split("."))]
+            targets = {"/".join(base), *("/".join([*base, own]) for own in names)}
+            graph.add_edges_from((name, target) for target in targets & set(shown))
+        if name.startswith("diffusion/") and "pydeqsolve" in _absolute(path):
+            graph.add_edge(name, "pydeqsolve/__init__")
     for path in sorted((root / "csrc").iterdir()):
         graph.add_node(f"csrc/{path.name}")
         for header in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8")):
             graph.add_edge(f"csrc/{path.name}", f"csrc/{Path(header).name}")
     # joined when the program runs or is linked, which no import or include shows
-    graph.add_edge("pydeqsolve/ops", "csrc/bindings.cpp")
+    graph.add_edge(NATIVE, "csrc/bindings.cpp")
     for source in graph.nodes:
         if source.endswith((".cpp", ".cu")) and source != "csrc/bindings.cpp":
             graph.add_edge("csrc/bindings.cpp", source)
     graph.remove_edges_from([(a, b) for a, b in graph.edges if a == b])
-    return graph.subgraph([n for n in graph if n.partition("/")[2] not in PROGRAM | APART]).copy()
+    return graph
 
 
 def _statements(path: Path) -> list[ast.stmt]:
@@ -65,9 +75,9 @@ def _statements(path: Path) -> list[ast.stmt]:
     return found
 
 
-def _relative(path: Path) -> list[tuple[str, list[str]]]:
-    nodes = [n for n in _statements(path) if isinstance(n, ast.ImportFrom) and n.level == 1]
-    return [(n.module or "", [alias.name for alias in n.names]) for n in nodes]
+def _relative(path: Path) -> list[tuple[int, str, list[str]]]:
+    nodes = [n for n in _statements(path) if isinstance(n, ast.ImportFrom) and n.level]
+    return [(n.level, n.module or "", [alias.name for alias in n.names]) for n in nodes]
 
 
 def _absolute(path: Path) -> set[str]:
@@ -135,7 +145,7 @@ def draw(root: Path, path: Path) -> None:
             'fill="none" stroke="#8a94a3" marker-end="url(#tip)"/>'
         )
     for name, (x, y) in at.items():
-        package, _, own = name.partition("/")
+        package, own = name.split("/")[0], name.split("/")[-1]
         label = "public names" if own == "__init__" else own
         lines.append(
             f'<rect x="{x - 56:.0f}" y="{y - HIGH / 2:.0f}" width="112" height="{HIGH}" rx="5" fill="#fff" '

@@ -10,15 +10,15 @@ except PackageNotFoundError:  # a source tree on the path that was never install
 from .anderson import Anderson
 from .broyden import Broyden
 from .deq import DEQ
-from .diagnostics import jacobian_penalty, spectral_radius
-from .gmres import GMRES
-from .gradient import Implicit, Phantom, Unrolled
-from .leaves import leaves
-from .neumann import Neumann
-from .ops import build_info
+from .derivative.diagnostics import jacobian_penalty, spectral_radius
+from .derivative.gmres import GMRES
+from .derivative.gradient import Implicit, Phantom, Unrolled
+from .derivative.leaves import leaves
+from .derivative.neumann import Neumann
 from .picard import Picard
 from .solution import Adjoint, ConvergenceError, Solution, Status
 from .solve import solve
+from .step.native import build_info
 from .stop import Front, Stop
 
 __all__ = [

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .picard import check_damping
-from .ring import COUPLINGS, Method
-from .stop import check_count, check_real
+from .checks import check_count, check_damping, check_real
+from .step.ring import COUPLINGS, Method
 
 
 @dataclass(frozen=True)

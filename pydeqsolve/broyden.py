@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ring import Method
-from .stop import check_count, check_real
+from .checks import check_count, check_real
+from .step.ring import Method
 
 
 @dataclass(frozen=True)

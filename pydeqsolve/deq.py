@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gradient import Gradient
-from .iterate import Solver
+from .derivative.gradient import Gradient
+from .layout import detached
+from .problem import Solver
 from .solution import Solution
 from .solve import ANDERSON, IMPLICIT, STOP, solve
 from .stop import Stop
-from .structure import detached
 
 
 class DEQ(nn.Module):

@@ -1,8 +1,8 @@
 """The two passes of a step as torch.library operators, `torch.ops.pydeqsolve.measure` and `.advance`.
 
 For programs that write a loop of their own and want it traced by torch.compile or export: schema, fake implementation
-and mutated arguments are declared, so nothing breaks the graph. `solve` calls the same passes directly (`ops`), which
-costs less per call. The tensors are those of `ring.Ring`.
+and mutated arguments are declared, so nothing breaks the graph. `solve` calls the same passes directly
+(`step.backend`), which costs less per call. The tensors are those of `step.ring.Ring`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import ops
-from .ring import COUPLINGS, KINDS, STORAGES, Ring
+from .step import native
+from .step.backend import Backend
+from .step.ring import COUPLINGS, KINDS, STORAGES, Ring
 
 # What a call takes besides R and F; it may take steps_gram too, and wanted.
 MEASURED = ("gram", "rhs", "squares", "count", "rows", "f", "z")
@@ -26,7 +27,7 @@ ADVANCED = ("gram", "rhs", "squares", "count", "rows", "z", "modes")
 def _contract(
     names: tuple[str, ...], kind: int, n: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]
 ) -> tuple[list[tuple[object, ...]], tuple[Any, ...]]:
-    """What a call of n samples takes beside such an R (B, M, T, D), which F must be like; and the `ops.layout` of R.
+    """What a call of n samples takes beside such an R (B, M, T, D), which F must be like; and the `native.layout` of R.
 
     Of each name: type, dtype, shape, and that it is contiguous. Raises ValueError where R holds no history. Kept, for a
     call to be compared with it at little cost.
@@ -47,7 +48,7 @@ def _contract(
         "rows": (torch.int64, (n,)), "f": (dtype, (n, T, D)), "z": (dtype, (n, T, D)),
         "wanted": (torch.bool, (n, T)), "modes": (torch.uint8, (n, T)),
     }  # fmt: skip
-    layout = ops.layout(kind, torch.finfo(dtype).eps, dtype, shape, strides)
+    layout = native.layout(kind, torch.finfo(dtype).eps, dtype, shape, strides)
     return [(Tensor, *table[name], True) for name in names], layout
 
 
@@ -66,7 +67,7 @@ def _check(
     kind: int, R: Tensor, F: Tensor, steps_gram: Tensor | None, n: int, names: tuple[str, ...],
     others: tuple[Tensor, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The `ops.layout` of a history. Raises unless every tensor is what the kernels take it for, given its address."""
+    """The `native.layout` of a history. Raises unless every tensor is what the kernels take its address for."""
     if steps_gram is not None:
         names, others = (*names, "steps_gram"), (*others, steps_gram)
     dtype, shape, strides = like_R = (R.dtype, R.shape, R.stride())
@@ -82,7 +83,7 @@ def _look_closely(
 ) -> None:
     """Raises for the first tensor that is not as it must be; it may be of a subclass that has memory."""
     for x in (R, F, *others):
-        ops.address(x)
+        native.address(x)
     if _words(F) != _words(R):
         raise ValueError(f"F must be {_words(R)}, as R is, got {_words(F)}")
     for name, x, (_, dtype, shape, _) in zip(names, others, expected, strict=True):
@@ -105,7 +106,6 @@ def _ring(
     ring.head = head % ring.slots
     ring.R, ring.F, ring.gram, ring.steps_gram = R, F, gram, steps_gram
     ring.rhs, ring.squares, ring.count = rhs, squares, count
-    ops.start(ring, fresh=False)
     return ring
 
 
@@ -130,7 +130,7 @@ def measure(
     f: Tensor, z: Tensor, R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor, squares: Tensor,
     count: Tensor, rows: Tensor, wanted: Tensor | None, head: int, kind: int, is_max: bool,
 ) -> Tensor:  # fmt: skip
-    """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `ops.measure`.
+    """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `Backend.measure`.
 
     kind is a place in `ring.KINDS`; head is taken modulo the number of slots. Raises ValueError for a tensor that
     is not as `_contract` says or shares memory with the history, NotImplementedError where a gradient would be lost. On
@@ -143,18 +143,18 @@ def measure(
     if wanted is not None:
         names, others = (*names, "wanted"), (*others, wanted)
     layout = _check(kind, R, F, steps_gram, rows.numel(), names, others)
-    handle = ops.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
+    handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
     if handle is None:
         ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head - 1, kind)
-        return ops.measure(ring, f, z, rows, wanted, "max" if is_max else "rms")
-    return ops.measure_bound(handle, head % layout[1], f, z, rows, wanted, is_max, squares)
+        return Backend(ring).measure(f, z, rows, wanted, "max" if is_max else "rms")
+    return native.measure_bound(handle, head % layout[1], f, z, rows, wanted, is_max, squares)
 
 
 def advance(
     z: Tensor, modes: Tensor, R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
     squares: Tensor, count: Tensor, rows: Tensor, head: int, kind: int, coupling: int, ridge: float, damping: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pass 2: the next iterate (n, T, D) and the differences dropped (n, T); see `ops.advance`.
+    """Pass 2: the next iterate (n, T, D) and the differences dropped (n, T); see `Backend.advance`.
 
     coupling is a place in `ring.COUPLINGS`; the rest, and what is raised, as in `measure`.
     """
@@ -163,11 +163,11 @@ def advance(
     layout = _check(kind, R, F, steps_gram, rows.numel(), ADVANCED, (gram, rhs, squares, count, rows, z, modes))
     if not 0 <= coupling < len(COUPLINGS):
         raise ValueError(f"coupling must be a place in {COUPLINGS}, got {coupling}")
-    handle = ops.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
+    handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
     if handle is None:
         ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head, kind, coupling, ridge, damping)
-        return ops.advance(ring, z, modes, rows)
-    return ops.advance_bound(handle, head % layout[1], z, modes, rows, coupling, ridge, damping, rhs, count)
+        return Backend(ring).advance(z, modes, rows)
+    return native.advance_bound(handle, head % layout[1], z, modes, rows, coupling, ridge, damping, rhs, count)
 
 
 def _on_one_device(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ring import Method
-from .stop import check_real
+from .checks import check_damping
+from .step.ring import Method
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,3 @@ class Picard:
 
     def method(self) -> Method:
         return Method(damping=self.damping)
-
-
-def check_damping(damping: float) -> None:
-    """Raises unless 0 < damping ≤ 2."""
-    check_real("damping", damping)
-    if not 0 < damping <= 2:
-        raise ValueError(f"damping must be in (0, 2], got {damping}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .history import History
+    from .loop.kept import History
 
 
 class Status(IntEnum):

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from .anderson import Anderson
-from .gradient import Gradient, Implicit, Phantom, Unrolled
-from .history import History
-from .iterate import Callback, Problem, Solver, iterate
+from .checks import check_count
+from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
+from .derivative.unroll import unroll
+from .layout import Layout, detached, rebuild
+from .loop.iterate import iterate
+from .loop.kept import History
+from .loop.watches import Callback
+from .problem import Problem, Solver
 from .solution import Solution
-from .stop import Front, Stop, check_count
-from .structure import Layout, detached, rebuild
-from .unroll import unroll
+from .stop import Front, Stop
 
 ANDERSON, STOP, IMPLICIT = Anderson(), Stop(), Implicit()
 
@@ -83,9 +86,13 @@ def solve(
     if gradient is not None and (isinstance(gradient, type) or not hasattr(gradient, "attach")):
         raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {gradient!r}")
     _refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0])
-    solution = iterate(
+    found = iterate(
         problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback, history=history,
         keep_history=keep_history, snapshots=snapshots,
+    )  # fmt: skip
+    solution = Solution(
+        found.z, found.residual, found.evaluations, found.status, found.steps, found.rejections, found.rank_losses,
+        found.trace, snapshots=found.snapshots, history=found.history,
     )  # fmt: skip
     solution.snapshots = _with_phantom(problem, solution, gradient)
     if isinstance(gradient, Unrolled):
@@ -133,7 +140,7 @@ def _prepare(
             raise ValueError(f"inputs[{i}] must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
     compact = bool(inputs) if compact is None else compact
     layout = replace(layout, template=_skeleton(z0))
-    return Problem(fn, tuple(inputs), layout, compact, by_front=front is not None), flat
+    return Problem(fn, tuple(inputs), layout, compact, causal=front is not None), flat
 
 
 def _refuse_pairs(
@@ -142,9 +149,6 @@ def _refuse_pairs(
 ) -> None:  # fmt: skip
     """Raises for options that are each right, but do not go together."""
     searches = bool(getattr(solver, "line_search", 0))
-    with_history = keep_history or history is not None
-    if front is not None and with_history:
-        raise ValueError("front must be None with a history: its blocks finish at places of their own")
     if isinstance(gradient, Unrolled):
         if snapshots:
             raise NotImplementedError("snapshots are not unrolled: use gradient=Implicit() or Phantom()")
@@ -152,8 +156,6 @@ def _refuse_pairs(
             raise NotImplementedError("Unrolled replays neither a history nor a line search: use gradient=Implicit()")
         if not empty and (front is not None or solver.method().coupling != "joint"):
             raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
-    if searches and (front is not None or with_history):
-        raise ValueError("line_search must be 0 with a front or a history")
 
 
 def _with_phantom(problem: Problem, solution: Solution, gradient: Gradient | None) -> list[Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_real
+
 NORMS = ("rms", "l2", "max")
 
 
@@ -53,20 +55,6 @@ def relative_goal(g: Tensor, stop: Stop) -> tuple[Tensor, Tensor]:
     scale = torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
     rtol, atol = (torch.as_tensor(t, dtype=torch.float64, device=g.device) for t in (stop.rtol, stop.atol))
     return scale, (rtol + atol / scale).expand(g.shape[0])
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    """Raises unless `value` is an int (bool excluded) of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_real(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is an int or a float (bool excluded)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .anderson import Anderson
-from .gradient import Gradient, Implicit
-from .iterate import Solver
+from .derivative.gradient import Gradient, Implicit
+from .problem import Solver
 from .solution import Solution
 from .solve import solve
 from .stop import Stop

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pydeqsolve import Anderson, Picard, Status, Stop, ops, solve
-from pydeqsolve.ring import Ring
+from pydeqsolve import Anderson, Picard, Status, Stop, solve
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import MIX
+from pydeqsolve.step.ring import Ring
 
 f64 = torch.float64
 
@@ -145,9 +147,8 @@ def secants(solver, D: int, pairs: int, seed: int) -> tuple[Ring, list[Tensor], 
     g = problems.generator(seed)
     Z, F = torch.randn(2, pairs + 1, D, dtype=f64, generator=g)
     ring = Ring(solver.method(), 1, 1, D, f64, torch.device("cpu"))
-    ops.start(ring)
     for z, f in zip(Z, F, strict=True):
-        ops.measure(ring, f[None, None], z[None, None], torch.zeros(1, dtype=torch.int64), None, "l2")
+        choose(ring).measure(f[None, None], z[None, None], torch.zeros(1, dtype=torch.int64), None, "l2")
     R = F - Z
     return ring, list(Z[1:] - Z[:-1]), list(R[1:] - R[:-1])
 
@@ -159,7 +160,7 @@ def apply_inverse(ring: Ring, solver, s: list[Tensor], y: list[Tensor], v: Tenso
     ring.rhs[0, 0, : len(newest_first)] = torch.stack(newest_first)
     z = torch.zeros(1, 1, len(v), dtype=f64)
     f = ring.F[0, ring.head, 0]
-    z_next, _ = ops.advance(ring, z, torch.full((1, 1), ops.MIX, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    z_next, _ = choose(ring).advance(z, torch.full((1, 1), MIX, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
     return -v + f - z_next[0, 0]
 
 

@@ -9,10 +9,13 @@ import torch
 from emulation.backend import emulator
 from torch import Tensor
 
-from pydeqsolve import Anderson, Broyden, Picard, Stop, build_info, ops, reference, solve
-from pydeqsolve.monitor import Monitor
-from pydeqsolve.ops import ACCEPT, KEEP, MIX, PLAIN, REJECT
-from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
+from pydeqsolve import Anderson, Broyden, Picard, Stop, build_info, solve
+from pydeqsolve.loop.judge import SampleJudge
+from pydeqsolve.step import reference
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import ACCEPT, KEEP, MIX, PLAIN, REJECT
+from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
+from pydeqsolve.step.rules import Rule
 
 pytestmark = pytest.mark.cuda
 
@@ -27,7 +30,6 @@ def kernels_are_built() -> None:
 
 def ring_on(device: str, method: Method, shape: tuple[int, int, int], dtype: torch.dtype) -> Ring:
     ring = Ring(method, *shape, dtype, torch.device(device))
-    ops.start(ring)
     return ring
 
 
@@ -52,13 +54,13 @@ def test_a_step_equals_the_reference(kind: str, coupling: str, shape: tuple[int,
         f, z = torch.randn(2, B, T, D, generator=generator, dtype=torch.float64).to(dtype)
         wanted = torch.rand(B, T, generator=generator) > 0.1
         oracle.head = (oracle.head + 1) % oracle.slots
-        norms = ops.measure(ring, f.cuda(), z.cuda(), rows.cuda(), wanted.cuda(), "max" if step % 2 else "rms")
+        norms = choose(ring).measure(f.cuda(), z.cuda(), rows.cuda(), wanted.cuda(), "max" if step % 2 else "rms")
         expected = reference.measure(oracle, f, z, rows, wanted, "max" if step % 2 else "rms")
         torch.testing.assert_close(norms.cpu(), expected, rtol=1e-12, atol=0)
         mode = torch.tensor([MIX, MIX, MIX, REJECT, PLAIN, ACCEPT])[torch.randint(6, (B, T), generator=generator)]
         mode = torch.where(wanted, mode, KEEP).to(torch.uint8)
         count = oracle.count[rows]
-        z_next, dropped = ops.advance(ring, z.cuda(), mode.cuda(), rows.cuda())
+        z_next, dropped = choose(ring).advance(z.cuda(), mode.cuda(), rows.cuda())
         gamma, expected_dropped = reference.weights(oracle, mode, rows)
         assert torch.equal(dropped.cpu(), expected_dropped)
         assert torch.equal(ring.count.cpu(), oracle.count)
@@ -76,7 +78,7 @@ def test_the_sums_have_the_bits_of_the_emulation(kind: str, shape: tuple[int, in
     rows, generator = torch.arange(shape[0]), torch.Generator().manual_seed(0)
     for _ in range(7):
         f, z = torch.randn(2, *shape, generator=generator)
-        ops.measure(ring, f.cuda(), z.cuda(), rows.cuda(), None, "rms")
+        choose(ring).measure(f.cuda(), z.cuda(), rows.cuda(), None, "rms")
         emulated.head = (emulated.head + 1) % emulated.slots
         emulator().measure(emulated, f, z, rows, None, "rms")
     for ours, theirs in zip(state(ring), state(emulated), strict=True):
@@ -89,8 +91,8 @@ def take_steps(ring: Ring, f: Tensor, z: Tensor, steps: int = 7) -> Tensor:
     mode = torch.full(f.shape[:2], MIX, dtype=torch.uint8, device=f.device)
     for _ in range(steps):
         f, z = f.roll(1, -1) * 0.9, z.roll(2, -1).contiguous()
-        ops.measure(ring, f, z, rows, None, "rms")
-        z, _ = ops.advance(ring, z, mode, rows)
+        choose(ring).measure(f, z, rows, None, "rms")
+        z, _ = choose(ring).advance(z, mode, rows)
     return z
 
 
@@ -166,20 +168,23 @@ def test_a_solve_waits_for_the_device_at_its_stop_tests_only() -> None:
 
 def test_judge_and_keep_equal_the_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
-    monitors = [Monitor(40, Stop(rtol=0.3), torch.float32, torch.device(d), 2.0) for d in ("cuda", "cpu")]
+    rule = Rule(2.0, torch.finfo(torch.float32).eps, "rms", 65)
+    backends = [choose(ring_on(d, Method(memory=1), (40, 3, 65), torch.float32)) for d in ("cuda", "cpu")]
+    records = [SampleJudge(40, Stop(rtol=0.3), rule, backend).samples for backend in backends]
     best, before = torch.randn(2, 40, 3, 65, generator=generator)
     here = best.cuda()
     rows = torch.randperm(40, generator=generator)
     for _ in range(6):
         norms = torch.rand(40, 3, 2, generator=generator, dtype=torch.float64)
-        modes = [m.judge(norms.to(m.table.device), None, 65)[0] for m in monitors]
+        pairs = zip(backends, records, strict=True)
+        modes = [backend.judge(own, norms.to(own.table.device), None, rule)[0] for backend, own in pairs]
         assert torch.equal(modes[0].cpu(), modes[1])
-        assert ops.keep(here, rows.cuda(), before.cuda(), monitors[0].table)
-        left = monitors[1]["left_behind"] != 0
+        backends[0].keep(here, rows.cuda(), before.cuda(), records[0])
+        left = records[1]["left_behind"] != 0
         best[rows[left]] = before[left]
         assert torch.equal(here.cpu(), best)
         before = before.roll(1, 0)
-    torch.testing.assert_close(monitors[0].table.cpu(), monitors[1].table, rtol=1e-12, atol=0)
+    torch.testing.assert_close(records[0].table.cpu(), records[1].table, rtol=1e-12, atol=0)
 
 
 def test_a_step_can_be_captured_in_a_graph() -> None:

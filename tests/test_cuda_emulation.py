@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-from unittest import mock
 
 import pytest
 import torch
@@ -19,10 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pydeqsolve import Anderson, Broyden, Picard, Status, Stop, ops, reference, solve
-from pydeqsolve.monitor import Monitor
-from pydeqsolve.ops import ACCEPT, KEEP, MIX, PLAIN, REJECT
-from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
+from pydeqsolve import Anderson, Broyden, Picard, Status, Stop, solve
+from pydeqsolve.loop.judge import SampleJudge
+from pydeqsolve.step import reference
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import ACCEPT, KEEP, MIX, PLAIN, REJECT, Records
+from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
+from pydeqsolve.step.rules import Rule, judge_samples
 
 # Around a warp's packs, the border between warps and thread blocks (1024), and that between chunks (4096).
 FEATURES = (1, 2, 3, 4, 7, 32, 65, 100, 128, 129, 1023, 1024, 1025, 1500, 4096, 4097, 9000)
@@ -220,6 +222,11 @@ def test_advance_is_weights_then_mix_to_the_bit(kernels: Emulator, case: Case, s
     assert torch.equal(ring.count, apart.count)
 
 
+def records(n: int, stop: Stop, rule: Rule) -> Records:
+    """Those of n samples before their first step."""
+    return SampleJudge(n, stop, rule, choose(Ring(Method(), n, 1, 1, torch.float32, torch.device("cpu")))).samples
+
+
 @given(
     st.integers(1, 20), st.integers(1, 70), st.sampled_from(("rms", "max")), st.booleans(), st.integers(0, 2**31),
     schedules,
@@ -230,17 +237,14 @@ def test_judge_equals_the_tensors(
 ) -> None:
     kernels.choose_schedule(schedule)
     generator = torch.Generator().manual_seed(seed)
-    ours, oracle = (Monitor(n, Stop(rtol=0.3, norm=norm), torch.float32, torch.device("cpu"), 2.0) for _ in range(2))
+    rule = Rule(2.0, torch.finfo(torch.float32).eps, norm, 7)
+    ours, oracle = (records(n, Stop(rtol=0.3, norm=norm), rule) for _ in range(2))
     for _ in range(6):
         norms = torch.rand(n, T, 2, generator=generator, dtype=torch.float64)
         norms[torch.rand(n, T, generator=generator) < 0.5 / T / n] = torch.nan
         norms[..., 0] *= 10.0 ** torch.randint(-3, 4, (n, 1), generator=generator)
         dropped = torch.randint(2, (n, T), generator=generator, dtype=torch.int32) if drops else None
-        entries = 7.0 if norm == "rms" else 1.0
-        mode = kernels.judge(ours.table, norms, dropped, 2.0, ours.eps, entries, norm == "max")
-        with mock.patch.object(ops, "judge", return_value=None):
-            expected, _, _ = oracle.judge(norms, dropped, 7)
-        assert torch.equal(mode, expected)
+        assert torch.equal(kernels.judge(ours, norms, dropped, rule), judge_samples(oracle, norms, dropped, rule))
         torch.testing.assert_close(ours.table, oracle.table, rtol=1e-12, atol=0, equal_nan=True)
 
 
@@ -249,11 +253,11 @@ def test_keep_copies_what_was_left_behind(kernels: Emulator, D: int, dtype: torc
     generator = torch.Generator().manual_seed(0)
     best, before = torch.randn(9, 2, D, generator=generator).to(dtype).split((6, 3))
     rows = torch.tensor([4, 0, 3])
-    monitor = Monitor(3, Stop(), dtype, torch.device("cpu"), 0.0)
-    monitor["left_behind"] = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    samples = records(3, Stop(), Rule(0.0, torch.finfo(dtype).eps, "rms", D))
+    samples["left_behind"] = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     expected = best.clone()
     expected[4], expected[3] = before[0], before[2]
-    kernels.keep(best, rows, before, monitor.table)
+    kernels.keep(best, rows, before, samples)
     assert torch.equal(best, expected)
 
 

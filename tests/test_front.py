@@ -6,8 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydeqsolve import Anderson, Front, Implicit, Picard, Status, Stop, build_info, ops, solve
-from pydeqsolve.front import FrontMonitor
+from pydeqsolve import Anderson, Front, Implicit, Picard, Status, Stop, build_info, solve
+from pydeqsolve.loop.blocks import BlockJudge
+from pydeqsolve.step import native
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.ring import Method, Ring
+from pydeqsolve.step.rules import Rule, judge_blocks, open_blocks
 
 f64 = torch.float64
 CAUSAL = Anderson(coupling="causal")
@@ -164,11 +168,11 @@ def test_a_nan_block_ends_its_sample_as_nonfinite_and_leaves_the_other():
     assert solution.z[0].isfinite().all()
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("norm", ["rms", "l2", "max"])
-def test_the_residual_of_a_sample_with_a_nan_block_is_infinite_as_without_a_front(native, norm, monkeypatch):
-    if not native:
-        monkeypatch.setattr(ops, "_native", None)
+def test_the_residual_of_a_sample_with_a_nan_block_is_infinite_as_without_a_front(kernels, norm, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(native, "_native", None)
     problem = problems.triangular(8, B=2)
     problem.inputs[0][0, 0] = torch.nan
     whole = solve(problem.fn, problem.start, problem.inputs, solver=Picard(), stop=Stop(norm=norm), gradient=None)
@@ -230,7 +234,7 @@ def test_later_blocks_that_stand_still_do_not_end_a_sample_whose_front_still_mov
     solver, latest, available, monkeypatch
 ):
     if not available:
-        monkeypatch.setattr(ops, "_native", None)
+        monkeypatch.setattr(native, "_native", None)
 
     def steps(z, wanted):  # z = (1, 5): at the first measurement the second block has no residual, at z_0 = 0
         return torch.stack([torch.ones_like(z[:, 0]), 5 * z[:, 0].round()], 1)
@@ -240,19 +244,18 @@ def test_later_blocks_that_stand_still_do_not_end_a_sample_whose_front_still_mov
     assert out.z.flatten().tolist() == [1.0, 5.0]
 
 
-def judged(monitor, norms, entries, native):
-    """What a monitor makes of norms (n, T, 2) natively or in PyTorch; unwanted blocks measure 0."""
-    wanted = monitor.wanted()
+def judged(judge, norms, natively):
+    """What a judge makes of norms (n, T, 2) natively or in PyTorch; unwanted blocks measure 0."""
+    wanted = judge.wanted(norms.shape[1])
     norms = torch.where(wanted[..., None], norms, 0.0)
-    if native:
-        mode, broken, finished = monitor.judge_blocks(norms, entries, wanted)
-        assert finished == int((~monitor.running).sum())
+    given = judge.samples, judge.blocks, norms, wanted, judge.rule, judge.front
+    if natively:
+        mode, broken, judge.open, finished = judge.backend.judge_blocks(*given)
+        assert finished == int((~judge.samples.running).sum())
         return mode, torch.zeros_like(wanted) if broken is None else broken
-    if monitor.stop.norm != "max":
-        norms = (norms / (entries if monitor.stop.norm == "rms" else 1)).sqrt()
-    result = monitor._judge_blocks(norms[..., 0], norms[..., 1], wanted)
-    monitor.open = monitor._open()
-    return result
+    mode, broken = judge_blocks(*given)
+    judge.open = open_blocks(judge.samples, judge.blocks, judge.front)
+    return mode, broken
 
 
 @pytest.mark.skipif(not build_info()["native"], reason="without the native module there is nothing to compare")
@@ -264,19 +267,21 @@ def test_the_native_judgement_of_blocks_is_that_of_the_reference(front, norm, sa
     generator = torch.Generator().manual_seed(0)
     atol = torch.rand(n, T, generator=generator, dtype=torch.float64)
     stop = Stop(rtol=torch.full((n,), 0.1, dtype=torch.float64), atol=atol, norm=norm)
-    ours, theirs = (FrontMonitor(n, T, front, stop, f64, torch.device("cpu"), safeguard) for _ in range(2))
+    backend = choose(Ring(Method(), n, T, entries, f64, torch.device("cpu")))
+    rule = Rule(safeguard, torch.finfo(f64).eps, norm, entries)
+    ours, theirs = (BlockJudge(n, T, front, stop, rule, backend) for _ in range(2))
     for step in range(12):
         norms = 10 ** (3 * torch.rand(n, T, 2, generator=generator, dtype=torch.float64) - step / 4)
         if step % 3:
             bad = torch.rand(n, T, 1, generator=generator) < 0.02
             norms = torch.where(bad, torch.nan if step % 2 else torch.inf, norms)
-        native, reference = judged(ours, norms, entries, True), judged(theirs, norms, entries, False)
-        for found, expected in zip(native, reference, strict=True):
+        natively, reference = judged(ours, norms, True), judged(theirs, norms, False)
+        for found, expected in zip(natively, reference, strict=True):
             assert torch.equal(found, expected)
         assert torch.equal(ours.open, theirs.open)
-        torch.testing.assert_close(ours.blocks, theirs.blocks, rtol=1e-14, atol=0, equal_nan=True)
-        torch.testing.assert_close(ours.table, theirs.table, rtol=1e-14, atol=0, equal_nan=True)
-    assert not bool(theirs.running.all())
+        torch.testing.assert_close(ours.blocks.table, theirs.blocks.table, rtol=1e-14, atol=0, equal_nan=True)
+        torch.testing.assert_close(ours.samples.table, theirs.samples.table, rtol=1e-14, atol=0, equal_nan=True)
+    assert not bool(theirs.samples.running.all())
 
 
 def test_picard_refuses_no_block():

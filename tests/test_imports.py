@@ -10,7 +10,7 @@ import pytest
 import pydeqsolve
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = sorted((ROOT / "pydeqsolve").glob("*.py"))
+LIBRARY = sorted((ROOT / "pydeqsolve").rglob("*.py"))
 ADAPTER = sorted((ROOT / "diffusion").rglob("*.py"))
 KERNELS = [p for p in sorted((ROOT / "csrc").iterdir()) if p.name != "bindings.cpp"]
 
@@ -26,15 +26,37 @@ def imports(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     return found
 
 
+def module_of(path: Path) -> str:
+    """ "loop.step" of pydeqsolve/loop/step.py."""
+    return ".".join(path.relative_to(ROOT / "pydeqsolve").with_suffix("").parts)
+
+
+MODULES = {module_of(path): path for path in LIBRARY if path.stem != "__init__"}
+
+
 def siblings(name: str) -> set[str]:
-    """Modules of pydeqsolve that pydeqsolve/<name>.py imports."""
-    found = set()
-    for module, names in imports(ROOT / "pydeqsolve" / f"{name}.py"):
-        if module == ".":
-            found |= set(names)
-        elif module.startswith((".", "pydeqsolve.")):
-            found.add(module.removeprefix("pydeqsolve").lstrip("."))
+    """Modules of pydeqsolve that the module `name` imports, wherever in its source."""
+    found, here = set(), name.split(".")[:-1]
+    for module, names in imports(MODULES[name]):
+        dots = len(module) - len(module.lstrip("."))
+        if not dots:
+            continue
+        base = [*here[: len(here) - dots + 1], *filter(None, module[dots:].split("."))]
+        found |= {".".join([*base, n]) for n in names} | {".".join(base)}
+    return found & set(MODULES)
+
+
+def reached(name: str) -> set[str]:
+    """Modules that the module `name` imports, and those that they import."""
+    found, new = set(), siblings(name)
+    while new:
+        found |= new
+        new = set().union(*map(siblings, new)) - found
     return found
+
+
+def wings(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names if "." in name}
 
 
 @pytest.mark.parametrize("path", ADAPTER, ids=lambda p: p.name)
@@ -50,30 +72,34 @@ def test_the_library_knows_nothing_of_the_adapter(path):
     assert not [module for module, _ in imports(path) if module.split(".")[0] == "diffusion"]
 
 
-@pytest.mark.parametrize("path", [p for p in LIBRARY if p.name != "ops.py"], ids=lambda p: p.name)
-def test_only_ops_touches_the_native_module(path):
+@pytest.mark.parametrize("path", [p for p in LIBRARY if p.name != "native.py"], ids=lambda p: p.name)
+def test_only_step_native_touches_the_native_module(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         assert not (isinstance(node, ast.Name) and node.id == "_native")
         assert not (isinstance(node, ast.Attribute) and node.attr == "_native")
-    assert not [names for module, names in imports(path) if "_native" in (module.strip("."), *names)]
+    assert not [names for module, names in imports(path) if "_native" in (*module.split("."), *names)]
 
 
-def test_the_arrows_point_from_solve_to_gradient_to_iterate_to_solution():
-    order = ["solution", "iterate", "gradient", "solve"]
-    for i, name in enumerate(order):
-        assert not siblings(name) & set(order[i:]), f"{name} imports what comes after it"
-    assert {"gradient", "iterate"} <= siblings("solve")
-    assert "iterate" in siblings("gradient")
-    assert "solution" in siblings("iterate")
+def test_no_module_imports_itself_by_way_of_others():
+    assert [name for name in MODULES if name in reached(name)] == []
 
 
-def test_the_loop_names_no_concrete_solver():
-    assert not siblings("iterate") & {"anderson", "broyden", "picard", "gmres"}
-    assert not siblings("monitor") & {"anderson", "broyden", "picard", "gmres", "iterate"}
+def test_the_arrows_point_from_solve_to_derivative_to_loop_to_step():
+    assert not wings(reached("solution")) & {"derivative"}
+    assert not any(wings(reached(name)) & {"loop", "derivative"} for name in MODULES if name.startswith("step."))
+    assert not any(wings(siblings(name)) & {"derivative"} for name in MODULES if name.startswith("loop."))
+    assert {"derivative", "loop"} <= wings(siblings("solve"))
+    assert "loop.iterate" in siblings("derivative.implicit")
+    assert {"step"} <= wings(siblings("loop.iterate"))
+
+
+def test_the_loop_and_the_step_name_no_concrete_solver():
+    concrete = {"anderson", "broyden", "picard", "derivative.gmres", "solve", "deq"}
+    assert not [name for name in MODULES if name.startswith(("loop.", "step.")) and reached(name) & concrete]
 
 
 def test_nothing_but_the_test_laws_needs_the_test_laws():
-    assert not [p.name for p in LIBRARY if p.name != "testing.py" and "testing" in siblings(p.stem)]
+    assert not [name for name in MODULES if "testing" in siblings(name)]
     foreign = {module.split(".")[0] for module, _ in imports(ROOT / "pydeqsolve" / "testing.py")}
     assert not foreign & {"pytest", "hypothesis", "numpy", "scipy"}
 
@@ -84,7 +110,7 @@ def test_one_line_of_the_library_calls_the_users_function():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "fn":
                 calls.append(path.name)
-    assert calls == ["iterate.py"]
+    assert calls == ["problem.py"]
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.name)

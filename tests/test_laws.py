@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pydeqsolve import Anderson, Broyden, Implicit, Phantom, Picard, Stop, testing
-from pydeqsolve.ring import Method
+from pydeqsolve.step.ring import Method
 
 SOLVERS = [
     Picard(),

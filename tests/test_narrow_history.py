@@ -10,8 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydeqsolve import DEQ, Anderson, Broyden, Picard, Status, Stop, ops, run, solve
-from pydeqsolve.ring import COUPLINGS, KINDS, Method, Ring
+from pydeqsolve import DEQ, Anderson, Broyden, Picard, Status, Stop, solve
+from pydeqsolve.loop import iterate
+from pydeqsolve.step import native
+from pydeqsolve.step.backend import Backend, choose
+from pydeqsolve.step.records import KEEP, MIX
+from pydeqsolve.step.ring import COUPLINGS, KINDS, Method, Ring
 
 NARROW = [torch.bfloat16, torch.float16]
 cpu = torch.device("cpu")
@@ -20,8 +24,8 @@ cpu = torch.device("cpu")
 @pytest.fixture(params=["native", "reference"])
 def backend(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(ops, "_native", None)
-    elif ops._native is None:
+        monkeypatch.setattr(native, "_native", None)
+    elif native._native is None:
         pytest.skip("no native module")
 
 
@@ -29,7 +33,6 @@ def ring_of(method, shape, dtype, stored=None):
     """A ring for states of `dtype`, whose rows are `stored` in that or another."""
     ring = Ring(method, *shape, stored or dtype, cpu)
     ring.eps = torch.finfo(dtype).eps
-    ops.start(ring)
     ring.R.fill_(math.nan)  # what was never written must never be read
     ring.F.fill_(math.nan)
     return ring
@@ -41,6 +44,17 @@ class WideRing(Ring):
     def __init__(self, method, B, T, D, dtype, device):
         super().__init__(method, B, T, D, torch.float32, device)
         self.eps = torch.finfo(dtype).eps
+
+
+class Wide(Backend):
+    """Steps of states in 16 bits whose history is a `WideRing`."""
+
+    def measure(self, f, z, rows, wanted, norm):
+        return choose(self.ring).measure(f.float(), z.float(), rows, wanted, norm)
+
+    def advance(self, z, mode, rows, out=None):
+        z_next, dropped = choose(self.ring).advance(z.float(), mode, rows)
+        return z_next.to(z.dtype), dropped
 
 
 def affine(dtype, most, seed=0, D=48, B=6):
@@ -67,16 +81,16 @@ def test_residuals_that_need_no_rounding_give_the_gram_matrices_of_a_float32_his
         # Integers up to 64: their differences, and all sums of products, are exact in either.
         f, z = torch.randint(-64, 65, (2, B, T, D), generator=g).to(dtype)
         wanted = torch.rand(B, T, generator=g) < 0.8 if masked else None
-        mode = torch.full((B, T), ops.MIX, dtype=torch.uint8)
+        mode = torch.full((B, T), MIX, dtype=torch.uint8)
         if wanted is not None:
-            mode[~wanted] = ops.KEEP
-        norms = ops.measure(narrow, f, z, rows, wanted, norm)
-        assert torch.equal(norms, ops.measure(wide, f.float(), z.float(), rows, wanted, norm))
+            mode[~wanted] = KEEP
+        norms = choose(narrow).measure(f, z, rows, wanted, norm)
+        assert torch.equal(norms, choose(wide).measure(f.float(), z.float(), rows, wanted, norm))
         for name in ("gram", "steps_gram", "rhs", "squares", "count"):
             if getattr(narrow, name) is not None:
                 assert torch.equal(getattr(narrow, name), getattr(wide, name)), name
-        found, dropped = ops.advance(narrow, z, mode, rows)
-        expected, expected_dropped = ops.advance(wide, z.float(), mode, rows)
+        found, dropped = choose(narrow).advance(z, mode, rows)
+        expected, expected_dropped = choose(wide).advance(z.float(), mode, rows)
         assert torch.equal(dropped, expected_dropped)
         if expected.abs().max() < 1000:  # else weights are large, and either loses digits of its own
             assert (found.float() - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
@@ -89,7 +103,7 @@ def test_the_ring_keeps_residuals_to_the_nearest_and_norms_without_rounding(back
     f, z = (s * torch.randn(2, 1, 777, generator=g) for s in (1.0, 1e-3))
     f, z = f.to(dtype), z.to(dtype)
     ring = ring_of(Method(kind, 2), (2, 1, 777), dtype)
-    norms = ops.measure(ring, f, z, torch.arange(2), None, "l2")
+    norms = choose(ring).measure(f, z, torch.arange(2), None, "l2")
     exact = f.double() - z.double()
     assert torch.equal(ring.R[:, ring.head], exact.to(dtype))
     assert torch.equal(ring.F[:, ring.head], f)
@@ -104,12 +118,12 @@ def test_a_residual_beyond_the_range_of_float16_is_kept_at_its_largest(backend, 
     f[..., 20:] = -60_000.0
     f[..., 7] = math.nan
     ring = ring_of(Method(kind, 1), (1, 1, 40), torch.float16)
-    ops.measure(ring, f, -f, torch.arange(1), None, "max")
+    choose(ring).measure(f, -f, torch.arange(1), None, "max")
     kept = ring.R[0, ring.head, 0]
     assert kept[7].isnan()
     assert set(kept[~kept.isnan()].tolist()) == {65_504.0, -65_504.0}
     f[..., 7] = 0
-    assert ops.measure(ring, f, -f, torch.arange(1), None, "max")[0, 0].tolist() == [120_000.0, 60_000.0]
+    assert choose(ring).measure(f, -f, torch.arange(1), None, "max")[0, 0].tolist() == [120_000.0, 60_000.0]
 
 
 @pytest.mark.parametrize("kind", ["anderson II", "broyden good"])
@@ -119,7 +133,7 @@ def test_a_residual_that_bfloat16_would_round_to_infinity_is_kept_at_its_largest
     f = torch.full((1, 1, D), largest, dtype=torch.bfloat16)
     f[..., 1::2] = -largest
     ring = ring_of(Method(kind, 1), (1, 1, D), torch.bfloat16)
-    norms = ops.measure(ring, f, -(2.0**-8) * f, torch.arange(1), None, "max")
+    norms = choose(ring).measure(f, -(2.0**-8) * f, torch.arange(1), None, "max")
     assert norms[0, 0, 0] == (1 + 2.0**-8) * largest
     assert torch.equal(ring.R[0, ring.head], f[0])
 
@@ -140,7 +154,7 @@ def measured(kind, dtype, values, memory=3):
     """The ring after it has measured each (f, z) of `values`, both (B, 1, D)."""
     ring = ring_of(Method(kind, memory), values[0][0].shape, dtype)
     for f, z in values:
-        ops.measure(ring, f, z, torch.arange(len(f)), None, "l2")
+        choose(ring).measure(f, z, torch.arange(len(f)), None, "l2")
     return ring
 
 
@@ -159,7 +173,7 @@ def pairs(dtype, D, steps, B=2, seed=0):
 def test_products_in_float_are_those_in_double_to_its_precision(dtype, kind, D, monkeypatch):
     values = pairs(dtype, D, 6)
     narrow = measured(kind, dtype, values)
-    monkeypatch.setattr(ops, "_native", None)
+    monkeypatch.setattr(native, "_native", None)
     oracle = measured(kind, dtype, values)
     assert torch.equal(narrow.R.nan_to_num(), oracle.R.nan_to_num())
     torch.testing.assert_close(narrow.squares, oracle.squares, rtol=1e-12, atol=0)
@@ -189,7 +203,7 @@ def test_a_residual_that_leaps_beyond_the_products_of_floats_is_summed_all_the_s
     f[0], z[0] = 2.0**100 * f[0], 2.0**100 * z[0]
     narrow = measured(kind, torch.bfloat16, values)
     calm = measured(kind, torch.bfloat16, pairs(torch.bfloat16, 300, 3))
-    monkeypatch.setattr(ops, "_native", None)
+    monkeypatch.setattr(native, "_native", None)
     oracle = measured(kind, torch.bfloat16, values)
     for name in ("gram", "rhs", "squares"):
         torch.testing.assert_close(getattr(narrow, name)[0], getattr(oracle, name)[0], rtol=1e-6, atol=0)
@@ -199,7 +213,7 @@ def test_a_residual_that_leaps_beyond_the_products_of_floats_is_summed_all_the_s
 @pytest.mark.parametrize("dtype", NARROW)
 def test_differences_that_outnumber_their_entries_are_left_out(dtype):
     ring = measured("anderson II", dtype, pairs(dtype, 4, 9, B=6), memory=8)
-    _, dropped = ops.advance(ring, torch.zeros(6, 1, 4, dtype=dtype), torch.full((6, 1), ops.MIX, dtype=torch.uint8),
+    _, dropped = choose(ring).advance(torch.zeros(6, 1, 4, dtype=dtype), torch.full((6, 1), MIX, dtype=torch.uint8),
                              torch.arange(6))  # fmt: skip
     assert (dropped >= 4).all()
 
@@ -218,7 +232,8 @@ def test_a_history_in_16_bits_costs_no_evaluations(dtype, solver, monkeypatch):
         return total
 
     narrow = cost()
-    monkeypatch.setattr(run, "Ring", WideRing)
+    monkeypatch.setattr(iterate, "Ring", WideRing)
+    monkeypatch.setattr(iterate, "choose", Wide)
     assert abs(narrow - cost()) <= 0.1 * narrow
 
 

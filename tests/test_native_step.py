@@ -8,8 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydeqsolve import Anderson, Broyden, build_info, ops, reference, solve
-from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
+from pydeqsolve import Anderson, Broyden, build_info, solve
+from pydeqsolve.step import native as binding
+from pydeqsolve.step import reference
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import ACCEPT, KEEP, MIX, PLAIN, REJECT
+from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
 
 native = pytest.mark.skipif(not build_info()["native"], reason="no native module")
 f64 = torch.float64
@@ -18,22 +22,21 @@ f64 = torch.float64
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request):
     """Runs the test on this instruction set, where the processor has it."""
-    before = ops._native.cpu_isa() if ops._native is not None else ""
-    if ops._native is None or not ops._native.choose_cpu_isa(request.param):
+    before = binding._native.cpu_isa() if binding._native is not None else ""
+    if binding._native is None or not binding._native.choose_cpu_isa(request.param):
         pytest.skip(f"no {request.param} here")
     yield request.param
-    assert ops._native.choose_cpu_isa(before)
+    assert binding._native.choose_cpu_isa(before)
 
 
 @pytest.fixture
 def no_native(monkeypatch):
-    monkeypatch.setattr(ops, "_native", None)
+    monkeypatch.setattr(binding, "_native", None)
 
 
 def twins(method: Method, B: int, T: int, D: int, dtype: torch.dtype) -> tuple[Ring, Ring]:
     """Two equal rings, the first for the native step, the second for the reference."""
     rings = Ring(method, B, T, D, dtype, torch.device("cpu")), Ring(method, B, T, D, dtype, torch.device("cpu"))
-    ops.start(rings[0])
     for ring in rings:
         ring.R.fill_(math.nan)  # what was never written must never be read
         ring.F.fill_(math.nan)
@@ -79,18 +82,18 @@ def test_each_step_equals_the_reference(
         draw = torch.rand(n, T, generator=g)
 
         def modes(ring, rows=rows, wanted=wanted, draw=draw):
-            mode = torch.full(draw.shape, ops.MIX, dtype=torch.uint8)
-            mode[draw < 0.15] = ops.PLAIN
-            mode[draw < 0.10] = ops.ACCEPT
-            mode[(draw < 0.05) & (ring.count[rows] >= 2)] = ops.REJECT
-            mode[draw > 0.95] = ops.KEEP
+            mode = torch.full(draw.shape, MIX, dtype=torch.uint8)
+            mode[draw < 0.15] = PLAIN
+            mode[draw < 0.10] = ACCEPT
+            mode[(draw < 0.05) & (ring.count[rows] >= 2)] = REJECT
+            mode[draw > 0.95] = KEEP
             if wanted is not None:
-                mode[~wanted] = ops.KEEP
+                mode[~wanted] = KEEP
             return mode
 
         norms, mode, expected, dropped, gamma = reference_step(rings[1], f, z, rows, wanted, norm, modes)
-        torch.testing.assert_close(ops.measure(rings[0], f, z, rows, wanted, norm), norms, rtol=1e-12, atol=0)
-        found, found_dropped = ops.advance(rings[0], z, mode, rows)
+        torch.testing.assert_close(choose(rings[0]).measure(f, z, rows, wanted, norm), norms, rtol=1e-12, atol=0)
+        found, found_dropped = choose(rings[0]).advance(z, mode, rows)
         assert torch.equal(rings[0].count, rings[1].count)
         assert torch.equal(found_dropped, dropped)
         if gamma.abs().max() < 30:  # larger weights tell of a nearly singular system, where rounding decides
@@ -111,10 +114,10 @@ def test_each_instruction_set_gives_the_reference_solution(isa, kind, dtype):
     for _ in range(9):
         f = (z.double() @ A.T.double() + b[:, None].double()).to(dtype)
         _, mode, expected, _, _ = reference_step(
-            rings[1], f, z, rows, None, "l2", lambda ring: torch.zeros(3, 1, dtype=torch.uint8) + ops.MIX
+            rings[1], f, z, rows, None, "l2", lambda ring: torch.zeros(3, 1, dtype=torch.uint8) + MIX
         )
-        ops.measure(rings[0], f, z, rows, None, "l2")
-        found, _ = ops.advance(rings[0], z, mode, rows)
+        choose(rings[0]).measure(f, z, rows, None, "l2")
+        found, _ = choose(rings[0]).advance(z, mode, rows)
         size = expected.abs().max()
         tolerance = {f64: 1e-8, torch.float32: 1e-5}.get(dtype, 1.01 * torch.finfo(dtype).eps)
         assert (found - expected).abs().max() <= tolerance * size
@@ -144,13 +147,12 @@ def test_the_number_of_threads_changes_no_bit(solver, shape):
 @pytest.mark.parametrize("length", [1, 7, 15, 16, 17, 511, 512, 513, 1 << 14, (1 << 14) + 1, 40_001])
 def test_tails_of_every_length_are_summed(isa, length):
     ring = Ring(Method(memory=1), 1, 1, length, f64, torch.device("cpu"))
-    ops.start(ring)
     f, z = torch.randn(2, 1, 1, length, dtype=f64, generator=problems.generator(length))
-    squares = ops.measure(ring, f, z, torch.zeros(1, dtype=torch.int64), None, "l2")
+    squares = choose(ring).measure(f, z, torch.zeros(1, dtype=torch.int64), None, "l2")
     torch.testing.assert_close(
         squares[0, 0], torch.stack([(f - z).square().sum(), f.square().sum()]), rtol=1e-12, atol=0
     )
-    largest = ops.measure(ring, f, z, torch.zeros(1, dtype=torch.int64), None, "max")
+    largest = choose(ring).measure(f, z, torch.zeros(1, dtype=torch.int64), None, "max")
     assert torch.equal(largest[0, 0], torch.stack([(f - z).abs().max(), f.abs().max()]))
 
 
@@ -159,11 +161,10 @@ def test_tails_of_every_length_are_summed(isa, length):
 @pytest.mark.parametrize("position", [0, 3, 599, 40_000])
 def test_nan_and_infinity_anywhere_reach_the_norms(isa, bad, position):
     ring = Ring(Method(memory=1), 2, 1, 40_001, torch.float32, torch.device("cpu"))
-    ops.start(ring)
     f, z = torch.ones(2, 2, 1, 40_001)
     f[0, 0, position] = bad
     for norm in ("l2", "max"):
-        norms = ops.measure(ring, f, z, torch.arange(2), None, norm)
+        norms = choose(ring).measure(f, z, torch.arange(2), None, norm)
         assert not norms[0].isfinite().any()
         assert norms[1, 0].tolist() == [0.0, 40_001.0 if norm == "l2" else 1.0]
 
@@ -174,14 +175,13 @@ def test_a_repeated_difference_is_left_out_and_counted(kind, available, monkeypa
     if available and not build_info()["native"]:
         pytest.skip("no native module")
     if not available:
-        monkeypatch.setattr(ops, "_native", None)
+        monkeypatch.setattr(binding, "_native", None)
     ring = Ring(Method(kind, 3), 1, 1, 6, f64, torch.device("cpu"))
-    ops.start(ring)
     step, rows = torch.tensor([1.0, 2.0, 0.5, 0, 0, 0], dtype=f64), torch.zeros(1, dtype=torch.int64)
     for k in range(4):  # all iterates and residuals on one line: three equal differences
         z = k * step[None, None]
-        ops.measure(ring, 0.5 * z + 1, z, rows, None, "l2")
-    z_next, dropped = ops.advance(ring, z, torch.full((1, 1), ops.MIX, dtype=torch.uint8), rows)
+        choose(ring).measure(0.5 * z + 1, z, rows, None, "l2")
+    z_next, dropped = choose(ring).advance(z, torch.full((1, 1), MIX, dtype=torch.uint8), rows)
     # The "good" matrix SᵀY + striu(SᵀS) of parallel steps has full rank or loses one; the others keep one difference.
     assert dropped.item() == 2 if kind.startswith("anderson") else z_next.isfinite().all()
     assert z_next.isfinite().all()
@@ -205,7 +205,7 @@ def test_without_the_native_module_the_answers_are_the_same(no_native, solver):
 def test_native_and_fallback_take_the_same_steps(solver, monkeypatch):
     problem = problems.mixed_batch(6)
     with_native = solve(problem.fn, problem.start, problem.inputs, solver=solver, gradient=None)
-    monkeypatch.setattr(ops, "_native", None)
+    monkeypatch.setattr(binding, "_native", None)
     without = solve(problem.fn, problem.start, problem.inputs, solver=solver, gradient=None)
     assert torch.equal(with_native.evaluations, without.evaluations)
     torch.testing.assert_close(with_native.z, without.z, rtol=1e-7, atol=1e-7)
@@ -224,7 +224,6 @@ def test_a_memory_beyond_the_kernels_takes_the_reference():
 @native
 def test_tensors_the_kernel_cannot_read_are_refused():
     ring = Ring(Method(memory=1), 2, 1, 4, f64, torch.device("cpu"))
-    ops.start(ring)
     good, rows = torch.zeros(2, 1, 4, dtype=f64), torch.arange(2)
     for f in (
         good.float(),
@@ -233,4 +232,4 @@ def test_tensors_the_kernel_cannot_read_are_refused():
         good[..., :3].contiguous(),
     ):
         with pytest.raises(ValueError, match="must"):
-            ops.measure(ring, f, good, rows, None, "l2")
+            choose(ring).measure(f, good, rows, None, "l2")

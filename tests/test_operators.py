@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import pydeqsolve.operators  # noqa: F401 - registers them
-from pydeqsolve import ops
-from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
+from pydeqsolve.step import native
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import MIX, PLAIN
+from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
 
 measure, advance = torch.ops.pydeqsolve.measure, torch.ops.pydeqsolve.advance
 
@@ -35,7 +37,7 @@ def test_the_operators_pass_opcheck(kind, dtype, masked):
     number = KINDS.index(kind)
     torch.library.opcheck(measure.default, (f, z, *tensors(ring), rows, wanted, 1, number, False))
     measure(f, z, *tensors(ring), rows, wanted, 1, number, False)
-    mode = torch.full((3, 2), ops.MIX, dtype=torch.uint8)
+    mode = torch.full((3, 2), MIX, dtype=torch.uint8)
     torch.library.opcheck(advance.default, (z, mode, *tensors(ring), rows, 1, number, 0, 0.0, 1.0))
 
 
@@ -43,22 +45,21 @@ def test_the_operators_pass_opcheck(kind, dtype, masked):
 def test_three_steps_by_the_operators_equal_those_of_the_solver(coupling):
     ours, theirs, rows = history("anderson II"), history("anderson II"), torch.arange(3)
     theirs.coupling = coupling
-    ops.start(theirs)
-    mode = torch.full((3, 2), ops.MIX, dtype=torch.uint8)
+    mode = torch.full((3, 2), MIX, dtype=torch.uint8)
     for step in range(1, 4):
         f, z = states(seed=step)
         head = step % ours.slots
         norms = measure(f, z, *tensors(ours), rows, None, head, 0, False)
-        assert torch.equal(norms, ops.measure(theirs, f, z, rows, None, "rms"))
+        assert torch.equal(norms, choose(theirs).measure(f, z, rows, None, "rms"))
         got = advance(z, mode, *tensors(ours), rows, head, 0, COUPLINGS.index(coupling), 0.0, 1.0)
-        expected = ops.advance(theirs, z, mode, rows)
+        expected = choose(theirs).advance(z, mode, rows)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_a_loop_of_them_compiles_into_one_graph():
     def three_steps(z, ring_tensors):
         rows = torch.arange(3)
-        mode = torch.full((3, 2), ops.MIX, dtype=torch.uint8)
+        mode = torch.full((3, 2), MIX, dtype=torch.uint8)
         for head in (1, 2, 3):
             measure(torch.cos(z), z, *ring_tensors, rows, None, head, 0, False)
             z, _ = advance(z, mode, *ring_tensors, rows, head, 0, 0, 0.0, 1.0)
@@ -86,7 +87,7 @@ def test_samples_and_slots_may_lie_in_any_order(layout):
     ours.R, ours.F = (
         torch.zeros(M * (B * T * D + 8), dtype=torch.float64).as_strided(shape, (*stride, D, 1)) for _ in "RF"
     )
-    mode = torch.full((3, 2), ops.MIX, dtype=torch.uint8)
+    mode = torch.full((3, 2), MIX, dtype=torch.uint8)
     for head in (1, 2, 3, 0):
         f, z = states(seed=head)
         norms = [measure(f, z, *tensors(ring), rows, None, head, 0, False) for ring in (ours, theirs)]
@@ -108,7 +109,7 @@ def passes(dtype=torch.float32, kind="anderson II"):
     ring, (f, z), rows = history(kind, dtype), states(dtype), torch.arange(3)
     both = dict(zip(("R", "F", "gram", "steps_gram", "rhs", "squares", "count"), tensors(ring), strict=True))
     both |= {"z": z, "rows": rows, "head": 1, "kind": KINDS.index(kind)}
-    modes = torch.full((3, 2), ops.PLAIN, dtype=torch.uint8)
+    modes = torch.full((3, 2), PLAIN, dtype=torch.uint8)
     return (
         (measure, both | {"f": f, "wanted": None, "is_max": False}),
         (advance, both | {"modes": modes, "coupling": 0, "ridge": 0.0, "damping": 1.0}),
@@ -233,7 +234,7 @@ def test_on_a_device_they_equal_those_of_the_host_and_refuse_its_tensors():
 def test_without_kernels_the_operators_are_the_reference(monkeypatch):
     natively, plainly = passes(torch.float64), passes(torch.float64)
     expected = [operator(**given) for operator, given in natively]
-    monkeypatch.setattr(ops, "_native", None)
+    monkeypatch.setattr(native, "_native", None)
     got = [operator(**given) for operator, given in plainly]
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(plainly[0][1]["gram"], natively[0][1]["gram"], rtol=1e-12, atol=0)
@@ -273,7 +274,7 @@ def test_a_row_that_the_history_does_not_have_is_refused(row):
     ring, (f, z) = history("anderson II"), states()
     with pytest.raises(ValueError, match=r"rows must lie in 0 \.\.\. 2"):
         measure(f, z, *tensors(ring), torch.tensor([0, row, 1]), None, 1, 0, False)
-    mode = torch.full((3, 2), ops.PLAIN, dtype=torch.uint8)
+    mode = torch.full((3, 2), PLAIN, dtype=torch.uint8)
     with pytest.raises(ValueError, match="rows must lie in"):
         advance(z, mode, *tensors(ring), torch.tensor([0, row, 1]), 1, 0, 0, 0.0, 1.0)
     assert not ring.count.any()
@@ -281,8 +282,7 @@ def test_a_row_that_the_history_does_not_have_is_refused(row):
 
 def test_an_iterate_is_not_written_over_the_one_it_is_made_from():
     ring, (f, z) = history("anderson II"), states()
-    ops.start(ring)
-    ops.measure(ring, f, z, torch.arange(3), None, "rms")
-    mode = torch.full((3, 2), ops.PLAIN, dtype=torch.uint8)
+    choose(ring).measure(f, z, torch.arange(3), None, "rms")
+    mode = torch.full((3, 2), PLAIN, dtype=torch.uint8)
     with pytest.raises(ValueError, match="share no memory"):
-        ops.advance(ring, z, mode, torch.arange(3), out=z)
+        choose(ring).advance(z, mode, torch.arange(3), out=z)

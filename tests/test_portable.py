@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from emulation.backend import compiler
 
-from pydeqsolve import ops
+from pydeqsolve.step import native
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ("-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-Wno-subobject-linkage", "-static")
@@ -47,13 +47,13 @@ def test_a_whole_step_on_arm_equals_its_passes_with_the_fused_operations_of_the_
     fuzz(tmp_path / "arm", ["aarch64-linux-gnu-g++", "-ffp-contract=fast"], ["qemu-aarch64"])
 
 
-@pytest.mark.skipif(ops._native is None, reason="no native module")
+@pytest.mark.skipif(native._native is None, reason="no native module")
 @pytest.mark.parametrize(
     ("processor", "isa"),
     [("Nehalem", "portable"), ("Haswell", "avx2"), ("Haswell,-f16c", "portable"), ("Haswell,-fma", "portable")],
 )
 def test_the_module_takes_what_the_processor_has(processor, isa):
     command = ["qemu-x86_64", "-cpu", processor, sys.executable, str(ROOT / "tests" / "old_processor.py")]
-    done = subprocess.run([*command, ops._native.__file__], capture_output=True, text=True)
+    done = subprocess.run([*command, native._native.__file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == f"{isa}\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pydeqsolve import ops
+from pydeqsolve.step import native
 
 # The step is work for two of the four threads.
 SCRIPT = """
@@ -27,7 +27,7 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in 
 """
 
 
-@pytest.mark.skipif(ops._native is None, reason="no native module")
+@pytest.mark.skipif(native._native is None, reason="no native module")
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux shows them")
 def test_a_solve_starts_no_threads_beside_those_of_torch_nor_ends_any_of_them():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)

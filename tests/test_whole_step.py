@@ -1,4 +1,4 @@
-"""`ops.step`, the whole step at once, against the three passes it joins."""
+"""`NativeCPU.step`, the whole step at once, against the three passes it joins."""
 
 import math
 
@@ -8,52 +8,56 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pydeqsolve import Stop, build_info, ops
-from pydeqsolve.monitor import Monitor
-from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
+from pydeqsolve import Stop, build_info
+from pydeqsolve.loop.judge import SampleJudge
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
+from pydeqsolve.step.rules import Rule
 
 pytestmark = pytest.mark.skipif(not build_info()["native"], reason="no native module")
 cpu = torch.device("cpu")
 
 
 class Passes:
-    """A ring and its monitor, stepped by `ops.step` or by the passes one after the other."""
+    """A ring and its records, stepped by `NativeCPU.step` or by the passes one after the other."""
 
     def __init__(self, method: Method, shape: tuple[int, int, int], dtype: torch.dtype, norm: str) -> None:
         self.ring = Ring(method, *shape, dtype, cpu)
-        ops.start(self.ring)
         self.ring.R.fill_(math.nan)  # what was never written must never be read
         self.ring.F.fill_(math.nan)
-        self.monitor = Monitor(shape[0], Stop(rtol=1e-3, norm=norm), dtype, cpu, safeguard=2.0)
-        self.entries = shape[1] * shape[2]
+        self.rule = Rule(2.0, torch.finfo(dtype).eps, norm, shape[1] * shape[2])
+        judge = SampleJudge(shape[0], Stop(rtol=1e-3, norm=norm), self.rule, choose(self.ring))
+        self.samples = judge.samples
         self.best = torch.full(shape, math.nan, dtype=dtype)
         self.before: torch.Tensor | None = None
 
     def whole(self, f, z, rows, wanted):
         out = torch.full_like(z, math.nan)
-        mode, *counts = self.monitor.step(self.ring, f, z, rows, wanted, self.entries, self.before, self.best, out)
+        before = z if self.before is None else self.before
+        step = choose(self.ring).step
+        mode, *counts = step(f, z, rows, wanted, self.samples, self.rule, before, self.best, out)
         self.before = z
         return mode, counts, out
 
     def parts(self, f, z, rows, wanted):
-        norms = ops.measure(self.ring, f, z, rows, wanted, self.monitor.stop.norm)
-        mode, *counts = self.monitor.judge(norms, None, self.entries)
-        out, dropped = ops.advance(self.ring, z, mode, rows)
-        self.monitor["rank_losses"] += (dropped > 0).any(1)
-        left_behind = self.monitor["left_behind"] != 0
+        norms = choose(self.ring).measure(f, z, rows, wanted, self.rule.norm)
+        mode, *counts = choose(self.ring).judge(self.samples, norms, None, self.rule)
+        out, dropped = choose(self.ring).advance(z, mode, rows)
+        self.samples["rank_losses"] += (dropped > 0).any(1)
+        left_behind = self.samples["left_behind"] != 0
         if left_behind.any():
             self.best[rows[left_behind]] = self.before[left_behind]
         self.before = z
         return mode, counts, out
 
     def select(self, keep):
-        self.monitor.select(keep)
+        self.samples.select(keep)
         self.before = self.before[keep]
 
     @property
     def state(self):
         ring = self.ring
-        return ring.gram, ring.rhs, ring.squares, ring.count, self.monitor.table, self.best
+        return ring.gram, ring.rhs, ring.squares, ring.count, self.samples.table, self.best
 
 
 # Around whole vectors and lines, a piece of 16384 entries, and the size up to which a sample passes through at once.
@@ -124,7 +128,6 @@ def test_rows_that_are_not_aligned_take_the_same_values(B):
     for name in ("R", "F"):
         rows = torch.full((getattr(shifted.ring, name).numel() + 1,), math.nan)[1:]
         setattr(shifted.ring, name, rows.view(B, memory + 1, 1, D))
-    ops.start(shifted.ring)
     g = problems.generator(1)
     for _ in range(memory + 2):
         f, z = torch.randn(2, B, 1, D, generator=g)

@@ -14,14 +14,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from pydeqsolve import ops, reference
-from pydeqsolve.ring import COUPLINGS, KINDS, STORAGES, Ring
+from pydeqsolve.loop import iterate
+from pydeqsolve.step.backend import Backend
+from pydeqsolve.step.records import Records
+from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Ring
+from pydeqsolve.step.rules import Rule
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -57,7 +59,7 @@ def compile_emulated(sources: Sequence[Path], output: Path, flags: Sequence[str]
 
 
 class Emulator:
-    """The emulated step; arguments and results are those of `pydeqsolve.ops`, but `ring.head` is already that of f."""
+    """The emulated step; arguments and results are those of `Backend`, but `ring.head` is already that of f."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -113,20 +115,18 @@ class Emulator:
                   _at(dropped), ctypes.c_double(ring.damping), _at(z), _at(z_next), _at(workspace))  # fmt: skip
         return z_next, dropped, gamma
 
-    def judge(
-        self, table: Tensor, norms: Tensor, dropped: Tensor | None, safeguard: float, eps: float, entries: float,
-        is_max: bool,
-    ) -> Tensor:  # fmt: skip
-        """Mode (n, T) of norms (n, T, 2); see `ops.judge`."""
+    def judge(self, samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule) -> Tensor:
+        """Mode (n, T) of norms (n, T, 2); see `Backend.judge`."""
         n, T, _ = norms.shape
         mode = torch.full((n, T), 99, dtype=torch.uint8)
-        self._call("judge", ctypes.c_int64(n), ctypes.c_int64(T), _at(norms), _at(dropped), _at(table),
-                   *map(ctypes.c_double, (safeguard, eps, entries)), int(is_max), _at(mode))  # fmt: skip
+        self._call("judge", ctypes.c_int64(n), ctypes.c_int64(T), _at(norms), _at(dropped), _at(samples.table),
+                   *map(ctypes.c_double, (rule.safeguard, rule.eps, rule.divisor)), int(rule.norm == "max"),
+                   _at(mode))  # fmt: skip
         return mode
 
-    def keep(self, best: Tensor, rows: Tensor, before: Tensor, table: Tensor) -> None:
-        """best[rows] = before where `table` says so; see `ops.keep`."""
-        self._call("keep", ctypes.c_int64(len(rows)), ctypes.c_int64(best[0].nbytes), _at(table), _at(rows),
+    def keep(self, best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
+        """best[rows] = before where `samples` say so; see `Backend.keep`."""
+        self._call("keep", ctypes.c_int64(len(rows)), ctypes.c_int64(best[0].nbytes), _at(samples.table), _at(rows),
                    _at(before), _at(best))  # fmt: skip
 
     def piece(self, n: int, T: int, D: int, slots: int, index: int) -> tuple[int, ...]:
@@ -178,34 +178,39 @@ def emulator() -> Emulator:
         return Emulator(library)  # once loaded it needs no file
 
 
+class EmulatedBackend(Backend):
+    """The emulated kernels as the backend of a ring."""
+
+    def __init__(self, ring: Ring, kernels: Emulator) -> None:
+        super().__init__(ring)
+        self.kernels = kernels
+
+    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
+        self._turn()
+        wanted = None if wanted is None else wanted.contiguous()
+        return self.kernels.measure(self.ring, f, z, rows, wanted, norm)
+
+    def judge(
+        self, samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule
+    ) -> tuple[Tensor, int | None, int | None]:
+        return self.kernels.judge(samples, norms, dropped, rule), None, None
+
+    def keep(self, best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
+        self.kernels.keep(best, rows, before, samples)
+
+    def advance(self, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z_next, dropped, _ = self.kernels.advance(self.ring, z, mode, rows, out)
+        return z_next, dropped
+
+
 @contextmanager
 def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
-    """Inside it `pydeqsolve.ops` takes its steps on the emulated CUDA kernels, where the native ones would be taken."""
+    """Inside it every solve takes its steps on the emulated CUDA kernels, where a device would take native ones."""
     kernels = emulator()
     kernels.choose_schedule(schedule)
 
-    def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
-        ring.head = (ring.head + 1) % ring.slots
-        step = reference.measure if ring.slots > MAX_SLOTS else kernels.measure
-        return step(ring, f, z, rows, None if wanted is None else wanted.contiguous(), norm)
+    def choose(ring: Ring) -> Backend:
+        return Backend(ring) if ring.slots > MAX_SLOTS else EmulatedBackend(ring, kernels)
 
-    def advance(ring: Ring, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if ring.slots > MAX_SLOTS:
-            count = ring.count[rows]
-            gamma, dropped = reference.weights(ring, mode, rows)
-            return reference.mix(ring, gamma, mode, z, rows, count), dropped
-        z_next, dropped, _ = kernels.advance(ring, z, mode, rows, out)
-        return z_next, dropped
-
-    def judge(table: Tensor, norms: Tensor, *rule: Any) -> tuple[Tensor, None, None]:
-        return kernels.judge(table, norms, *rule), None, None
-
-    def keep(best: Tensor, rows: Tensor, before: Tensor, table: Tensor) -> bool:
-        kernels.keep(best, rows, before, table)
-        return True
-
-    replaced = {
-        "measure": measure, "advance": advance, "judge": judge, "keep": keep, "can_step": lambda ring: False,
-    }  # fmt: skip
-    with mock.patch.multiple(ops, **replaced):
+    with mock.patch.object(iterate, "choose", choose):
         yield kernels

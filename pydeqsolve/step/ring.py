@@ -64,7 +64,7 @@ class Ring:
         return self.kind in ("anderson I", "broyden good")
 
     def clone(self) -> Ring:
-        """A ring with tensors of its own; `ops.start` prepares it for steps."""
+        """A ring with tensors of its own."""
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):

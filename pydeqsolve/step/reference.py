@@ -6,15 +6,12 @@ from the newest row; y_a = r_a − r_{a+1}, s_a = z_a − z_{a+1}; Gram entries 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .ring import Ring
+from .records import ACCEPT, MIX, PLAIN, REJECT
+from .ring import Ring
 
-KEEP, MIX, REJECT, PLAIN, ACCEPT = range(5)  # what becomes of a block; csrc/step.h, Mode
 PIVOT_CUTOFF = 1e-14
 NOISE = 16.0  # units of rounding of f that a difference may consist of; csrc/core.h
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .iterate import Problem, Solver, iterate
+from ..layout import Layout
+from ..loop.iterate import iterate
+from ..problem import Problem, Solver
+from ..solution import Adjoint, ConvergenceError, Status, describe_failures
+from ..stop import Stop, relative_goal
 from .leaves import leaves
 from .linearise import Good, Linearised, evaluate
-from .solution import Adjoint, ConvergenceError, Status, describe_failures
-from .stop import Stop, relative_goal
-from .structure import Layout
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .iterate import Problem, call
+from ..problem import Problem
 from .leaves import leaves
-from .structure import Layout
 
 
 def evaluate(problem: Problem, z: Tensor, inputs: list[Tensor]) -> Tensor:
     """f at flat z (n, T, D), with gradients as the current mode says."""
-    layout: Layout = problem.layout
-    wanted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if problem.by_front else None
-    return layout.pack(call(problem, layout.unpack(z), inputs, wanted), "the value of fn")
+    wanted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if problem.causal else None
+    return problem(z, inputs, wanted)
 
 
 @dataclass(eq=False)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .iterate import Problem
+from ..checks import check_count
+from ..layout import Layout
+from ..problem import Problem
 from .linearise import evaluate
-from .stop import check_count
-from .structure import Layout
 
 
 def _problem(fn: Callable[..., Any], z: Any, inputs: Sequence[Tensor]) -> tuple[Problem, Tensor]:

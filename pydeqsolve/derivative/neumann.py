@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .solution import Adjoint, Status
-from .stop import Stop, check_count, relative_goal
+from ..checks import check_count
+from ..solution import Adjoint, Status
+from ..stop import Stop, relative_goal
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..checks import check_count, check_real
+from ..problem import Problem
+from ..solution import Adjoint, Solution
+from ..stop import Stop
 from .gmres import GMRES
 from .implicit import AdjointSolve, attach
-from .iterate import Problem
 from .linearise import Good, Replace, evaluate, is_wanted, of_finite
-from .solution import Adjoint, Solution
-from .stop import Stop, check_count, check_real
 
 
 class LinearSolver(Protocol):

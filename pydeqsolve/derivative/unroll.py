@@ -7,11 +7,11 @@ import warnings
 import torch
 from torch import Tensor
 
-from .iterate import Problem, Solver
+from ..problem import Problem, Solver
+from ..solution import Solution
+from ..step.reference import PIVOT_CUTOFF
+from ..step.ring import Method
 from .linearise import Good, Replace, evaluate, of_finite
-from .reference import PIVOT_CUTOFF
-from .ring import Method
-from .solution import Solution
 
 ELSEWHERE = 1e-3  # relative to the largest entry of z
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ring import Method, Ring
+from ..step.ring import Method, Ring
 
 
 @dataclass(eq=False)

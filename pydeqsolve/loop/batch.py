@@ -1,0 +1,88 @@
+"""The samples still running, and what the finished ones left: compaction lives here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from ..step.backend import Backend
+
+
+def _holders(x: Tensor) -> int:
+    """References to the memory of x; more than it can have when torch does not say."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return int(count(x.untyped_storage()._cdata)) if count is not None else _ALONE + 1
+
+
+_ALONE = 2  # the tensor's own reference and that of asking
+
+
+class Batch:
+    """n samples still running, which `rows` maps to the B of all.
+
+    rows: (n,) int64. inputs: (n, …) each, when the problem is compact. z: (n, T, D), the current iterate. before: the
+    one before it. full: (B, T, D), finished samples; of the others the iterate of least residual that has been left
+    behind, else z0.
+    """
+
+    def __init__(self, problem: Problem, z0: Tensor, z: Tensor, backend: Backend) -> None:
+        self.problem, self.backend = problem, backend
+        self.rows = torch.arange(z0.shape[0], device=z0.device)
+        self.inputs = list(problem.inputs)
+        self.z = self.before = z
+        self.full = backend.buffer_like(z0).copy_(z0)
+        self._buffers: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return self.rows.numel()
+
+    def evaluate(self, wanted: Tensor | None) -> Tensor:
+        """f (n, T, D), contiguous, at the current iterates; wanted (n, T) bool: the blocks that are needed of it."""
+        z, partial = self.z, not self.problem.compact and len(self) != self.full.shape[0]
+        if partial:
+            z = self.full.index_copy(0, self.rows, z)
+        asked = wanted if self.problem.causal else None
+        if partial and asked is not None:
+            asked = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device).index_copy(0, self.rows, asked)
+        version = None if z.is_inference() else z._version
+        f = self.problem(z, self.inputs, asked)
+        if version is not None and z._version != version:
+            raise ValueError("fn must not change its argument z in place")
+        if f.shape[0] != z.shape[0]:
+            raise ValueError(f"the value of fn must have {z.shape[0]} samples like its argument, got {f.shape[0]}")
+        return f[self.rows] if partial else f
+
+    def store(self, at: Tensor, z: Tensor) -> None:
+        """Stores the final iterates z (n, T, D) of the samples `at` (n,) bool."""
+        self.full[self.rows[at]] = z[at]
+
+    def select(self, keep: Tensor) -> None:
+        """Keeps the samples whose positions are in `keep` (k,)."""
+        self.rows, self.z = self.rows[keep], self.z[keep]
+        self.before = self.z
+        if self.problem.compact:
+            self.inputs = [x[keep] for x in self.inputs]
+
+    def move(self, z: Tensor) -> None:
+        """Goes to the next iterates z (n, T, D)."""
+        self.before, self.z = self.z, z
+
+    def current(self, there: Tensor | None = None) -> Tensor:
+        """The current iterate of all samples (B, T, D); where `there` (n,) is false, what is stored of them."""
+        z = self.z
+        if there is not None:
+            z = torch.where(there[:, None, None], z, self.full[self.rows])
+        return self.full.index_copy(0, self.rows, z)
+
+    def spare(self) -> Tensor:
+        """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
+        if not self.z.is_cpu:  # another stream may still read what Python has let go
+            return torch.empty_like(self.z)
+        for buffer in self._buffers:
+            unused = buffer is not self.z and buffer is not self.before and _holders(buffer) <= _ALONE
+            if unused and buffer.shape == self.z.shape:
+                return buffer
+        buffer = self.backend.buffer_like(self.z)
+        self._buffers = [*self._buffers[-2:], buffer]
+        return buffer

@@ -1,0 +1,139 @@
+"""The one loop: every solver, forward and adjoint, runs through `iterate`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, Solver
+from ..step.backend import NativeCPU, choose
+from ..step.records import KEEP
+from ..step.ring import Ring
+from ..step.rules import Rule
+from ..stop import Front, Stop
+from .backtracking import Backtracking
+from .batch import Batch
+from .blocks import BlockJudge
+from .judge import SampleJudge, Verdict
+from .kept import History
+from .step import FusedStep, KeepingStep, Step
+from .watches import Callback, Snapshots, Trace, Watch, calling
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the loop returns, all of it flat; the meanings are those of `Solution`."""
+
+    z: Tensor  # (B, T, D)
+    residual: Tensor  # (B,) float64
+    evaluations: Tensor  # (B,) int64
+    status: Tensor  # (B,) int64
+    steps: int
+    rejections: Tensor  # (B,) int64
+    rank_losses: Tensor  # (B,) int64
+    trace: Tensor | None  # (steps, B) float64
+    snapshots: list[Tensor]  # (B, T, D) each
+    history: History | None
+
+
+def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
+    """`loop`, kept out of torch.compile's sight: how often it runs depends on the data.
+
+    Telling the compiler so imports it, which takes as long as importing torch; where nothing is compiled, nothing is
+    told.
+    """
+    if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+        return _out_of_sight()(problem, z0, **options)
+    return loop(problem, z0, **options)
+
+
+@functools.cache
+def _out_of_sight() -> Callable[..., Outcome]:
+    return torch.compiler.disable(loop)
+
+
+@torch.no_grad()
+def loop(
+    problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop, front: Front | None = None, trace: bool = False,
+    callback: Callback | None = None, history: History | None = None, keep_history: bool = False,
+    snapshots: Sequence[int] = (),
+) -> Outcome:  # fmt: skip
+    """Solves z = fn(z) from z0 (B, T, D) for every sample by itself.
+
+    One step: fn at the unfinished samples, a measurement and its judgement, the next iterate. Finished samples leave
+    the batch at the next reading of the flags (`Stop.check_every`); until then they are frozen.
+    """
+    watching, seen = (Trace() if trace else None), Snapshots(snapshots)
+    watches: list[Watch] = [*([watching] if watching else []), *([seen] if snapshots else [])]
+    watches += [calling(callback)] if callback is not None else []
+    batch, step = assemble(problem, z0, solver, stop, front, history, keep_history)
+    verdict = Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device))
+    interval, steps = stop.interval(z0.device), 0
+    while steps < stop.max_steps and len(batch):
+        wanted = step.judge.wanted(z0.shape[1])
+        f = batch.evaluate(wanted)
+        if history is not None and steps == 0:
+            history.shift(step.backend.ring, f)
+        steps += 1
+        last = steps == stop.max_steps
+        verdict = step.measure(batch, f, wanted, last)
+        if any(watch(steps, batch, step.judge) for watch in watches):
+            break
+        if last or steps % interval == 0:
+            verdict = step.retire(batch, verdict)
+        if not last and len(batch):
+            step.advance(batch, verdict)
+    step.finish(batch, verdict)
+    kept = None
+    if isinstance(step, KeepingStep):  # a solve without steps has learnt nothing beyond what it was given
+        kept = step.history.seal() if steps or history is None else history
+    left = step.judge.left
+    evaluations, status, rejections, rank_losses = (
+        left[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")
+    )
+    return Outcome(
+        batch.full, left["best"].clone(), evaluations, status, steps, rejections, rank_losses,
+        None if watching is None else watching.stacked(z0), [seen.seen.get(k, batch.full) for k in snapshots], kept,
+    )  # fmt: skip
+
+
+def assemble(
+    problem: Problem, z0: Tensor, solver: Solver, stop: Stop, front: Front | None, history: History | None,
+    keep_history: bool,
+) -> tuple[Batch, Step]:  # fmt: skip
+    """The parts of one solve: the only place that knows which options exist, and which do not go together."""
+    method, line_search = solver.method(), getattr(solver, "line_search", 0)
+    if front is not None and (keep_history or history is not None):
+        raise ValueError("front must be None with a history: its blocks finish at places of their own")
+    if line_search and (front is not None or keep_history or history is not None):
+        raise ValueError("line_search must be 0 with a front or a history")
+    B, T, D = z0.shape
+    ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
+    backend = choose(ring)
+    z = z0.contiguous() if history is None else history.z.clone()
+    batch = Batch(problem, z0, z, backend)
+    judge = _judge(batch, stop, front, solver.safeguard if method.memory else 0.0, line_search)
+    if history is not None:
+        judge.samples["steps"] = (history.since - 1).clamp_min(0)
+    if keep_history:
+        return batch, KeepingStep(backend, judge, History.begin(method, ring, z0.clone()))
+    if isinstance(backend, NativeCPU) and type(judge) is SampleJudge:
+        return batch, FusedStep(backend, judge)
+    return batch, Step(backend, judge)
+
+
+def _judge(batch: Batch, stop: Stop, front: Front | None, safeguard: float, line_search: int) -> SampleJudge:
+    """The judge of a batch; a line search goes back along the step, where the safeguard would throw history away."""
+    B, T, D = batch.z.shape
+    eps, backend = torch.finfo(batch.z.dtype).eps, batch.backend
+    if front is not None:
+        return BlockJudge(B, T, front, stop, Rule(safeguard, eps, stop.norm, D), backend)
+    if line_search:
+        return Backtracking(line_search, batch.z, stop, Rule(torch.inf, eps, stop.norm, T * D), backend)
+    return SampleJudge(B, stop, Rule(safeguard, eps, stop.norm, T * D), backend)

@@ -1,0 +1,105 @@
+"""One step of the samples still running: measure, judge, advance; finished samples leave in between."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..solution import Status
+from ..step.backend import Backend, NativeCPU
+from ..step.records import KEEP, REJECT
+from .batch import Batch
+from .judge import SampleJudge, Verdict
+from .kept import History
+
+
+class Step:
+    """The passes one after the other."""
+
+    def __init__(self, backend: Backend, judge: SampleJudge) -> None:
+        self.backend, self.judge = backend, judge
+        self._dropped: Tensor | None = None  # (n, T) differences that the last `advance` left out
+
+    def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
+        """Takes in f (n, T, D), the value at batch.z, of the blocks `wanted` (n, T). last: no step will follow."""
+        norms = self.backend.measure(f, batch.z, batch.rows, wanted, self.judge.rule.norm)
+        dropped, self._dropped = self._dropped, None
+        return self.judge.judge(batch, norms, dropped, wanted)
+
+    def advance(self, batch: Batch, verdict: Verdict) -> None:
+        """Moves every sample to its next iterate."""
+        z_next = verdict.z_next
+        if z_next is None:
+            z_next, self._dropped = self.backend.advance(batch.z, verdict.mode, batch.rows, batch.spare())
+        batch.move(self.judge.redirect(batch.z, z_next))
+
+    def retire(self, batch: Batch, verdict: Verdict) -> Verdict:
+        """Lets finished samples leave the batch; the verdict on those that stay."""
+        if verdict.finished == 0:
+            return verdict
+        running = self.judge.samples.running
+        if bool(running.all()):
+            return replace(verdict, finished=None)
+        self._leave(batch, ~running, verdict.mode, ended=False)
+        stay = running.nonzero()[:, 0]
+        batch.select(stay)
+        self.judge.select(stay)
+        z_next = None if verdict.z_next is None else verdict.z_next[stay]
+        return Verdict(verdict.mode[stay].contiguous(), None, z_next)
+
+    def finish(self, batch: Batch, verdict: Verdict) -> None:
+        """Ends what is still running, its budget spent or the solve stopped, the verdict not yet carried out."""
+        if len(batch):
+            self.judge.expire()
+            self._leave(batch, torch.ones_like(batch.rows, dtype=torch.bool), verdict.mode, ended=True)
+
+    def _leave(self, batch: Batch, leaving: Tensor, mode: Tensor, ended: bool) -> None:
+        """Stores iterates and records of the samples `leaving` (n,) bool."""
+        batch.store(*self.judge.final(batch, leaving, mode, ended))
+        self.judge.leave(batch, leaving)
+
+
+class FusedStep(Step):
+    """All passes in one native call, where nobody looks at a sample between its measurement and its move."""
+
+    def __init__(self, backend: NativeCPU, judge: SampleJudge) -> None:
+        super().__init__(backend, judge)
+        self.native = backend
+
+    def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
+        if last:
+            return super().measure(batch, f, wanted, last)
+        judge, z_next = self.judge, batch.spare()
+        mode, finished, _ = self.native.step(
+            f, batch.z, batch.rows, wanted, judge.samples, judge.rule, batch.before, batch.full, z_next
+        )
+        return Verdict(mode, finished, z_next)
+
+
+class KeepingStep(Step):
+    """The passes, with the rows of every sample noted for a later solve."""
+
+    def __init__(self, backend: Backend, judge: SampleJudge, history: History) -> None:
+        super().__init__(backend, judge)
+        self.history = history
+
+    def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
+        verdict = super().measure(batch, f, wanted, last)
+        self.history.note(batch.rows, self.judge.samples.running)
+        return verdict
+
+    def _leave(self, batch: Batch, leaving: Tensor, mode: Tensor, ended: bool) -> None:
+        super()._leave(batch, leaving, mode, ended)
+        self._remember(batch, leaving, mode)
+
+    def _remember(self, batch: Batch, leaving: Tensor, mode: Tensor) -> None:
+        """Puts samples into the history: where they are, or where a refused step takes them back to."""
+        refused = (mode == REJECT) & leaving[:, None]
+        back = torch.where(refused, REJECT, KEEP).to(mode.dtype)
+        z = self.backend.advance(batch.z, back, batch.rows)[0]
+        status, steps = self.judge.samples["status"], self.judge.samples["steps"]
+        lost = (status == int(Status.NONFINITE)) | (status == int(Status.DIVERGED))
+        z = torch.where(lost[:, None, None], batch.full[batch.rows], z)
+        self.history.take(batch.rows[leaving], z[leaving], steps[leaving], (lost | refused.any(1))[leaving])

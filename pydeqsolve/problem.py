@@ -1,0 +1,42 @@
+"""What is solved, and what the loop asks of a solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .layout import Layout
+from .step.ring import Method
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """z = fn(z, *inputs) for B samples. Calling it is the only way in which the library calls the user's function.
+
+    compact: fn may be given the unfinished samples alone. causal: fn takes the keyword `wanted` (`Front`).
+    """
+
+    fn: Callable[..., Any]
+    inputs: Sequence[Tensor]  # (B, …) each
+    layout: Layout
+    compact: bool
+    causal: bool = False
+
+    def __call__(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
+        """f (n, T, D) at the flat state z (n, T, D) and its inputs (n, …); wanted (n, T) bool goes with `causal`."""
+        value = self.fn(self.layout.unpack(z), *inputs, **({"wanted": wanted} if self.causal else {}))
+        return self.layout.pack(value, "the value of fn")
+
+
+class Solver(Protocol):
+    """What the loop needs of a solver: its method, and the growth of the residual at which a step is refused."""
+
+    @property
+    def safeguard(self) -> float: ...
+
+    def method(self) -> Method:
+        """The member of the family of ring methods that this solver is."""
+        ...

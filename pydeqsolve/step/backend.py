@@ -1,0 +1,188 @@
+"""Who carries out the passes of a step: one object per ring, chosen once.
+
+`measure` forms r = f − z, writes the newest row and the new Gram entries and returns the norms. `judge` and
+`judge_blocks` say what becomes of each sample and block. `advance` solves the small systems and mixes the next iterate.
+All work on the n samples still running, which `rows` maps to the B of the ring.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..stop import Front
+from . import native, reference
+from .records import Records
+from .ring import COUPLINGS, KINDS, Ring
+from .rules import Rule, judge_blocks, judge_samples, open_blocks
+
+
+def choose(ring: Ring, fresh: bool = True) -> Backend:
+    """The backend of a ring: native where device, size and build allow it, else `Backend`, the PyTorch reference.
+
+    fresh: nothing was written to its rows yet, so what lies under them may still be chosen. Warns once in a process
+    when an installation lacks the native module.
+    """
+    native.warn_once()
+    R = ring.R
+    native.address(R), native.address(ring.F)
+    numbers = native.layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
+    handle = native.bind(numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
+    if handle is None:
+        return Backend(ring)
+    if not R.is_cpu:
+        return NativeCUDA(ring, handle)
+    if fresh:
+        for rows in (R, ring.F):
+            native.use_large_pages(rows)
+    return NativeCPU(ring, handle)
+
+
+class Backend:
+    """The reference: every pass in PyTorch, on any device."""
+
+    fuses = False  # whether `step` joins the passes
+
+    def __init__(self, ring: Ring) -> None:
+        self.ring = ring
+
+    def _turn(self) -> None:
+        """The oldest row makes way for the newest."""
+        self.ring.head = (self.ring.head + 1) % self.ring.slots
+
+    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
+        """Pass 1. f, z (n, T, D) in the ring's dtype, contiguous; rows (n,) int64; wanted (n, T) bool or None.
+
+        Returns norms (n, T, 2) float64, of r and of f: sums of squares, or maxima when norm is "max"; NaN or infinity
+        in a block makes its norm NaN or infinite. Blocks that are not wanted return 0 and lose their history.
+        """
+        self._turn()
+        return reference.measure(self.ring, f, z, rows, wanted, norm)
+
+    def judge(
+        self, samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule
+    ) -> tuple[Tensor, int | None, int | None]:
+        """Mode (n, T): MIX, REJECT, or KEEP when finished; samples finished, samples left behind.
+
+        The counts are None where counting would wait for the device. norms (n, T, 2) are those of `measure`, dropped
+        (n, T) what the step before dropped.
+        """
+        return judge_samples(samples, norms, dropped, rule), None, None
+
+    def judge_blocks(
+        self, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor, rule: Rule, front: Front
+    ) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
+        """Mode (n, T); the blocks (n, T) whose value is not finite, None where there is none; those to evaluate next
+        (n, T); samples finished, None where counting would wait for the device."""
+        mode, broken = judge_blocks(samples, blocks, norms, wanted, rule, front)
+        return mode, broken, open_blocks(samples, blocks, front), None
+
+    def keep(self, best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
+        """best[rows] = before, for the samples that were left behind: a monotone solve copies nothing.
+
+        best (B, T, D), before (n, T, D), rows (n,) int64.
+        """
+        left_behind = samples["left_behind"] != 0
+        if before.is_cpu:
+            at = left_behind.nonzero()[:, 0]
+            best[rows[at]] = before[at]
+        else:  # choosing rows by number would wait for the device
+            best[rows] = torch.where(left_behind[:, None, None], before, best[rows])
+
+    def advance(self, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pass 2. Returns the next iterate (n, T, D) and how many differences each block dropped (n, T).
+
+        z (n, T, D) the current iterate; mode (n, T) uint8 says what becomes of each block: KEEP z, MIX, REJECT the
+        newest row (back to the value f of the row before), PLAIN f, or ACCEPT f without damping. out (n, T, D) may
+        receive the iterate; it must not share memory with z.
+        """
+        count = self.ring.count[rows]
+        gamma, dropped = reference.weights(self.ring, mode, rows)
+        return reference.mix(self.ring, gamma, mode, z, rows, count), dropped
+
+    def buffer_like(self, x: Tensor) -> Tensor:
+        """An uninitialised tensor like x."""
+        return torch.empty_like(x)
+
+
+class Native(Backend):
+    """What the kernels of both devices share."""
+
+    def __init__(self, ring: Ring, handle: Any) -> None:
+        super().__init__(ring)
+        self.handle = handle  # the ring as the native module takes it: addresses alone
+
+    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
+        self._turn()
+        _check(self.ring, f, z)
+        wanted = None if wanted is None else wanted.contiguous()
+        return native.measure_bound(
+            self.handle, self.ring.head, f, z, rows, wanted, norm == "max", self.ring.squares
+        )  # fmt: skip
+
+    def judge(
+        self, samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule
+    ) -> tuple[Tensor, int | None, int | None]:
+        return native.judge(samples, norms, dropped, rule)
+
+    def advance(self, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        ring = self.ring
+        return native.advance_bound(
+            self.handle, ring.head, z, mode, rows, COUPLINGS.index(ring.coupling), ring.ridge, ring.damping, ring.rhs,
+            ring.count, out,
+        )  # fmt: skip
+
+
+class NativeCPU(Native):
+    """The C++ kernels, on torch's threads."""
+
+    fuses = True
+
+    def judge_blocks(
+        self, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor, rule: Rule, front: Front
+    ) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
+        mode, broken, open_, finished, some = native.judge_blocks(samples, blocks, norms, wanted, rule, front)
+        return mode, broken if some else None, open_, finished
+
+    def step(
+        self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, samples: Records, rule: Rule, before: Tensor,
+        best: Tensor, out: Tensor,
+    ) -> tuple[Tensor, int, int]:  # fmt: skip
+        """`measure`, `judge` and `advance` at once: each sample passes through all three while in a core's cache.
+
+        Writes the next iterate to out (n, T, D), which must share no memory with f and z; counts in `samples` what it
+        drops. Copies the samples that are left behind from before (n, T, D), the iterate before z, to best (B, T, D):
+        like f and z, contiguous and in the ring's dtype. Returns mode (n, T), samples finished, samples left behind.
+        """
+        self._turn()
+        _check(self.ring, f, z)
+        wanted = None if wanted is None else wanted.contiguous()
+        return native.step(self.handle, self.ring, f, z, rows, wanted, samples, rule, before, best, out)
+
+    def buffer_like(self, x: Tensor) -> Tensor:
+        """An uninitialised tensor like x, on large pages where it is that long."""
+        return native.buffer_like(x)
+
+
+class NativeCUDA(Native):
+    """The CUDA kernels, on the current stream."""
+
+    def keep(self, best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
+        native.keep(best, rows, before, samples)
+
+
+def _check(ring: Ring, f: Tensor, z: Tensor) -> None:
+    """Raises ValueError unless f and z are what the kernels will take them for: they get addresses alone."""
+    R, dtype, shape = ring.R, ring.dtype, f.shape
+    _, _, T, D = R.shape
+    if not (
+        f.dtype == z.dtype == dtype and f.get_device() == z.get_device() == R.get_device()
+        and f.is_contiguous() and z.is_contiguous()
+    ):  # fmt: skip
+        got = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("f", f), ("z", z)))
+        raise ValueError(f"f and z must be contiguous {dtype} on {R.device}, got {got}")
+    if shape != z.shape or len(shape) != 3 or shape[1] != T or shape[2] != D:
+        raise ValueError(f"f and z must have shape (n, {T}, {D}), got {tuple(shape)}")
+    native.address(f), native.address(z)

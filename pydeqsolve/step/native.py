@@ -1,0 +1,241 @@
+"""The native module, by addresses alone; the only file that touches it.
+
+`Backend` (backend.py) is what a solve uses. The passes here are those of a history that `bind` returned.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import stop
+from .records import Records
+from .ring import COUPLINGS, STORAGES, Ring
+from .rules import Rule
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("pydeqsolve._native")
+    except ImportError as error:
+        return None, str(error)
+    if getattr(module, "INTERFACE", 0) != INTERFACE:
+        return None, "it was built from other sources than these: build it again"
+    return module, ""
+
+
+INTERFACE = 9  # csrc/bindings.cpp
+
+
+_native: Any
+_native, _why_not = _load()
+_warned = False
+
+
+def warn_once() -> None:
+    """Says, once in a process, that an installation lacks the native module: solves are right without, but slower."""
+    global _warned
+    if _native is None and _why_not and not _warned:
+        _warned = True
+        warnings.warn(
+            f"pydeqsolve solves without its native module, by a slower reference in PyTorch ({_why_not}); install it "
+            "where there is a C++17 compiler, see pydeqsolve.build_info()",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def is_native(x: Tensor) -> bool:
+    """Whether there are kernels for the device of x."""
+    if _native is None:
+        return False
+    return x.is_cpu or (x.is_cuda and bool(_native.cuda_architectures))
+
+
+def use_large_pages(x: Tensor) -> None:
+    """Asks for large pages under the memory of x, on the host, before anything was written there."""
+    _native.use_large_pages(address(x), x.untyped_storage().nbytes())
+
+
+def buffer_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor like x, on large pages where it is that long."""
+    buffer = torch.empty_like(x)
+    if _native is not None and x.is_cpu:
+        _native.use_large_pages(address(buffer), buffer.nbytes)
+    return buffer
+
+
+def layout(
+    kind: int, eps: float, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the native module must know of R (B, M, T, D) besides its address; kind is a place in `KINDS`."""
+    B, M, T, D = shape
+    return STORAGES.index(dtype), M, kind, eps, B, T, D, *strides[:2]
+
+
+def bind(
+    numbers: tuple[Any, ...], R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
+    squares: Tensor, count: Tensor,
+) -> Any:  # fmt: skip
+    """A history of that `layout` as the native module takes it, or None where there are no kernels for it.
+
+    It is addresses alone: nothing is checked, and no tensor is kept alive.
+    """
+    if _native is None or numbers[1] > _native.MAX_SLOTS or not (R.is_cpu or is_native(R)):
+        return None
+    return _history(
+        *numbers, R.data_ptr(), F.data_ptr(), gram.data_ptr(), 0 if steps_gram is None else steps_gram.data_ptr(),
+        rhs.data_ptr(), squares.data_ptr(), count.data_ptr(),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _history(*numbers: Any) -> Any:
+    """Numbers and addresses, copied once for all calls that name the same ones, whatever lies there by then."""
+    return _native.Ring(*numbers)
+
+
+def address(x: Tensor) -> int:
+    """The address of x. Raises NotImplementedError for tensors that have none, as inside a transform of torch.func."""
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise NotImplementedError(f"tensors without memory of their own ({type(x).__name__}) are not supported")
+    try:
+        return x.data_ptr()
+    except RuntimeError as error:
+        raise NotImplementedError("solve inside a torch.func transform is not supported") from error
+
+
+def measure_bound(
+    handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, is_max: bool, squares: Tensor
+) -> Tensor:
+    """`measure` of a history that `bind` returned, whose newest row goes to slot `head`. Nothing is checked."""
+    n, T, _ = f.shape
+    mask = 0 if wanted is None else wanted.data_ptr()
+    if f.is_cpu:
+        # Norms of blocks that are not wanted are not written.
+        norms = squares.new_empty(n, T, 2) if wanted is None else squares.new_zeros(n, T, 2)
+        _native.measure(
+            handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(), is_max,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return norms
+    norms, partial = squares.new_zeros(n, T, 2), _workspace(handle, f)
+    with torch.cuda.device(f.device):
+        _native.measure_cuda(
+            handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(), is_max,
+            partial.data_ptr(), torch.cuda.current_stream(f.device).cuda_stream,
+        )  # fmt: skip
+    return norms
+
+
+def _workspace(handle: Any, x: Tensor) -> Tensor:
+    """Memory for the partial sums of a pass over the samples of x (n, T, D) on its device."""
+    return torch.empty(max(1, _native.workspace_doubles(handle, x.shape[0])), dtype=torch.float64, device=x.device)
+
+
+def judge(samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule) -> tuple[Tensor, int | None, int | None]:
+    """`rules.judge_samples`: mode (n, T), samples finished, samples left behind.
+
+    The counts are None on a device: reading them would wait for it.
+    """
+    n, T, _ = norms.shape
+    table = samples.table
+    mode = torch.empty(n, T, dtype=torch.uint8, device=table.device)  # whatever the default device
+    shared = (
+        n, T, norms.data_ptr(), 0 if dropped is None else dropped.data_ptr(), table.data_ptr(), rule.safeguard,
+        rule.eps, rule.divisor, rule.norm == "max", mode.data_ptr(),
+    )  # fmt: skip
+    if table.is_cpu:
+        return (mode, *_native.judge(*shared))
+    with torch.cuda.device(table.device):
+        _native.judge_cuda(*shared, torch.cuda.current_stream(table.device).cuda_stream)
+    return mode, None, None
+
+
+def judge_blocks(
+    samples: Records, blocks: Records, norms: Tensor, wanted: Tensor, rule: Rule, front: stop.Front
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """`rules.judge_blocks` on the host: mode, broken, open (n, T), samples finished, blocks broken."""
+    n, T, _ = norms.shape
+    mode = torch.empty(n, T, dtype=torch.uint8, device=norms.device)  # whatever the default device
+    broken, open_ = torch.empty_like(mode, dtype=torch.bool), torch.empty_like(mode, dtype=torch.bool)
+    counts = _native.judge_front(
+        n, T, norms.data_ptr(), wanted.data_ptr(), samples.table.data_ptr(), blocks.table.data_ptr(), rule.safeguard,
+        front.margin, front.latest, T if front.window is None else front.window, stop.NORMS.index(rule.norm),
+        rule.entries, mode.data_ptr(), broken.data_ptr(), open_.data_ptr(),
+    )  # fmt: skip
+    return (mode, broken, open_, *counts)
+
+
+def keep(best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
+    """best[rows] = before on a device, for the samples that were left behind; one dtype, both contiguous.
+
+    best (B, T, D), before (n, T, D), rows (n,) int64.
+    """
+    with torch.cuda.device(best.device):
+        _native.keep_cuda(
+            len(rows), best[0].nbytes, samples.table.data_ptr(), rows.data_ptr(), before.data_ptr(), best.data_ptr(),
+            torch.cuda.current_stream(best.device).cuda_stream,
+        )  # fmt: skip
+
+
+def step(
+    handle: Any, ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, samples: Records, rule: Rule,
+    before: Tensor, best: Tensor, out: Tensor,
+) -> tuple[Tensor, int, int]:  # fmt: skip
+    """`measure_bound`, `judge` and `advance_bound` at once on the host; see `NativeCPU.step`."""
+    n, T, _ = f.shape
+    mode = torch.empty(n, T, dtype=torch.uint8, device=f.device)  # whatever the default device
+    counts = _native.step(
+        handle, ring.head, n, rows.data_ptr(), 0 if wanted is None else wanted.data_ptr(), f.data_ptr(), z.data_ptr(),
+        samples.table.data_ptr(), rule.safeguard, rule.divisor, rule.norm == "max", COUPLINGS.index(ring.coupling),
+        ring.ridge, ring.damping, before.data_ptr(), best.data_ptr(), mode.data_ptr(), out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return (mode, *counts)
+
+
+def advance_bound(
+    handle: Any, head: int, z: Tensor, mode: Tensor, rows: Tensor, coupling: int, ridge: float, damping: float,
+    rhs: Tensor, count: Tensor, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`advance` of a history that `bind` returned, whose newest row is in slot `head`. Nothing is checked."""
+    n, T, _ = z.shape
+    dropped = count.new_empty(n, T)
+    z_next = torch.empty_like(z) if out is None else out
+    if z.is_cpu:
+        _native.advance(
+            handle, head, n, rows.data_ptr(), mode.data_ptr(), dropped.data_ptr(), coupling, ridge, damping,
+            z.data_ptr(), z_next.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return z_next, dropped
+    gamma, workspace = rhs.new_empty(n, T, rhs.shape[2]), _workspace(handle, z)
+    with torch.cuda.device(z.device):
+        _native.advance_cuda(
+            handle, head, n, rows.data_ptr(), mode.data_ptr(), gamma.data_ptr(), dropped.data_ptr(), coupling, ridge,
+            damping, z.data_ptr(), z_next.data_ptr(), workspace.data_ptr(),
+            torch.cuda.current_stream(z.device).cuda_stream,
+        )  # fmt: skip
+    return z_next, dropped
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation can do: native module, instruction set, CUDA architectures, devices, threads, versions."""
+    from .. import __version__
+
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "native": _native is not None,
+        "native_error": _why_not,
+        "cpu_isa": _native.cpu_isa() if _native is not None else "",
+        "cuda_architectures": _native.cuda_architectures if _native is not None else "",
+        "devices": _native.device_count() if _native is not None else 0,
+        "threads": torch.get_num_threads(),
+    }

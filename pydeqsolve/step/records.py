@@ -1,0 +1,48 @@
+"""What is known of each sample and each block of a running solve: tables of doubles, one row each.
+
+The native module reads and writes the same tables; it is loaded only if its columns are these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KEEP, MIX, REJECT, PLAIN, ACCEPT = range(5)  # what becomes of a block; csrc/step.h, Mode
+RUNNING = -1  # a status beside those of `Status`
+SAMPLE = (  # csrc/judge.h, Record
+    "best", "previous", "flat", "steps", "status", "evaluations", "rejections", "rank_losses", "judged", "improved",
+    "fresh", "left_behind", "residual", "rtol", "atol",
+)  # fmt: skip
+BLOCK = ("previous", "steps", "residual", "done", "rtol", "atol")  # csrc/judge.h, Block
+
+
+class Records:
+    """A table (…, len(columns)) float64 whose columns have names.
+
+    Of samples (`SAMPLE`): best, previous: residuals. flat: steps without change. steps: since the last restart.
+    status: RUNNING or a Status. judged: took part in the last measurement. improved: which was its best. fresh: its
+    best iterate is the latest one. left_behind: its best iterate is the one before the latest.
+    Of blocks (`BLOCK`): previous, residual: as last measured, residual 0 where a block was made exact. steps: since
+    the block's last restart. done: finished, 0 or 1.
+    """
+
+    def __init__(self, columns: tuple[str, ...], *shape: int, device: torch.device) -> None:
+        self.columns = columns
+        self.table = torch.zeros(*shape, len(columns), dtype=torch.float64, device=device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One column, (n,) or (n, T), a view."""
+        return self.table[..., self.columns.index(name)]
+
+    def __setitem__(self, name: str, value: Tensor | float) -> None:
+        self.table[..., self.columns.index(name)] = value
+
+    @property
+    def running(self) -> Tensor:
+        """(n,) bool, of samples."""
+        return self["status"] == RUNNING
+
+    def select(self, keep: Tensor) -> None:
+        """Keeps the samples whose positions are in `keep` (k,)."""
+        self.table = self.table[keep]

@@ -21,25 +21,23 @@ _ALONE = 2  # the tensor's own reference and that of asking
 class Batch:
     """n samples still running, which `rows` maps to the B of all.
 
-    rows: (n,) int64. inputs: (n, …) each, when the problem is compact. z: (n, T, D), the current iterate. before: the
+    size: n. rows: (n,) int64. inputs: (n, …) each, when the problem is compact. z: (n, T, D), the current iterate. before: the
     one before it. full: (B, T, D), finished samples; of the others the iterate of least residual that has been left
     behind, else z0.
     """
 
     def __init__(self, problem: Problem, z0: Tensor, z: Tensor, backend: Backend) -> None:
         self.problem, self.backend = problem, backend
-        self.rows = torch.arange(z0.shape[0], device=z0.device)
+        self.size = z0.shape[0]
+        self.rows = torch.arange(self.size, device=z0.device)
         self.inputs = list(problem.inputs)
         self.z = self.before = z
         self.full = backend.buffer_like(z0).copy_(z0)
         self._buffers: list[Tensor] = []
 
-    def __len__(self) -> int:
-        return self.rows.numel()
-
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f (n, T, D), contiguous, at the current iterates; wanted (n, T) bool: the blocks that are needed of it."""
-        z, partial = self.z, not self.problem.compact and len(self) != self.full.shape[0]
+        z, partial = self.z, not self.problem.compact and self.size != self.full.shape[0]
         if partial:
             z = self.full.index_copy(0, self.rows, z)
         asked = wanted if self.problem.causal else None
@@ -59,7 +57,7 @@ class Batch:
 
     def select(self, keep: Tensor) -> None:
         """Keeps the samples whose positions are in `keep` (k,)."""
-        self.rows, self.z = self.rows[keep], self.z[keep]
+        self.rows, self.z, self.size = self.rows[keep], self.z[keep], keep.numel()
         self.before = self.z
         if self.problem.compact:
             self.inputs = [x[keep] for x in self.inputs]

@@ -75,7 +75,7 @@ def loop(
     batch, step = assemble(problem, z0, solver, stop, front, history, keep_history)
     verdict = Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device))
     interval, steps = stop.interval(z0.device), 0
-    while steps < stop.max_steps and len(batch):
+    while steps < stop.max_steps and batch.size:
         wanted = step.judge.wanted(z0.shape[1])
         f = batch.evaluate(wanted)
         if history is not None and steps == 0:
@@ -83,11 +83,11 @@ def loop(
         steps += 1
         last = steps == stop.max_steps
         verdict = step.measure(batch, f, wanted, last)
-        if any(watch(steps, batch, step.judge) for watch in watches):
+        if watches and any(watch(steps, batch, step.judge) for watch in watches):
             break
         if last or steps % interval == 0:
             verdict = step.retire(batch, verdict)
-        if not last and len(batch):
+        if not last and batch.size:
             step.advance(batch, verdict)
     step.finish(batch, verdict)
     kept = None

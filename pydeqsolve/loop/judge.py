@@ -37,6 +37,7 @@ class SampleJudge:
     def __init__(self, B: int, stop: Stop, rule: Rule, backend: Backend) -> None:
         self.stop, self.rule, self.backend = stop, rule, backend
         self.samples, self.left = self._begin(B), self._begin(B)
+        self._at_once = stop.interval(self.samples.table.device) == 1  # finished samples leave before the next step
 
     def _begin(self, B: int) -> Records:
         device = self.backend.ring.R.device
@@ -53,10 +54,9 @@ class SampleJudge:
 
     def wanted(self, T: int) -> Tensor | None:
         """(n, T) bool: blocks to evaluate; None means all."""
-        samples = self.samples
-        if self.stop.interval(samples.table.device) == 1:
+        if self._at_once:
             return None
-        return samples.running[:, None].expand(-1, T).contiguous()
+        return self.samples.running[:, None].expand(-1, T).contiguous()
 
     def judge(self, batch: Batch, norms: Tensor, dropped: Tensor | None, wanted: Tensor | None) -> Verdict:
         """Takes in the norms (n, T, 2) of a measurement; keeps best iterates that are about to be left behind.

@@ -51,7 +51,7 @@ class Step:
 
     def finish(self, batch: Batch, verdict: Verdict) -> None:
         """Ends what is still running, its budget spent or the solve stopped, the verdict not yet carried out."""
-        if len(batch):
+        if batch.size:
             self.judge.expire()
             self._leave(batch, torch.ones_like(batch.rows, dtype=torch.bool), verdict.mode, ended=True)
 

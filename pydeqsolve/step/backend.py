@@ -156,10 +156,11 @@ class NativeCPU(Native):
         drops. Copies the samples that are left behind from before (n, T, D), the iterate before z, to best (B, T, D):
         like f and z, contiguous and in the ring's dtype. Returns mode (n, T), samples finished, samples left behind.
         """
-        self._turn()
-        _check(self.ring, f, z)
+        ring = self.ring
+        _check(ring, f, z)
+        ring.head = (ring.head + 1) % ring.slots
         wanted = None if wanted is None else wanted.contiguous()
-        return native.step(self.handle, self.ring, f, z, rows, wanted, samples, rule, before, best, out)
+        return native.step(self.handle, ring, f, z, rows, wanted, samples, rule, before, best, out)
 
     def buffer_like(self, x: Tensor) -> Tensor:
         """An uninitialised tensor like x, on large pages where it is that long."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,18 +20,18 @@ class Rule:
     """What a judgement knows besides the records.
 
     safeguard: growth of the residual at which an accelerated step is refused; 0 for solvers without any. eps: of the
-    state's dtype. norm: "rms", "l2" or "max". entries: those of a sample, or of a block where blocks are judged.
+    state's dtype. norm: "rms", "l2" or "max". entries: those of a sample, or of a block where blocks are judged. divisor:
+    of sums of squares, the entries for the root mean square, 1 for other norms.
     """
 
     safeguard: float
     eps: float
     norm: str
     entries: int
+    divisor: float = field(init=False)
 
-    @property
-    def divisor(self) -> float:
-        """Of the sum of squares: the entries for the root mean square, 1 for other norms."""
-        return float(self.entries if self.norm == "rms" else 1)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "divisor", float(self.entries if self.norm == "rms" else 1))
 
 
 def judge_samples(samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule) -> Tensor:

@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from native_step import SHAPES, iter_values
 
-from pydeqsolve import Anderson, Broyden, Stop, build_info, ops, solve
+from pydeqsolve import Anderson, Broyden, Stop, build_info, solve
+from pydeqsolve.step import native
 
 SOLVERS = {
     "Anderson II": lambda m: Anderson(memory=m),
@@ -57,7 +58,7 @@ def profile(run: Callable[[], object], repeats: int) -> tuple[float, float]:
     wholes, shares = [], []
     for _ in range(repeats + 1):  # the first warms up
         timed = Timed(native._native)
-        with mock.patch.object(ops, "_native", timed):
+        with mock.patch.object(native, "_native", timed):
             start = time.perf_counter()
             run()
             wholes.append(time.perf_counter() - start)

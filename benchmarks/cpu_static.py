@@ -4,7 +4,7 @@
 
 Disassembles the installed module (objdump of GNU binutils) and counts, per instruction set, the instructions of the row
 kernels that read whole vectors from memory, convert to wider numbers, multiply and add, and read single numbers. Then
-times both passes of a step on one system of 64 numbers, m = 5: the module's own function, that of `ops`, and the
+times both passes of a step on one system of 64 numbers, m = 5: the module's own function, that of `Backend`, and the
 operator registered with torch.library, the kernel included in each; least of several medians, in microseconds.
 """
 
@@ -22,7 +22,10 @@ from collections.abc import Callable
 import torch
 
 import pydeqsolve.operators  # noqa: F401 - registers them
-from pydeqsolve import build_info, ops
+from pydeqsolve import build_info
+from pydeqsolve.step import native
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import MIX
 from pydeqsolve.step.ring import Method, Ring
 
 KERNELS = re.compile(
@@ -91,28 +94,28 @@ def best(call: Callable[[], object], repeats: int = 2000) -> float:
 def calls() -> None:
     ring = Ring(Method("anderson II", 5), 1, 1, 64, torch.float32, torch.device("cpu"))
     ring.R.zero_(), ring.F.zero_()
-    ops.start(ring)
+    backend = choose(ring)
     f, z, rows = torch.randn(1, 1, 64), torch.randn(1, 1, 64), torch.arange(1)
     modes = torch.full((1, 1), MIX, dtype=torch.uint8)
     tensors = (ring.R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
     first, second = (f, z, *tensors, rows, None, 1, 0, False), (z, modes, *tensors, rows, 1, 0, 0, 0.0, 1.0)
     measure, advance = torch.ops.pydeqsolve.measure.default, torch.ops.pydeqsolve.advance.default
     for _ in range(ring.slots):  # fills the history
-        ops.measure(ring, torch.randn(1, 1, 64), z, rows, None, "rms")
-    native = sys.modules["pydeqsolve._native"]
-    layout = ops.layout(0, ring.eps, ring.dtype, ring.R.shape, ring.R.stride())
-    history = ops.bind(layout, *tensors)
+        backend.measure(torch.randn(1, 1, 64), z, rows, None, "rms")
+    module = sys.modules["pydeqsolve._native"]
+    layout = native.layout(0, ring.eps, ring.dtype, ring.R.shape, ring.R.stride())
+    history = native.bind(layout, *tensors)
     norms, dropped, out = torch.empty(1, 1, 2, dtype=torch.float64), ring.count.clone(), torch.empty_like(z)
     index, of_f, of_z, to = (x.data_ptr() for x in (rows, f, z, out))
     measured = (history, 1, 1, index, 0, of_f, of_z, norms.data_ptr(), 0, 1)
     advanced = (history, 1, 1, index, modes.data_ptr(), dropped.data_ptr(), 0, 0.0, 1.0, of_z, to, 1)
     paths: dict[str, Callable[[], object]] = {
-        "an empty function of the module": native.cpu_isa,
-        "the module's own measure": lambda: native.measure(*measured),
-        "ops.measure": lambda: ops.measure(ring, f, z, rows, None, "rms"),
+        "an empty function of the module": module.cpu_isa,
+        "the module's own measure": lambda: module.measure(*measured),
+        "Backend.measure": lambda: backend.measure(f, z, rows, None, "rms"),
         "torch.ops.pydeqsolve.measure": lambda: measure(*first),
-        "the module's own advance": lambda: native.advance(*advanced),
-        "ops.advance": lambda: ops.advance(ring, z, modes, rows),
+        "the module's own advance": lambda: module.advance(*advanced),
+        "Backend.advance": lambda: backend.advance(z, modes, rows),
         "torch.ops.pydeqsolve.advance": lambda: advance(*second),
     }
     for name, call in paths.items():

@@ -20,7 +20,9 @@ from collections.abc import Callable
 import torch
 from native_step import SHAPES, ours, torchdeq
 
-from pydeqsolve import build_info, ops
+from pydeqsolve import build_info
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import MIX
 from pydeqsolve.step.ring import Method, Ring
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,20 +53,20 @@ def median(run: Callable[[], object], device: torch.device, repeats: int) -> flo
 def passes(B: int, m: int, D: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """`CALLS` times measure and advance, with m stored rows."""
     ring = Ring(Method(memory=m - 1), B, 1, D, dtype, device)
-    ops.start(ring)
+    backend = choose(ring)
     rows = torch.arange(B, device=device)
     f, z = torch.randn(2, B, 1, D, device=device, dtype=dtype)
     mode = torch.full((B, 1), MIX, dtype=torch.uint8, device=device)
     out = torch.empty_like(z)
     for _ in range(m + 1):  # fills the ring with rows that differ
-        ops.measure(ring, f, z, rows, None, "rms")
-        ops.advance(ring, z, mode, rows, out)
+        backend.measure(f, z, rows, None, "rms")
+        backend.advance(z, mode, rows, out)
         f = torch.randn(B, 1, D, device=device, dtype=dtype)
 
     def run() -> None:
         for _ in range(CALLS):
-            ops.measure(ring, f, z, rows, None, "rms")
-            ops.advance(ring, z, mode, rows, out)
+            backend.measure(f, z, rows, None, "rms")
+            backend.advance(z, mode, rows, out)
 
     return run
 

@@ -24,7 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pydeqsolve import build_info, ops
+from pydeqsolve import build_info
+from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import MIX
 from pydeqsolve.step.ring import Method, Ring
 
 SHAPES = [(256, 6, 4_096), (8, 6, 400), (1, 5, 64)]  # B, memory, D: every thread, two threads' worth, one thread
@@ -33,13 +35,13 @@ SHAPES = [(256, 6, 4_096), (8, 6, 400), (1, 5, 64)]  # B, memory, D: every threa
 def stepper(B: int, memory: int, D: int) -> tuple[Ring, Callable[[], object]]:
     """A ring with all its rows, and a step of it: `measure` and `advance`."""
     ring = Ring(Method(memory=memory), B, 1, D, torch.float32, torch.device("cpu"))
-    ops.start(ring)
+    backend = choose(ring)
     z, f, rows = torch.randn(B, 1, D), torch.randn(B, 1, D), torch.arange(B)
     out, mode = torch.empty_like(z), torch.full((B, 1), MIX, dtype=torch.uint8)
 
     def step() -> None:
-        ops.measure(ring, f, z, rows, None, "rms")
-        ops.advance(ring, z, mode, rows, out)
+        backend.measure(f, z, rows, None, "rms")
+        backend.advance(z, mode, rows, out)
 
     for _ in range(ring.slots):
         f.normal_()

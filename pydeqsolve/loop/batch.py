@@ -21,9 +21,9 @@ _ALONE = 2  # the tensor's own reference and that of asking
 class Batch:
     """n samples still running, which `rows` maps to the B of all.
 
-    size: n. rows: (n,) int64. inputs: (n, …) each, when the problem is compact. z: (n, T, D), the current iterate. before: the
-    one before it. full: (B, T, D), finished samples; of the others the iterate of least residual that has been left
-    behind, else z0.
+    size: n. rows: (n,) int64. inputs: (n, …) each, when the problem is compact. z: (n, T, D), the current iterate.
+    before: the one before it. full: (B, T, D), finished samples; of the others the iterate of least residual that has
+    been left behind, else z0.
     """
 
     def __init__(self, problem: Problem, z0: Tensor, z: Tensor, backend: Backend) -> None:

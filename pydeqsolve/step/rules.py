@@ -20,8 +20,8 @@ class Rule:
     """What a judgement knows besides the records.
 
     safeguard: growth of the residual at which an accelerated step is refused; 0 for solvers without any. eps: of the
-    state's dtype. norm: "rms", "l2" or "max". entries: those of a sample, or of a block where blocks are judged. divisor:
-    of sums of squares, the entries for the root mean square, 1 for other norms.
+    state's dtype. norm: "rms", "l2" or "max". entries: those of a sample, or of a block where blocks are judged.
+    divisor: of sums of squares, the entries for the root mean square, 1 for other norms.
     """
 
     safeguard: float

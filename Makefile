@@ -4,7 +4,7 @@ EXTRAS := dev,docs,viz,data,diffusers
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-NATIVE := $(wildcard csrc/*) $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/fuzz/*.cpp)
+NATIVE := $(wildcard csrc/*.* csrc/*/*) $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/fuzz/*.cpp)
 
 export OMP_WAIT_POLICY := PASSIVE
 # For what is installed and, under the second name from pip 25.3 on, for the environment it is built in.
@@ -69,7 +69,7 @@ clean:  ## removes .venv and everything built
 	rm -rf $(VENV) build dist demo-output report-output docs/_build *.egg-info pydeqsolve/_native*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python
+$(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*) | $(BIN)/python
 	@echo "install: packages into $(VENV), then the native module (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
 	@$(BIN)/python -c "import pydeqsolve; print('install:', pydeqsolve.build_info())"

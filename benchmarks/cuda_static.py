@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_static.py [--arch 90 …] [--check]
 
-Compiles csrc/step_cuda.cu to machine code with nvcc and prints, per kernel instance: registers, spills, local memory,
+Compiles csrc/cuda/step_cuda.cu to machine code with nvcc and prints, per kernel instance: registers, spills, local memory,
 dynamic shared memory of a thread block, and how many threads a multiprocessor can hold; then bytes, launches and the
 time that memory and double precision units allow per step, for the shapes of the native step's benchmark. --check exits
 with 1 if a kernel spills or uses local memory, or if a kernel for aligned rows has no 16-byte loads.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from native_step import SHAPES
 
-SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "step_cuda.cu"
+SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "step_cuda.cu"
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 # Per multiprocessor: threads, thread blocks, KiB of shared memory (CUDA C++ Programming Guide, technical
 # specifications per compute capability). Registers: 65,536, handed out to warps 256 at a time.
@@ -33,7 +33,7 @@ LIMITS = {
 }  # fmt: skip
 # Bytes per second and double precision multiply-adds per second, as the vendor states them.
 DEVICES = {"H100 SXM": (3.35e12, 17e12), "RTX 4090": (1.008e12, 0.645e12)}
-WARP_FEATURES, CHUNK_FEATURES, SOLVE_IN_MIX, SOLVE_IN_MIX_ALONE = 1024, 4096, 8, 16  # csrc/step_cuda.cu
+WARP_FEATURES, CHUNK_FEATURES, SOLVE_IN_MIX, SOLVE_IN_MIX_ALONE = 1024, 4096, 8, 16  # csrc/cuda/step_cuda.cu
 INSTANCE = re.compile(
     r"(measure|finish|judge|keep|sum|weights|mix)_kernel(?:I(f|d|NS_8BFloat16E|NS_4HalfE|NS0_4PackIfLb0EEE|t)?((?:L[ib]\d+E)*)E)?"
 )
@@ -181,7 +181,7 @@ def print_kernels(architecture: str, kernels: list[Kernel], loads_counted: bool)
 
 def double_operations(d: int, size: int) -> int:
     """Double precision instructions per entry of both passes, conversions included; d differences, words of `size`."""
-    batches = -(-d // (2 if size == 2 and d > 4 else 4))  # csrc/gram.cuh; each forms r, y_0 and its newest row anew
+    batches = -(-d // (2 if size == 2 and d > 4 else 4))  # csrc/cuda/gram.cuh; each forms r, y_0 and its newest row anew
     measure = 4 + 4 * batches + 4 * d  # squares of r and f; convert, subtract, two multiply-adds
     return measure + 2 + 3 * d  # mix: convert, subtract, multiply-add
 

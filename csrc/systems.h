@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "core.h"
-#include "lanes.h"
+#include "cpu/lanes.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {

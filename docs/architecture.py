@@ -46,7 +46,7 @@ def imports(root: Path) -> networkx.DiGraph:
             graph.add_edges_from((name, target) for target in targets & set(shown))
         if name.startswith("diffusion/") and "pydeqsolve" in _absolute(path):
             graph.add_edge(name, "pydeqsolve/__init__")
-    for path in sorted((root / "csrc").iterdir()):
+    for path in sorted((root / "csrc").rglob("*.*")):
         graph.add_node(f"csrc/{path.name}")
         for header in re.findall(r'#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8")):
             graph.add_edge(f"csrc/{path.name}", f"csrc/{Path(header).name}")

@@ -419,7 +419,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]
     def build(*flags: str) -> list[Path]:
         folder = tmp_path_factory.mktemp("oracle")
         return [
-            compile_emulated([CSRC / f"{name}.cpp"], folder / f"{name}.o", ["-O1", "-c", *flags])
+            compile_emulated([CSRC / "cpu" / f"{name}.cpp"], folder / f"{name}.o", ["-O1", "-c", *flags])
             for name in ("step_cpu", "dispatch")
         ]
 
@@ -480,9 +480,10 @@ def test_a_planted_fault_is_caught(tmp_path: Path, oracle: Callable[..., list[Pa
     flags, name, old, new, message = FAULTS[fault]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    text = (csrc / name).read_text()
+    source = csrc / "cuda" / name
+    text = source.read_text()
     assert text.count(old) == 1, "the planted fault no longer fits the source"
-    (csrc / name).write_text(text.replace(old, new))
+    source.write_text(text.replace(old, new))
     done = run_driver(build_driver(tmp_path, flags, oracle, csrc), schedule=0)
     assert done.returncode != 0
     assert message in done.stderr

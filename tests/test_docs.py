@@ -59,7 +59,7 @@ def test_the_picture_has_every_module_and_arrows_that_are_imports(architecture):
     shown = architecture.modules(ROOT)
     assert {name for name in graph if not name.startswith("csrc")} == set(shown)
     assert {"pydeqsolve/solve", "pydeqsolve/loop/iterate", "pydeqsolve/step/native", "diffusion/sample"} <= set(shown)
-    files = {**shown, **{f"csrc/{p.name}": p for p in (ROOT / "csrc").iterdir()}}
+    files = {**shown, **{f"csrc/{p.name}": p for p in (ROOT / "csrc").rglob("*.*")}}
     for a, b in graph.edges:
         text, own = files[a].read_text(encoding="utf-8"), b.rpartition("/")[2]
         if b == "pydeqsolve/__init__":

@@ -12,7 +12,7 @@ import pydeqsolve
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "pydeqsolve").rglob("*.py"))
 ADAPTER = sorted((ROOT / "diffusion").rglob("*.py"))
-KERNELS = [p for p in sorted((ROOT / "csrc").iterdir()) if p.name != "bindings.cpp"]
+KERNELS = [p for p in sorted((ROOT / "csrc").rglob("*.*")) if p.name != "bindings.cpp"]
 
 
 def imports(path: Path) -> list[tuple[str, tuple[str, ...]]]:

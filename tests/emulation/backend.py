@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: builds csrc/step_cuda.cu under the emulator and calls it on CPU tensors.
+"""The CUDA kernels on the CPU: builds csrc/cuda/step_cuda.cu under the emulator and calls it on CPU tensors.
 
 `emulated_backend()` makes every solve inside it run on the emulated kernels instead of the native CPU step.
 """

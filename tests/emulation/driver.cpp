@@ -3,7 +3,7 @@
 // Usage: driver [schedule]; exits with 1 when results differ.
 #include "cuda_emu.h"
 // After the emulator, which stands in for the language.
-#include "step_cuda.cu"
+#include "cuda/step_cuda.cu"
 
 EMULATION_DEFINE_SWITCH
 

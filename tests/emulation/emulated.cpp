@@ -2,7 +2,7 @@
 // interface for ctypes (tests/emulation/backend.py).
 #include "cuda_emu.h"
 // After the emulator, which stands in for the language.
-#include "step_cuda.cu"
+#include "cuda/step_cuda.cu"
 
 EMULATION_DEFINE_SWITCH
 

@@ -9,9 +9,9 @@
 #include <limits>
 #include <vector>
 
-#include "dispatch.cpp"
+#include "cpu/dispatch.cpp"
 #undef PYDEQSOLVE_INSTANTIATE
-#include "step_cpu.cpp"
+#include "cpu/step_cpu.cpp"
 
 using namespace pydeqsolve;
 

@@ -4,12 +4,12 @@
 #include <initializer_list>
 
 #include "core.h"
-#include "gram.cuh"
-#include "judge.cuh"
-#include "mix.cuh"
+#include "cuda/gram.cuh"
+#include "cuda/judge.cuh"
+#include "cuda/mix.cuh"
+#include "cuda/totals.cuh"
+#include "cuda/weights.cuh"
 #include "step.h"
-#include "totals.cuh"
-#include "weights.cuh"
 
 namespace pydeqsolve {
 namespace {

@@ -1,7 +1,7 @@
 // The judgement of samples on CUDA, and the iterates that it leaves behind.
 #pragma once
+#include "cuda/sums.cuh"
 #include "judge.h"
-#include "sums.cuh"
 
 namespace pydeqsolve {
 namespace {

@@ -6,7 +6,7 @@
 #include <initializer_list>
 
 #include "core.h"
-#include "loads.h"
+#include "cpu/loads.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {

@@ -1,6 +1,6 @@
 // Pass 1 on CUDA: residuals, the new Gram row, the norms.
 #pragma once
-#include "sums.cuh"
+#include "cuda/sums.cuh"
 
 namespace pydeqsolve {
 namespace {

@@ -1,6 +1,6 @@
 // Sums over the threads of a team, in an order that the number of features alone decides.
 #pragma once
-#include "packs.cuh"
+#include "cuda/packs.cuh"
 
 namespace pydeqsolve {
 namespace {

@@ -1,6 +1,6 @@
 // The small systems of coupled blocks on CUDA: sums over time, up to each block or over all.
 #pragma once
-#include "pieces.cuh"
+#include "cuda/pieces.cuh"
 
 namespace pydeqsolve {
 namespace {

@@ -1,7 +1,7 @@
 // Pass 2 on CUDA: the next iterate.
 #pragma once
-#include "packs.cuh"
-#include "weights.cuh"
+#include "cuda/packs.cuh"
+#include "cuda/weights.cuh"
 
 namespace pydeqsolve {
 namespace {

@@ -1,6 +1,6 @@
 // How a thread reads and writes rows: 16 bytes at a time, at the places that a ring has them.
 #pragma once
-#include "pieces.cuh"
+#include "cuda/pieces.cuh"
 
 namespace pydeqsolve {
 namespace {

@@ -14,10 +14,10 @@
 #define PYDEQSOLVE_ISA portable
 #endif
 
-#include "batch.h"
-#include "blocks.h"
+#include "cpu/batch.h"
+#include "cpu/blocks.h"
+#include "cpu/parallel.h"
 #include "judge.h"
-#include "parallel.h"
 #include "step.h"
 #include "systems.h"
 

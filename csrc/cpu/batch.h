@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "core.h"
-#include "rows.h"
+#include "cpu/rows.h"
 #include "step.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "loads.h"
+#include "cpu/loads.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {

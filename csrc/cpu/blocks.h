@@ -4,13 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "batch.h"
 #include "core.h"
+#include "cpu/batch.h"
+#include "cpu/mix.h"
+#include "cpu/rows.h"
+#include "cpu/tiles.h"
 #include "judge.h"
-#include "mix.h"
-#include "rows.h"
 #include "step.h"
-#include "tiles.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // The small systems on CUDA: a team brings one together, its first thread solves it.
 #pragma once
-#include "sums.cuh"
-#include "totals.cuh"
+#include "cuda/sums.cuh"
+#include "cuda/totals.cuh"
 
 namespace pydeqsolve {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "lanes.h"
+#include "cpu/lanes.h"
 #include "scalar.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {

@@ -2,10 +2,10 @@
 
     python benchmarks/cuda_static.py [--arch 90 …] [--check]
 
-Compiles csrc/cuda/step_cuda.cu to machine code with nvcc and prints, per kernel instance: registers, spills, local memory,
-dynamic shared memory of a thread block, and how many threads a multiprocessor can hold; then bytes, launches and the
-time that memory and double precision units allow per step, for the shapes of the native step's benchmark. --check exits
-with 1 if a kernel spills or uses local memory, or if a kernel for aligned rows has no 16-byte loads.
+Compiles csrc/cuda/step_cuda.cu to machine code with nvcc and prints, per kernel instance: registers, spills, local
+memory, dynamic shared memory of a thread block, and how many threads a multiprocessor can hold; then bytes, launches
+and the time that memory and double precision units allow per step, for the shapes of the native step's benchmark.
+--check exits with 1 if a kernel spills or uses local memory, or if a kernel for aligned rows has no 16-byte loads.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def print_kernels(architecture: str, kernels: list[Kernel], loads_counted: bool)
 
 def double_operations(d: int, size: int) -> int:
     """Double precision instructions per entry of both passes, conversions included; d differences, words of `size`."""
-    batches = -(-d // (2 if size == 2 and d > 4 else 4))  # csrc/cuda/gram.cuh; each forms r, y_0 and its newest row anew
+    batches = -(-d // (2 if size == 2 and d > 4 else 4))  # csrc/cuda/gram.cuh; each forms r, y_0 and its newest row
     measure = 4 + 4 * batches + 4 * d  # squares of r and f; convert, subtract, two multiply-adds
     return measure + 2 + 3 * d  # mix: convert, subtract, multiply-add
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -55,9 +55,26 @@ def iterate(problem: Problem, z0: Tensor, **options: Any) -> Solution:
     Telling the compiler so imports it, which takes as long as importing torch; where nothing is compiled, nothing is
     told.
     """
+    if torch.is_inference_mode_enabled():
+        return _counting_versions(problem, z0, **options)
     if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
         return _out_of_sight()(problem, z0, **options)
     return loop(problem, z0, **options)
+
+
+def _counting_versions(problem: Problem, z0: Tensor, *, callback: Callback | None = None, **options: Any) -> Solution:
+    """`iterate` outside of inference mode, in which a change in place is not counted; fn and callback stay in it."""
+
+    def within(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*given: Any, **keywords: Any) -> Any:
+            with torch.inference_mode():
+                return function(*given, **keywords)
+
+        return called
+
+    with torch.inference_mode(False):
+        told = None if callback is None else within(callback)
+        return iterate(replace(problem, fn=within(problem.fn)), z0, callback=told, **options)
 
 
 @functools.cache
@@ -111,5 +128,5 @@ def loop(
     if trace:
         none = torch.empty(0, z0.shape[0], dtype=torch.float64, device=z0.device)
         solution.trace = torch.stack(residuals) if residuals else none
-    solution.snapshots = [seen.get(k, solution.z) for k in snapshots]
+    solution.snapshots = [seen.get(k, solution.z).clone() for k in snapshots]  # no two in one memory
     return solution

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .memory import address
 from .reference import ACCEPT, KEEP, MIX, PLAIN, REJECT
 from .ring import COUPLINGS, KINDS, STORAGES, Ring
 from .stop import NORMS, Front
@@ -79,7 +80,8 @@ def start(ring: Ring, fresh: bool = True) -> None:
     R = ring.R
     backend = handle = None
     if _is_native(R):
-        address(R), address(ring.F)
+        for name, x in ring.tensors().items():
+            address(x, f"{name} of the history")
         numbers = layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
         handle = bind(numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
         backend = None if handle is None else "cpu" if R.is_cpu else R.device.type
@@ -126,16 +128,6 @@ def bind(
 def _history(*numbers: Any) -> Any:
     """Numbers and addresses, copied once for all calls that name the same ones, whatever lies there by then."""
     return _native.Ring(*numbers)
-
-
-def address(x: Tensor) -> int:
-    """The address of x. Raises NotImplementedError for tensors that have none, as inside a transform of torch.func."""
-    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise NotImplementedError(f"tensors without memory of their own ({type(x).__name__}) are not supported")
-    try:
-        return x.data_ptr()
-    except RuntimeError as error:
-        raise NotImplementedError("solve inside a torch.func transform is not supported") from error
 
 
 def release(ring: Ring) -> None:
@@ -329,18 +321,20 @@ def advance_bound(
 
 
 def _check(ring: Ring, f: Tensor, z: Tensor) -> None:
-    """Raises ValueError unless f and z are what the kernels will take them for: they get addresses alone."""
+    """Raises ValueError unless f and z are what the kernels will take them for: they get addresses alone.
+
+    Whether memory lies there was checked where the tensors came from (`memory.address`); no address is a TypeError.
+    """
     R, dtype, shape = ring.R, ring.dtype, f.shape
     _, _, T, D = R.shape
     if not (
         f.dtype == z.dtype == dtype and f.get_device() == z.get_device() == R.get_device()
-        and f.is_contiguous() and z.is_contiguous()
+        and f.is_contiguous() and z.is_contiguous() and not f.is_neg() and not z.is_neg()
     ):  # fmt: skip
         got = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("f", f), ("z", z)))
         raise ValueError(f"f and z must be contiguous {dtype} on {R.device}, got {got}")
     if shape != z.shape or len(shape) != 3 or shape[1] != T or shape[2] != D:
         raise ValueError(f"f and z must have shape (n, {T}, {D}), got {tuple(shape)}")
-    address(f), address(z)
 
 
 def build_info() -> dict[str, Any]:

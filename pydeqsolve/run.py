@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from . import ops
 from .front import FrontMonitor
 from .history import History
+from .memory import address
 from .monitor import Monitor
 from .ring import Ring
 from .search import LineSearch
@@ -20,13 +22,25 @@ if TYPE_CHECKING:
     from .iterate import Problem, Solver
 
 
-def _holders(x: Tensor) -> int:
-    """References to the memory of x; more than it can have when torch does not say."""
+def _is_held(x: Tensor) -> bool:
+    """Whether anything but x itself refers to its memory: a view, an array, a storage; true when torch does not say."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return int(count(x.untyped_storage()._cdata)) if count is not None else _ALONE + 1
+    if count is None:
+        return True
+    storage = x.untyped_storage()
+    return int(count(storage._cdata)) > _ALONE or sys.getrefcount(storage) > _ALONE
 
 
-_ALONE = 2  # the tensor's own reference and that of asking
+_ALONE = 2  # the tensor and the storage, which its name and the counting call refer to
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was changed in place, or None where nobody counts."""
+    return None if x.is_inference() else x._version
+
+
+WRITES_SOUGHT = 2  # calls of fn after which its argument is compared with a copy
+WRITES_SEEN = 4096  # entries of it, the leading ones
 
 
 class Run:
@@ -53,7 +67,9 @@ class Run:
         self.history = History.begin(self.method, self.ring, z0.clone()) if keep_history else None
         self.rows = torch.arange(B, device=z0.device)  # (n,)
         self.inputs = list(problem.inputs)  # (n, …) each, when compact
-        self.z = z0.to(self.ring.dtype).contiguous() if history is None else history.z.clone()  # (n, T, D)
+        # (n, T, D), in memory of its own, so that fn cannot reach what it comes from.
+        first = (z0 if history is None else history.z).to(self.ring.dtype)
+        self.z = ops.buffer_like(first).copy_(first)
         if history is not None:
             self.monitor["steps"] = (history.since - 1).clamp_min(0)
         self.search = LineSearch(line_search, self.z) if line_search else None
@@ -62,7 +78,8 @@ class Run:
         self.before = self.z  # (n, T, D): the previous iterate
         self.dropped: Tensor | None = None  # (n, T) differences that the last step left out
         self.finished: int | None = None  # samples finished at the last measurement, where that is known
-        self.buffers: list[Tensor] = []
+        self.buffers = [self.z]
+        self.calls = 0  # of fn
         self.entries = T * D
         # Nothing then looks at a sample between its measurement and its move, which may follow each other natively.
         self.at_once = front is None and self.search is None and self.history is None and ops.can_step(self.ring)
@@ -83,18 +100,38 @@ class Run:
         if self.partial:
             z = self.full.index_copy(0, self.rows, z)
         asked = None if self.front is None or wanted is None else self._scatter(wanted) if self.partial else wanted
-        self.given, self.version = z, None if z.is_inference() else z._version
+        self._watch(z)
         return self.problem.layout.unpack(z), self.inputs, asked
 
     def take(self, value: Any) -> Tensor:
         """f at the samples at hand, (n, T, D) in the ring's dtype, from the value of fn."""
-        given, self.given = self.given, self.full
-        if self.version is not None and given._version != self.version:
-            raise ValueError("fn must not change its argument z in place")
+        n = self._unchanged()
         f = self.problem.layout.pack(value, "the value of fn")
-        if f.shape[0] != given.shape[0]:
-            raise ValueError(f"the value of fn must have {given.shape[0]} samples like its argument, got {f.shape[0]}")
+        if f.shape[0] != n:
+            raise ValueError(f"the value of fn must have {n} samples like its argument, got {f.shape[0]}")
+        address(f, "the value of fn")
         return (f[self.rows] if self.partial else f).to(self.ring.dtype)
+
+    def _watch(self, z: Tensor) -> None:
+        """Notes what z (n, T, D), about to be given to fn, and the inputs are like."""
+        self.calls += 1
+        self.given, self.versions = z, [_version(x) for x in (z, *self.inputs)]
+        # What is written past autograd, by z.data or z.numpy(), changes no version.
+        seeks = self.calls <= WRITES_SOUGHT and z.is_cpu
+        self.copy = z.view(-1)[:WRITES_SEEN].clone() if seeks else None
+
+    def _unchanged(self) -> int:
+        """How many samples fn was given. Raises ValueError when it has changed its arguments."""
+        given, copy, self.given, self.copy = self.given, self.copy, self.full, None
+        for i, (x, version) in enumerate(zip((given, *self.inputs), self.versions, strict=True)):
+            if version is not None and x._version != version:
+                name = f"inputs[{i - 1}]" if i else "z"
+                raise ValueError(f"fn must not change its argument {name} in place")
+        if copy is not None:
+            found = given.view(-1)[:WRITES_SEEN]
+            if not torch.equal(found, copy) and not torch.allclose(found, copy, 0, 0, equal_nan=True):
+                raise ValueError("fn must not change its argument z in place, through z.data or z.numpy() either")
+        return given.shape[0]
 
     def _scatter(self, wanted: Tensor) -> Tensor:
         full = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=wanted.device)
@@ -206,7 +243,7 @@ class Run:
         if self.z.device.type != "cpu":  # another stream may still read what Python has let go
             return torch.empty_like(self.z)
         for buffer in self.buffers:
-            unused = buffer is not self.z and buffer is not self.before and _holders(buffer) <= _ALONE
+            unused = buffer is not self.z and buffer is not self.before and not _is_held(buffer)
             if unused and buffer.shape == self.z.shape:
                 return buffer
         buffer = ops.buffer_like(self.z)

@@ -4,108 +4,19 @@
 #include <sys/mman.h>
 #endif
 
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "judge.h"
+#include "ring.h"
 #include "step.h"
 
 namespace py = pybind11;
 using namespace pydeqsolve;
 
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-struct Memory {
-  Address first;
-  std::uintptr_t bytes;
-  bool overlaps(const Memory& other) const {
-    return bytes > 0 && other.bytes > 0 && first < other.first + other.bytes && other.first < first + bytes;
-  }
-};
-
-// One solver's history, as Python hands it over once; every call of the step then names only what changes.
-struct Ring {
-  Storage storage;
-  int slots;
-  Kind kind;
-  double eps;
-  Address R, F, gram, steps_gram, rhs, squares, count;
-  std::int64_t samples, blocks, features, sample_stride, slot_stride;
-
-  Memory memory(Address first, std::int64_t entries) const {
-    const std::uintptr_t size = storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
-    return {first, static_cast<std::uintptr_t>(entries) * size};
-  }
-  Memory rows_from(Address first) const {
-    if (samples * blocks * features == 0) return {first, 0};
-    return memory(first, (samples - 1) * sample_stride + (slots - 1) * slot_stride + blocks * features);
-  }
-
-  // Throws unless no two of the state f, or the next iterate, and z, n samples each, and the history share memory.
-  // f may be z itself: both are read only.
-  void check_memory(std::int64_t n, Address other, Address z, bool written) const {
-    const std::int64_t entries = n * blocks * features;
-    for (const Memory& state : {memory(other, entries), memory(z, entries)}) {
-      for (const Address first : {R, F}) {
-        if (state.overlaps(rows_from(first))) throw std::invalid_argument("a state must not lie in the history's rows");
-      }
-    }
-    if (written && memory(other, entries).overlaps(memory(z, entries))) {
-      throw std::invalid_argument("the next iterate must share no memory with f and z");
-    }
-  }
-  // On the host alone: a device's indices cannot be read without waiting for it.
-  void check_rows(std::int64_t n, Address index) const {
-    const auto* const rows = at<const std::int64_t>(index);
-    bool inside = true;
-    for (std::int64_t i = 0; i < n; ++i) inside = inside && rows[i] >= 0 && rows[i] < samples;
-    if (!inside) throw std::invalid_argument("rows must lie in 0 ... " + std::to_string(samples - 1));
-  }
-
-  template <class Scalar>
-  History<Scalar> history(int head) const {
-    return {slots,
-            head,
-            kind,
-            sample_stride,
-            slot_stride,
-            at<Scalar>(R),
-            at<Scalar>(F),
-            at<double>(gram),
-            at<double>(steps_gram),
-            at<double>(rhs),
-            at<double>(squares),
-            at<std::int32_t>(count),
-            eps};
-  }
-  Rows rows(std::int64_t n, Address index, Address wanted) const {
-    return {n, blocks, features, at<const std::int64_t>(index), at<const std::uint8_t>(wanted)};
-  }
-};
-
-template <class Body>
-void with_scalar(Storage storage, const Body& body) {
-  switch (storage) {
-    case Storage::kFloat64:
-      return body(double{});
-    case Storage::kFloat32:
-      return body(float{});
-    case Storage::kBFloat16:
-      return body(BFloat16{});
-    case Storage::kFloat16:
-      return body(Half{});
-  }
-}
 
 // Asks for large pages under long rows: they are read side by side, a page table entry each.
 void use_large_pages([[maybe_unused]] Address address, [[maybe_unused]] std::uintptr_t bytes) {
@@ -152,6 +63,7 @@ void advance(const Ring& ring, int head, std::int64_t n, Address index, Address 
              double ridge, double damping, Address z, Address z_next, int threads) {
   ring.check_memory(n, z_next, z, true);
   ring.check_rows(n, index);
+  check_address(mode, n * ring.blocks, "modes");
   py::gil_scoped_release release;
   std::vector<double> gamma(static_cast<std::size_t>(n * ring.blocks * ring.slots));
   with_scalar(ring.storage, [&](auto scalar) {
@@ -192,6 +104,7 @@ void check(const char* error) {
 void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
                      Address norms, int norm, Address partial, Address stream) {
   ring.check_memory(n, f, z, false);
+  check_address(index, n, "rows");
   with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     check(measure_cuda<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
@@ -203,6 +116,8 @@ void advance_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, 
                      Address dropped, int coupling, double ridge, double damping, Address z, Address z_next,
                      Address workspace, Address stream) {
   ring.check_memory(n, z_next, z, true);
+  check_address(index, n, "rows");
+  check_address(mode, n * ring.blocks, "modes");
   with_scalar(ring.storage, [&](auto scalar) {
     using S = decltype(scalar);
     const Rows rows = ring.rows(n, index, 0);
@@ -245,23 +160,26 @@ PYBIND11_MODULE(_native, m) {
         if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) {
           throw std::invalid_argument("storage out of range");
         }
-        return Ring{static_cast<Storage>(storage),
-                    slots,
-                    static_cast<Kind>(kind),
-                    eps,
-                    R,
-                    F,
-                    gram,
-                    steps_gram,
-                    rhs,
-                    squares,
-                    count,
-                    samples,
-                    blocks,
-                    features,
-                    sample_stride,
-                    slot_stride};
+        const Ring ring{static_cast<Storage>(storage),
+                        slots,
+                        static_cast<Kind>(kind),
+                        eps,
+                        R,
+                        F,
+                        gram,
+                        steps_gram,
+                        rhs,
+                        squares,
+                        count,
+                        samples,
+                        blocks,
+                        features,
+                        sample_stride,
+                        slot_stride};
+        ring.check_addresses();
+        return ring;
       }));
+  py::register_exception<NoMemory>(m, "NoMemory", PyExc_TypeError);
   m.attr("INTERFACE") = kInterface;
   m.attr("MAX_SLOTS") = kMaxSlots;
   m.def("measure", &measure);

@@ -49,7 +49,8 @@ PYDEQSOLVE_HD static inline double square_root(double x) {
 
 // Solves the symmetric positive semidefinite A x = b by Cholesky, in place, newest difference first; returns the rank
 // kept. A is scaled to a unit diagonal first, so `ridge` and `cutoff` are relative: multiplying the problem by any
-// power of two changes no bit of the result. A difference that depends on newer ones (pivot <= cutoff) gets weight 0.
+// power of two changes no bit of the result. A difference that depends on newer ones (pivot <= cutoff) gets weight 0, as
+// does one that is not finite: its scale is 0.
 // Number is double, or a vector of doubles with as many systems side by side; root is its square root. Rows of zeros at
 // the end of a system change no bit of the rest.
 template <class Number, class Root>
@@ -62,7 +63,10 @@ PYDEQSOLVE_HD static inline Number solve_positive(int n, Number* A, Number* b, N
   }
   for (int i = 0; i < n; ++i) {
     b[i] *= scale[i];
-    for (int j = 0; j <= i; ++j) A[i * n + j] *= scale[i] * scale[j];
+    for (int j = 0; j <= i; ++j) {
+      const Number factor = scale[i] * scale[j];
+      A[i * n + j] = factor > zero ? A[i * n + j] * factor : zero;  // 0 times infinity is NaN
+    }
   }
   // L replaces A row by row, with 1 / L_jj on the diagonal; a dropped row is all zeros and so takes no further part.
   Number rank = zero;
@@ -92,9 +96,29 @@ PYDEQSOLVE_HD static inline Number solve_positive(int n, Number* A, Number* b, N
   return rank;
 }
 
+PYDEQSOLVE_HD static inline bool is_finite(double x) { return x - x == 0; }
+
+// Leaves the differences whose diagonal entry is not finite out of A x = b, by zeros; false when others are not either.
+PYDEQSOLVE_HD static inline bool leave_out_infinite(int n, double* A, double* b) {
+  for (int i = 0; i < n; ++i) {
+    if (is_finite(A[i * n + i])) continue;
+    for (int j = 0; j < n; ++j) A[i * n + j] = A[j * n + i] = 0;
+    b[i] = 0;
+  }
+  double sum = 0;
+  for (int i = 0; i < n * n; ++i) sum += A[i] - A[i];
+  for (int i = 0; i < n; ++i) sum += b[i] - b[i];
+  return sum == 0;
+}
+
 // Solves the general A x = b by elimination with complete pivoting after scaling rows, then columns, to a largest
-// entry of one; returns the rank at which pivots fall to `cutoff`. order (n,) is workspace.
+// entry of one; returns the rank at which pivots fall to `cutoff`. Differences that are not finite get weight 0. order
+// (n,) is workspace.
 PYDEQSOLVE_HD static inline int solve_general(int n, double* A, double* b, double* scale, int* order, double cutoff) {
+  if (!leave_out_infinite(n, A, b)) {
+    for (int i = 0; i < n; ++i) b[i] = 0;
+    return 0;
+  }
   for (int i = 0; i < n; ++i) {
     double largest = 0;
     for (int j = 0; j < n; ++j) largest = magnitude(A[i * n + j]) > largest ? magnitude(A[i * n + j]) : largest;

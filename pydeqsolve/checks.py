@@ -22,3 +22,9 @@ def check_damping(damping: float) -> None:
     check_real("damping", damping)
     if not 0 < damping <= 2:
         raise ValueError(f"damping must be in (0, 2], got {damping}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")

@@ -2,62 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_cell, check_gradient, check_solver, check_stop
+from .checks import check_flag
 from .derivative.gradient import Gradient
-from .layout import detached
+from .layout import copied
 from .problem import Solver
 from .solution import Solution
-from .solve import ANDERSON, IMPLICIT, STOP, solve
+from .solve import ANDERSON, IMPLICIT, STOP, refuse_pairs, solve
 from .stop import Stop
 
 
 class DEQ(nn.Module):
-    """z* = cell(z*, x) as a layer (Bai, Kolter & Koltun 2019).
+    """z* = cell(z*, *inputs) as a layer (Bai, Kolter & Koltun 2019).
 
-    cell: a module called as cell(z, x); z has the shape of z0, by default that of x. `forward(x, z0=None)` returns z*.
-    The last `Solution`, detached, is at `layer.solution`, for inspection and as a warm start,
-    `layer(x, layer.solution)`.
+    cell: a module (or function) called as cell(z, *inputs), kept as `layer.cell`; its value has the shape of z.
+    `layer(*inputs, z0=None)` returns z*. The last `Solution`, detached and in memory of its own, is at
+    `layer.solution`, for inspection and as a warm start, `layer(x, z0=layer.solution)`.
 
-    warm_start: without z0, start from the last solution if that is one tensor of the shape of x, as for frames of a
-    video or a training set seen in the same order; `reset` forgets it. keep_history: the solver's history goes with it
-    (`solve`), which takes memory and pays for long memories.
+    warm_start: without z0, start from the last solution if that is one tensor of the shape of the first input, as for
+    frames of a video or a training set seen in the same order; `reset` forgets it. keep_history: the solver's history
+    goes with it (`solve`), which takes memory and pays for long memories.
+
+    Raises TypeError, and ValueError or NotImplementedError for options that do not go together, when it is made.
     """
 
     solution: Solution | None
 
     def __init__(
-        self, cell: nn.Module, *, solver: Solver = ANDERSON, stop: Stop = STOP, gradient: Gradient | None = IMPLICIT,
-        warm_start: bool = False, keep_history: bool = False,
+        self, cell: Callable[..., Any], *, solver: Solver = ANDERSON, stop: Stop = STOP,
+        gradient: Gradient | None = IMPLICIT, warm_start: bool = False, keep_history: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        if not callable(cell):
-            raise TypeError(f"cell must be a module called as cell(z, x), got {type(cell).__name__}")
+        check_cell(cell)
+        check_solver(solver)
+        check_stop(stop)
+        check_gradient(gradient)
+        check_flag("warm_start", warm_start)
+        check_flag("keep_history", keep_history)
+        refuse_pairs(solver, gradient, None, None, keep_history, (), empty=False)
         self.cell = cell
         self.solver, self.stop, self.gradient = solver, stop, gradient
         self.warm_start, self.keep_history = warm_start, keep_history
         self.solution = None
 
+    def extra_repr(self) -> str:
+        """Solver, tolerance and gradient, a line each, and what is switched on."""
+        on = [f"{name}=True" for name in ("warm_start", "keep_history") if getattr(self, name)]
+        return "\n".join([*(f"{name}={getattr(self, name)!r}" for name in ("solver", "stop", "gradient")), *on])
+
     def reset(self) -> None:
         """Forgets the last solution, so that the next call starts cold."""
         self.solution = None
 
-    def forward(self, x: Tensor, z0: Any = None) -> Any:
-        """z* for input x (B, …); z0 is the first guess or a `Solution`, zeros like x by default."""
-        if z0 is None and self.warm_start:
-            z0 = self._last(x)
-        start = torch.zeros_like(x) if z0 is None else z0
+    def forward(self, *inputs: Tensor, z0: Any = None) -> Any:
+        """z* for inputs (B, …) each.
+
+        z0, by name: the first guess in the structure of the state, or a `Solution`; by default zeros like the first
+        input. Raises as `solve` does.
+        """
+        for i, x in enumerate(inputs):
+            if isinstance(x, Solution):
+                raise TypeError(f"inputs[{i}] must be a tensor, got a Solution: give a first guess by name, z0=")
+        start = self._start(inputs) if z0 is None else z0
         solution = solve(
-            self.cell, start, (x,), solver=self.solver, stop=self.stop, gradient=self.gradient,
+            self.cell, start, inputs, solver=self.solver, stop=self.stop, gradient=self.gradient,
             keep_history=self.keep_history,
         )  # fmt: skip
         z = solution.z
-        solution.z = detached(z)  # adjoint results still arrive here, through the graph of z
+        solution.z = copied(z)  # adjoint results still arrive here, through the graph of z
         self.solution = solution
         return z
+
+    def _start(self, inputs: tuple[Tensor, ...]) -> Any:
+        """The first guess where none is given: the last solution where it fits, else zeros like the first input."""
+        if not inputs:
+            raise TypeError("z0 must be given where there are no inputs: layer(z0=…)")
+        x = inputs[0]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inputs[0] must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"z0 must be given where inputs[0] is not a state, got {x.dtype}: layer(x, z0=…)")
+        last = self._last(x) if self.warm_start else None
+        return torch.zeros_like(x) if last is None else last
 
     def _last(self, x: Tensor) -> Any:
         """The last solution where it fits x, with its history where that fits the solver."""

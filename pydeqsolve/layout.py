@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import check_dense, is_plain
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,6 +65,12 @@ def detached(tree: Any) -> Any:
     return rebuild(tree, lambda: next(leaves))
 
 
+def copied(tree: Any) -> Any:
+    """`tree` with its tensors detached, each in memory of its own."""
+    leaves = iter([leaf.detach().clone() for leaf in leaves_of(tree, "z")])
+    return rebuild(tree, lambda: next(leaves))
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """How a state of B samples lies in one tensor (B, T, D): T blocks (1 unless the solver couples blocks)."""
@@ -81,6 +89,7 @@ class Layout:
             raise ValueError("z0 must hold at least one tensor")
         first = leaves[0]
         for leaf in leaves:
+            check_dense("z0", leaf)
             if leaf.dtype not in FLOATING:
                 raise TypeError(f"z0 must be float64, float32, bfloat16 or float16, got {leaf.dtype}")
             if leaf.dim() < 1 + by_blocks:
@@ -100,20 +109,27 @@ class Layout:
         return Layout(z0, shapes, first.dtype, first.device, first.shape[1] if by_blocks else 1)
 
     def pack(self, tree: Any, name: str) -> Tensor:
-        """Structure → (n, T, D), contiguous, in this layout's dtype. Raises when the shapes are not the layout's."""
-        if isinstance(tree, Tensor) and tree.dtype == self.dtype and tree.is_contiguous() and len(self.shapes) == 1:
-            n, shape = tree.shape[0] if tree.dim() else 0, self.shapes[0]
-            if n and tree.shape[1:] == shape and tree.device == self.device:
+        """Structure → (n, T, D), contiguous, not negated lazily, in this layout's dtype.
+
+        Raises where a tensor is not dense, not real, or not of the layout's shapes and device.
+        """
+        if type(tree) is Tensor and tree.dtype == self.dtype and len(self.shapes) == 1 and is_plain(tree):
+            n = tree.shape[0] if tree.dim() else 0
+            if n and tree.shape[1:] == self.shapes[0] and tree.device == self.device:
                 return tree.view(n, self.blocks, -1)
         leaves = leaves_like(self.template, tree, name)
+        for leaf in leaves:
+            check_dense(name, leaf)
         n = leaves[0].shape[0] if leaves[0].dim() else 0
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             if leaf.dim() == 0 or leaf.shape[0] != n or leaf.shape[1:] != shape:
                 raise ValueError(f"{name} must have shape {(n, *shape)} like z0, got {tuple(leaf.shape)}")
             if leaf.device != self.device:
                 raise ValueError(f"{name} must be on {self.device} like z0, got {leaf.device}")
+            if leaf.is_complex():
+                raise TypeError(f"{name} must be real like z0, got {leaf.dtype}")
         flat = [
-            leaf.reshape(n, self.blocks, -1 if n and leaf.numel() else self._features(shape))
+            leaf.resolve_neg().reshape(n, self.blocks, -1 if n and leaf.numel() else self._features(shape))
             for leaf, shape in zip(leaves, self.shapes, strict=True)
         ]
         packed = flat[0] if len(flat) == 1 else torch.cat(flat, dim=2)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .memory import address
 from .step import native
 from .step.backend import Backend
 from .step.ring import COUPLINGS, KINDS, STORAGES, Ring
@@ -82,13 +83,18 @@ def _look_closely(
     R: Tensor, F: Tensor, names: tuple[str, ...], others: tuple[Tensor, ...], expected: list[tuple[Any, ...]]
 ) -> None:
     """Raises for the first tensor that is not as it must be; it may be of a subclass that has memory."""
-    for x in (R, F, *others):
-        native.address(x)
+    _refuse_without_memory(("R", "F", *names), (R, F, *others))
     if _words(F) != _words(R):
         raise ValueError(f"F must be {_words(R)}, as R is, got {_words(F)}")
     for name, x, (_, dtype, shape, _) in zip(names, others, expected, strict=True):
         if x.dtype != dtype or x.shape != shape or not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous {dtype} of shape {shape}, got {_words(x)}")
+
+
+def _refuse_without_memory(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> None:
+    """Raises TypeError by the name of the first that has none; where there are kernels, they see to it."""
+    for name, x in zip(names, tensors, strict=True):
+        address(x, name)
 
 
 def _words(x: Tensor) -> str:
@@ -133,8 +139,9 @@ def measure(
     """Pass 1 of a step whose newest row goes to slot `head`: norms (n, T, 2); see `Backend.measure`.
 
     kind is a place in `ring.KINDS`; head is taken modulo the number of slots. Raises ValueError for a tensor that
-    is not as `_contract` says or shares memory with the history, NotImplementedError where a gradient would be lost. On
-    the host rows outside 0 … B − 1 are a ValueError too; a device is not waited for to find them.
+    is not as `_contract` says or shares memory with the history, TypeError for one that has no memory,
+    NotImplementedError where a gradient would be lost. On the host rows outside 0 … B − 1 are a ValueError too; a
+    device is not waited for to find them.
     """
     if (f.requires_grad or z.requires_grad) and torch.is_grad_enabled():
         _refuse_gradient()
@@ -142,9 +149,11 @@ def measure(
     others: tuple[Tensor, ...] = (gram, rhs, squares, count, rows, f, z)
     if wanted is not None:
         names, others = (*names, "wanted"), (*others, wanted)
+        _refuse_without_memory(("wanted",), (wanted,))  # to the kernels no address would be none given
     layout = _check(kind, R, F, steps_gram, rows.numel(), names, others)
     handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
     if handle is None:
+        _refuse_without_memory(("R", "F", *names), (R, F, *others))
         ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head - 1, kind)
         return Backend(ring).measure(f, z, rows, wanted, "max" if is_max else "rms")
     return native.measure_bound(handle, head % layout[1], f, z, rows, wanted, is_max, squares)
@@ -160,11 +169,13 @@ def advance(
     """
     if (z.requires_grad or F.requires_grad) and torch.is_grad_enabled():
         _refuse_gradient()
-    layout = _check(kind, R, F, steps_gram, rows.numel(), ADVANCED, (gram, rhs, squares, count, rows, z, modes))
+    others = (gram, rhs, squares, count, rows, z, modes)
+    layout = _check(kind, R, F, steps_gram, rows.numel(), ADVANCED, others)
     if not 0 <= coupling < len(COUPLINGS):
         raise ValueError(f"coupling must be a place in {COUPLINGS}, got {coupling}")
     handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
     if handle is None:
+        _refuse_without_memory(("R", "F", *ADVANCED), (R, F, *others))
         ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head, kind, coupling, ridge, damping)
         return Backend(ring).advance(z, modes, rows)
     return native.advance_bound(handle, head % layout[1], z, modes, rows, coupling, ridge, damping, rhs, count)

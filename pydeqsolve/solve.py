@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .anderson import Anderson
-from .checks import check_count
+from .arguments import check_gradient, check_inputs, check_solver, check_stop
+from .checks import check_count, check_flag
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .derivative.unroll import unroll
 from .layout import Layout, detached, rebuild
-from .loop.iterate import iterate
+from .loop.iterate import check_together, iterate
 from .loop.kept import History
 from .loop.watches import Callback
 from .problem import Problem, Solver
@@ -43,9 +45,11 @@ def solve(
 
     Args:
         fn: the map; takes the state of n samples and returns their new state, same structure and shapes. It must treat
-            samples independently and must not change its argument in place.
+            samples independently and must not change its arguments in place.
         z0: first guess: a tensor (B, …), or a nested tuple, list or dict of tensors that share B, dtype (float64,
             float32, bfloat16, float16) and device. Or an earlier `Solution`: its z, and its history if that was kept.
+            Where all tensors are (n,), these are n problems of one unknown each, and a UserWarning says so: one problem
+            of n unknowns is z0[None], of shape (1, n).
         inputs: tensors (B, …), the input injection, handed to fn after the state.
         solver: `Anderson`, `Broyden` or `Picard`.
         stop: tolerance, budget, norm.
@@ -63,10 +67,13 @@ def solve(
         front: the map is causal over dimension 1 of the state, (B, T, …), and its blocks finish one by one (`Front`).
 
     Returns:
-        Solution: per sample the best measured iterate, its residual, status and evaluations.
+        Solution: per sample the best measured iterate, its residual, status and evaluations. Its tensors share memory
+            with nothing given, returned by fn, or kept of another solve.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, or fn returns another structure than z0's.
+        TypeError, ValueError: an argument is of the wrong kind, or fn returns another structure than z0's. Tensors
+            without memory of their own (meta, fake, sparse, storage let go of) are a TypeError; a change of fn's
+            arguments in place is a ValueError, one past autograd (z.data, z.numpy()) where the first two calls show it.
 
     A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
     Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps.
@@ -75,17 +82,12 @@ def solve(
     if isinstance(z0, Solution):
         z0, history = detached(z0.z), z0.history
     problem, flat = _prepare(fn, z0, inputs, solver, stop, compact, front)
+    if not any(problem.layout.shapes):
+        _warn_of_one_dimension(z0, flat.shape[0])
     if history is not None:
         history.check(solver.method(), flat)
-    if not isinstance(snapshots, (tuple, list)):
-        raise TypeError(f"snapshots must be a tuple of steps, got {type(snapshots).__name__}")
-    for k in snapshots:
-        check_count("snapshots", k, least=1)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-    if gradient is not None and (isinstance(gradient, type) or not hasattr(gradient, "attach")):
-        raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {gradient!r}")
-    _refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0])
+    _check_rest(gradient, snapshots, callback, trace, keep_history)
+    refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0])
     found = iterate(
         problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback, history=history,
         keep_history=keep_history, snapshots=snapshots,
@@ -111,12 +113,12 @@ def _prepare(
     """The problem and the flat first guess, after checking every argument."""
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}")
-    if isinstance(solver, type) or not hasattr(solver, "method"):
-        raise TypeError(f"solver must be Anderson(), Broyden() or Picard(), got {solver!r}")
-    if not isinstance(stop, Stop):
-        raise TypeError(f"stop must be a Stop, got {type(stop).__name__}")
+    check_solver(solver)
+    check_stop(stop)
     if front is not None and not isinstance(front, Front):
         raise TypeError(f"front must be a Front or None, got {type(front).__name__}")
+    if compact is not None and not isinstance(compact, bool):
+        raise TypeError(f"compact must be True, False or None, got {type(compact).__name__}")
     layout = Layout.of(z0, by_blocks=front is not None or solver.method().coupling != "joint")
     flat = layout.pack(z0, "z0")
     B, T, D = flat.shape
@@ -127,27 +129,43 @@ def _prepare(
         allowed = [(B,), (), *([(B, T), (1, T)] if front is not None else [])]
         if isinstance(tolerance, Tensor) and tuple(tolerance.shape) not in allowed:
             raise ValueError(f"stop.{name} must have shape ({B},), got {tuple(tolerance.shape)}")
-    if isinstance(inputs, Tensor):
-        raise TypeError("inputs must be a tuple or list of tensors, got a tensor: write inputs=(x,)")
-    if not isinstance(inputs, (tuple, list)):
-        raise TypeError(f"inputs must be a tuple or list of tensors, got {type(inputs).__name__}")
-    if compact is not None and not isinstance(compact, bool):
-        raise TypeError(f"compact must be True, False or None, got {type(compact).__name__}")
-    for i, x in enumerate(inputs):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"inputs[{i}] must be a tensor, got {type(x).__name__}")
-        if x.dim() == 0 or x.shape[0] != B:
-            raise ValueError(f"inputs[{i}] must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
+    check_inputs(inputs, B, flat.device)
     compact = bool(inputs) if compact is None else compact
     layout = replace(layout, template=_skeleton(z0))
     return Problem(fn, tuple(inputs), layout, compact, causal=front is not None), flat
 
 
-def _refuse_pairs(
+def _warn_of_one_dimension(z0: Any, n: int) -> None:
+    """Says how a z0 whose tensors (n,) are all of one dimension was read, to the caller of `solve`."""
+    one = isinstance(z0, Tensor)
+    warnings.warn(
+        f"{'z0' if one else 'every tensor of z0'} has shape ({n},), which is {n} problems of "
+        f"{'one unknown' if one else 'one unknown per tensor'} each: for one problem of {n} unknowns give z0[None], "
+        f"shape (1, {n}), and for {n} problems z0[:, None], shape ({n}, 1){'' if one else ', of each tensor'}",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _check_rest(gradient: Any, snapshots: Any, callback: Any, trace: Any, keep_history: Any) -> None:
+    """Raises for the arguments that `_prepare` does not look at."""
+    check_gradient(gradient)
+    if not isinstance(snapshots, (tuple, list)):
+        raise TypeError(f"snapshots must be a tuple of steps, got {type(snapshots).__name__}")
+    for k in snapshots:
+        check_count("snapshots", k, least=1)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    check_flag("trace", trace)
+    check_flag("keep_history", keep_history)
+
+
+def refuse_pairs(
     solver: Solver, gradient: Gradient | None, front: Front | None, history: History | None, keep_history: bool,
     snapshots: Sequence[int], empty: bool,
 ) -> None:  # fmt: skip
     """Raises for options that are each right, but do not go together."""
+    check_together(solver, front, keep_history or history is not None)
     searches = bool(getattr(solver, "line_search", 0))
     if isinstance(gradient, Unrolled):
         if snapshots:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_count, check_real
+from .memory import check_dense
 
 NORMS = ("rms", "l2", "max")
 
@@ -32,6 +33,7 @@ class Stop:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if isinstance(value, Tensor):
+                check_dense(name, value)
                 if not value.is_floating_point() or bool((~(value >= 0)).any()):
                     raise ValueError(f"{name} must be floating point and non-negative everywhere")
             elif isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -82,3 +84,5 @@ class Front:
         check_real("margin", self.margin)
         if not 0 <= self.margin <= 1:
             raise ValueError(f"margin must be in [0, 1], got {self.margin}")
+        if not isinstance(self.latest, bool):
+            raise TypeError(f"latest must be True or False, got {type(self.latest).__name__}")

@@ -47,6 +47,7 @@ def test_flags_are_read_each_step_on_the_cpu_and_seldom_on_a_gpu_unless_told():
         ({"window": 2.5}, TypeError, "window must be an int, got float"),
         ({"margin": 1.5}, ValueError, r"margin must be in \[0, 1\], got 1.5"),
         ({"margin": math.nan}, ValueError, "margin must be in"),
+        ({"latest": 1}, TypeError, "latest must be True or False, got int"),
     ],
 )
 def test_impossible_fronts_are_refused_by_name(keywords, kind, message):

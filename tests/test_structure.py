@@ -1,5 +1,6 @@
 """Nested states, empty batches, strides, and what is said of a state or a value of the wrong structure."""
 
+import warnings
 from collections import OrderedDict, defaultdict
 from typing import NamedTuple
 
@@ -185,10 +186,51 @@ def test_strides_of_state_inputs_and_value_do_not_matter():
     assert broadcast.converged.all()
 
 
+# One dimension
+
+
+@pytest.mark.filterwarnings("ignore:z0 has shape:UserWarning")
 def test_scalars_per_sample_are_a_state():
     solution = solve(torch.cos, torch.zeros(3, dtype=f64), gradient=None, stop=Stop(rtol=1e-12))
     assert solution.z.shape == (3,)
     torch.testing.assert_close(solution.z, torch.full((3,), 0.7390851332151607, dtype=f64), rtol=1e-11, atol=0)
+
+
+def told(z0, fn=torch.cos) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solve(fn, z0, gradient=None)
+    assert all(each.category is UserWarning and each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("n", [0, 1, 30])
+def test_a_first_guess_of_one_dimension_is_told_of_once_at_every_call(n):
+    message = (
+        f"z0 has shape ({n},), which is {n} problems of one unknown each: for one problem of {n} unknowns give "
+        f"z0[None], shape (1, {n}), and for {n} problems z0[:, None], shape ({n}, 1)"
+    )
+    for _ in range(2):
+        assert told(torch.zeros(n)) == [message]
+
+
+def test_a_structure_of_one_dimension_throughout_is_told_of_and_one_of_two_somewhere_is_not():
+    (message,) = told((torch.zeros(4), torch.zeros(4)), lambda z: (z[1], z[0]))
+    assert message.startswith("every tensor of z0 has shape (4,), which is 4 problems of one unknown per tensor each")
+    assert "z0[None]" in message
+    assert told((torch.zeros(4), torch.zeros(4, 1)), lambda z: z) == []
+    assert told([torch.zeros(4)], lambda z: z) != []
+
+
+def test_a_solution_of_one_dimension_is_told_of_as_a_first_guess_too():
+    with pytest.warns(UserWarning, match=r"z0\[None\]"):
+        solution = solve(torch.cos, torch.zeros(3), gradient=None)
+    assert len(told(solution)) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 30), (30, 1), (0, 3)])
+def test_a_first_guess_of_two_dimensions_is_not_told_of(shape):
+    assert told(torch.zeros(shape)) == []
 
 
 def test_the_solution_does_not_keep_the_first_guess_alive():

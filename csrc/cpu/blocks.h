@@ -77,8 +77,7 @@ void finish_block(const Batch<Scalar>& b, const Block& block, const Dots& dots, 
   }
   for (int which = 0; which < 2; ++which) {
     const double squares = h.squares[2 * at + which] = dots.squares(which);
-    const bool finite = squares - squares == 0;
-    norms[which] = norm == Norm::kSquares ? squares : finite ? dots.largest(which) : squares;
+    norms[which] = norm == Norm::kSquares ? squares : is_finite(squares) ? dots.largest(which) : squares;
   }
   h.count[at] = older + 1;
 }

@@ -49,10 +49,22 @@ void mix_rows_of(int differences, std::int64_t length, const Scalar* const* rows
   if constexpr (C < kMaxOlder) mix_rows_of<Scalar, past_cache, C + 1>(differences, length, rows, weight, ahead, out);
 }
 
-// Changes `rows` when a copy is needed.
+// Points the rows that only weights of zero would take past themselves, to the next one that is used, and returns how
+// many differences are left: 0 times infinity is NaN.
+template <class Scalar>
+int leave_out_unused(int differences, const double* weight, const Scalar** rows) {
+  while (differences > 0 && weight[differences - 1] == 0) --differences;
+  for (int a = differences - 1; a > 0; --a) {
+    if (weight[a - 1] == 0 && weight[a] == 0) rows[a] = rows[a + 1];
+  }
+  return differences;
+}
+
+// Changes `rows` where one is not used or a copy is needed.
 template <class Scalar>
 void mix_piece(std::int64_t length, int differences, Ahead ahead, bool past_cache, const Scalar** rows,
                const double* weight, Scalar* out) {
+  differences = leave_out_unused(differences, weight, rows);
   constexpr int line = kLine<Scalar>;
   const std::int64_t whole = length / line * line;
   if (past_cache && is_aligned(out)) {

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
+from ..memory import address
 from ..problem import Problem
 from ..step.backend import Backend
+from .untouched import Untouched
 
 
-def _holders(x: Tensor) -> int:
-    """References to the memory of x; more than it can have when torch does not say."""
+def _is_held(x: Tensor) -> bool:
+    """Whether anything but x itself refers to its memory: a view, an array, a storage; true when torch does not say."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return int(count(x.untyped_storage()._cdata)) if count is not None else _ALONE + 1
+    if count is None:
+        return True
+    storage = x.untyped_storage()
+    return int(count(storage._cdata)) > _ALONE or sys.getrefcount(storage) > _ALONE
 
 
-_ALONE = 2  # the tensor's own reference and that of asking
+_ALONE = 2  # the tensor and the storage, which its name and the counting call refer to
 
 
 class Batch:
@@ -31,9 +38,11 @@ class Batch:
         self.size = z0.shape[0]
         self.rows = torch.arange(self.size, device=z0.device)
         self.inputs = list(problem.inputs)
-        self.z = self.before = z
+        # In memory of its own, so that fn cannot reach what it comes from.
+        self.z = self.before = backend.buffer_like(z).copy_(z)
         self.full = backend.buffer_like(z0).copy_(z0)
-        self._buffers: list[Tensor] = []
+        self._buffers = [self.z]
+        self._calls = 0  # of fn
 
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f (n, T, D), contiguous, at the current iterates; wanted (n, T) bool: the blocks that are needed of it."""
@@ -43,12 +52,13 @@ class Batch:
         asked = wanted if self.problem.causal else None
         if partial and asked is not None:
             asked = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device).index_copy(0, self.rows, asked)
-        version = None if z.is_inference() else z._version
+        self._calls += 1
+        given = Untouched(z, self.inputs, self._calls)
         f = self.problem(z, self.inputs, asked)
-        if version is not None and z._version != version:
-            raise ValueError("fn must not change its argument z in place")
+        given.check()
         if f.shape[0] != z.shape[0]:
             raise ValueError(f"the value of fn must have {z.shape[0]} samples like its argument, got {f.shape[0]}")
+        address(f, "the value of fn")
         return f[self.rows] if partial else f
 
     def store(self, at: Tensor, z: Tensor) -> None:
@@ -78,7 +88,7 @@ class Batch:
         if not self.z.is_cpu:  # another stream may still read what Python has let go
             return torch.empty_like(self.z)
         for buffer in self._buffers:
-            unused = buffer is not self.z and buffer is not self.before and _holders(buffer) <= _ALONE
+            unused = buffer is not self.z and buffer is not self.before and not _is_held(buffer)
             if unused and buffer.shape == self.z.shape:
                 return buffer
         buffer = self.backend.buffer_like(self.z)

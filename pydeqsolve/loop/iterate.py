@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,9 +48,26 @@ def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
     Telling the compiler so imports it, which takes as long as importing torch; where nothing is compiled, nothing is
     told.
     """
+    if torch.is_inference_mode_enabled():
+        return _counting_versions(problem, z0, **options)
     if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
         return _out_of_sight()(problem, z0, **options)
     return loop(problem, z0, **options)
+
+
+def _counting_versions(problem: Problem, z0: Tensor, *, callback: Callback | None = None, **options: Any) -> Outcome:
+    """`iterate` outside of inference mode, in which a change in place is not counted; fn and callback stay in it."""
+
+    def within(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*given: Any, **keywords: Any) -> Any:
+            with torch.inference_mode():
+                return function(*given, **keywords)
+
+        return called
+
+    with torch.inference_mode(False):
+        told = None if callback is None else within(callback)
+        return iterate(replace(problem, fn=within(problem.fn)), z0, callback=told, **options)
 
 
 @functools.cache
@@ -99,7 +116,7 @@ def loop(
     )
     return Outcome(
         batch.full, left["best"].clone(), evaluations, status, steps, rejections, rank_losses,
-        None if watching is None else watching.stacked(z0), [seen.seen.get(k, batch.full) for k in snapshots], kept,
+        None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
     )  # fmt: skip
 
 
@@ -108,16 +125,12 @@ def assemble(
     keep_history: bool,
 ) -> tuple[Batch, Step]:  # fmt: skip
     """The parts of one solve: the only place that knows which options exist, and which do not go together."""
+    check_together(solver, front, keep_history or history is not None)
     method, line_search = solver.method(), getattr(solver, "line_search", 0)
-    if front is not None and (keep_history or history is not None):
-        raise ValueError("front must be None with a history: its blocks finish at places of their own")
-    if line_search and (front is not None or keep_history or history is not None):
-        raise ValueError("line_search must be 0 with a front or a history")
     B, T, D = z0.shape
     ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
     backend = choose(ring)
-    z = z0.contiguous() if history is None else history.z.clone()
-    batch = Batch(problem, z0, z, backend)
+    batch = Batch(problem, z0, z0 if history is None else history.z, backend)
     judge = _judge(batch, stop, front, solver.safeguard if method.memory else 0.0, line_search)
     if history is not None:
         judge.samples["steps"] = (history.since - 1).clamp_min(0)
@@ -126,6 +139,14 @@ def assemble(
     if isinstance(backend, NativeCPU) and type(judge) is SampleJudge:
         return batch, FusedStep(backend, judge)
     return batch, Step(backend, judge)
+
+
+def check_together(solver: Solver, front: Front | None, with_history: bool) -> None:
+    """Raises ValueError for options of the loop that are each right, but do not go together."""
+    if front is not None and with_history:
+        raise ValueError("front must be None with a history: its blocks finish at places of their own")
+    if getattr(solver, "line_search", 0) and (front is not None or with_history):
+        raise ValueError("line_search must be 0 with a front or a history")
 
 
 def _judge(batch: Batch, stop: Stop, front: Front | None, safeguard: float, line_search: int) -> SampleJudge:

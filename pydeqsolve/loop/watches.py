@@ -41,14 +41,18 @@ class Trace:
 class Snapshots:
     """Keeps the iterates of chosen steps; of samples that have finished before, what the solution will hold."""
 
-    def __init__(self, at: Sequence[int]) -> None:
-        self.at = at
-        self.seen: dict[int, Tensor] = {}
+    def __init__(self, steps: Sequence[int]) -> None:
+        self._steps = steps
+        self._seen: dict[int, Tensor] = {}
 
     def __call__(self, step: int, batch: Batch, judge: SampleJudge) -> None:
-        if step in self.at:
+        if step in self._steps:
             samples = judge.samples
-            self.seen[step] = batch.current(samples.running | (samples["fresh"] != 0))
+            self._seen[step] = batch.current(samples.running | (samples["fresh"] != 0))
+
+    def at(self, step: int, z: Tensor) -> Tensor:
+        """The iterate of `step`, z where the solve had ended by then; no two in one memory."""
+        return self._seen.get(step, z).clone()
 
 
 def calling(callback: Callback) -> Watch:

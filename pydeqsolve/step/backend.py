@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import address
 from ..stop import Front
 from . import native, reference
 from .records import Records
@@ -27,7 +28,8 @@ def choose(ring: Ring, fresh: bool = True) -> Backend:
     """
     native.warn_once()
     R = ring.R
-    native.address(R), native.address(ring.F)
+    for name, x in ring.tensors().items():
+        address(x, f"{name} of the history")
     numbers = native.layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
     handle = native.bind(numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
     if handle is None:
@@ -175,15 +177,17 @@ class NativeCUDA(Native):
 
 
 def _check(ring: Ring, f: Tensor, z: Tensor) -> None:
-    """Raises ValueError unless f and z are what the kernels will take them for: they get addresses alone."""
+    """Raises ValueError unless f and z are what the kernels will take them for: they get addresses alone.
+
+    Whether memory lies there was checked where the tensors came from (`memory.address`); no address is a TypeError.
+    """
     R, dtype, shape = ring.R, ring.dtype, f.shape
     _, _, T, D = R.shape
     if not (
         f.dtype == z.dtype == dtype and f.get_device() == z.get_device() == R.get_device()
-        and f.is_contiguous() and z.is_contiguous()
+        and f.is_contiguous() and z.is_contiguous() and not f.is_neg() and not z.is_neg()
     ):  # fmt: skip
         got = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("f", f), ("z", z)))
         raise ValueError(f"f and z must be contiguous {dtype} on {R.device}, got {got}")
     if shape != z.shape or len(shape) != 3 or shape[1] != T or shape[2] != D:
         raise ValueError(f"f and z must have shape (n, {T}, {D}), got {tuple(shape)}")
-    native.address(f), native.address(z)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import stop
+from ..memory import address
 from .records import Records
 from .ring import COUPLINGS, STORAGES, Ring
 from .rules import Rule
@@ -99,16 +100,6 @@ def bind(
 def _history(*numbers: Any) -> Any:
     """Numbers and addresses, copied once for all calls that name the same ones, whatever lies there by then."""
     return _native.Ring(*numbers)
-
-
-def address(x: Tensor) -> int:
-    """The address of x. Raises NotImplementedError for tensors that have none, as inside a transform of torch.func."""
-    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise NotImplementedError(f"tensors without memory of their own ({type(x).__name__}) are not supported")
-    try:
-        return x.data_ptr()
-    except RuntimeError as error:
-        raise NotImplementedError("solve inside a torch.func transform is not supported") from error
 
 
 def measure_bound(

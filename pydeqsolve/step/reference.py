@@ -107,12 +107,13 @@ def mix(ring: Ring, gamma: Tensor, mode: Tensor, z: Tensor, rows: Tensor, count:
     ages = [(head - a) % M for a in range(M)]
     F, R = ring.F[rows][:, ages].double(), ring.R[rows][:, ages].double()
     undamped = 1 - ring.damping
-    damped = F - undamped * R  # (n, M, T, D)
+    damped = F - undamped * R if undamped else F  # (n, M, T, D); 0 times infinity is NaN
     used = torch.arange(M, device=z.device)[None, None] < (count - 1)[..., None]
     difference = damped - damped.roll(-1, dims=1)
     x = damped[:, 0]
     for a in range(M - 1):
-        x = torch.where(used[..., a, None], x - gamma[..., a, None] * difference[:, a], x)
+        weight = gamma[..., a, None]
+        x = torch.where(used[..., a, None] & (weight != 0), x - weight * difference[:, a], x)
     choices = {MIX: x, REJECT: damped[:, 1 % M], PLAIN: damped[:, 0], ACCEPT: F[:, 0]}
     out = z.double()
     for what, value in choices.items():
@@ -142,8 +143,12 @@ def _solve_positive(A: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]
 
 
 def _solve_general(A: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Elimination with complete pivoting, cut off at the numerical rank. A (K, m, m), b (K, m); ridge is unused."""
+    """Elimination with complete pivoting, cut off at the numerical rank. A (K, m, m), b (K, m); ridge is unused.
+
+    Differences that are not finite get weight 0.
+    """
     K, m = b.shape
+    A, b = _without_infinite(A, b)
     rows, each = torch.arange(K, device=A.device), torch.arange(m, device=A.device)
     largest = A.abs().amax(2)
     factor = torch.where(largest > 0, 1 / largest, 0.0)
@@ -173,3 +178,11 @@ def _solve_general(A: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     U = torch.where(inside[:, :, None] & inside[:, None, :], A.triu(), identity)
     x = torch.linalg.solve_triangular(U, torch.where(inside, b, 0.0)[..., None], upper=True)[..., 0]
     return torch.zeros_like(x).scatter(1, order, torch.where(inside, x, 0.0)) * scale, rank
+
+
+def _without_infinite(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A (K, m, m) and b (K, m), zero at differences whose diagonal entry is not finite; all zero if others are not."""
+    sound = A.diagonal(dim1=1, dim2=2).isfinite()
+    A, b = torch.where(sound[:, :, None] & sound[:, None, :], A, 0.0), torch.where(sound, b, 0.0)
+    whole = A.isfinite().all(2).all(1) & b.isfinite().all(1)
+    return torch.where(whole[:, None, None], A, 0.0), torch.where(whole[:, None], b, 0.0)

@@ -63,10 +63,13 @@ class Ring:
         """The left vectors of the small system are iterate differences s (else residual differences y)."""
         return self.kind in ("anderson I", "broyden good")
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it holds, by name."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+
     def clone(self) -> Ring:
         """A ring with tensors of its own."""
         other = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(other, name, value.clone())
+        for name, x in self.tensors().items():
+            setattr(other, name, x.clone())
         return other

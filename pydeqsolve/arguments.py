@@ -1,0 +1,58 @@
+"""Argument checks: what each must be, said by its name at the public entry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .step.ring import Method
+from .stop import Stop
+
+
+def check_solver(solver: Any) -> None:
+    """Raises TypeError unless `solver` is a forward solver: an object, not its class, whose method() is a `Method`."""
+    method = None if isinstance(solver, type) else getattr(solver, "method", None)
+    if not callable(method) or not hasattr(solver, "safeguard") or not isinstance(method(), Method):
+        raise TypeError(f"solver must be Anderson(), Broyden() or Picard(), got {_words(solver)}")
+
+
+def check_stop(stop: Any) -> None:
+    """Raises TypeError unless `stop` is a `Stop`."""
+    if not isinstance(stop, Stop):
+        raise TypeError(f"stop must be a Stop, got {_words(stop)}")
+
+
+def check_gradient(gradient: Any) -> None:
+    """Raises TypeError unless `gradient` is a way to differentiate, not its class, or None."""
+    if gradient is not None and (isinstance(gradient, type) or not callable(getattr(gradient, "attach", None))):
+        raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {_words(gradient)}")
+
+
+def check_inputs(inputs: Any, B: int, device: torch.device) -> None:
+    """Raises unless `inputs` is a tuple or list of tensors (B, …) on `device`."""
+    if isinstance(inputs, Tensor):
+        raise TypeError("inputs must be a tuple or list of tensors, got a tensor: write inputs=(x,)")
+    if not isinstance(inputs, (tuple, list)):
+        raise TypeError(f"inputs must be a tuple or list of tensors, got {type(inputs).__name__}")
+    for i, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inputs[{i}] must be a tensor, got {type(x).__name__}")
+        if x.dim() == 0 or x.shape[0] != B:
+            raise ValueError(f"inputs[{i}] must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"inputs[{i}] must be on {device} like z0, got {x.device}")
+
+
+def check_cell(cell: Any) -> None:
+    """Raises TypeError unless `cell` is a module or a function, not a class."""
+    if isinstance(cell, type) or not callable(cell):
+        raise TypeError(f"cell must be a module called as cell(z, *inputs), got {_words(cell)}")
+
+
+def _words(value: Any) -> str:
+    """`value` as an error names it."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}: write {value.__name__}()"
+    return repr(value) if isinstance(value, str) else type(value).__name__

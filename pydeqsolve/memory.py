@@ -1,0 +1,65 @@
+"""Where the entries of a tensor lie: the kernels are given addresses alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the entries of x, whatever lies there, are one after the other as they are read."""
+    return x.layout is torch.strided and not x.is_nested and not x.is_neg() and x.is_contiguous()
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Raises TypeError unless x is a dense tensor with memory of its own, all of it there.
+
+    Values inside a transform of torch.func pass: what they stand for has memory; `address` refuses them.
+    """
+    if torch.compiler.is_compiling():
+        return
+    what = _instead_of_dense(x)
+    if what:
+        raise TypeError(f"{name} must be a dense tensor with memory of its own, got {what}")
+
+
+def address(x: Tensor, name: str = "a tensor") -> int:
+    """The address of x, whose entries lie there as they are.
+
+    Raises TypeError as `check_dense`, and where entries are to be negated when they are read (`x.is_neg()`);
+    NotImplementedError inside a transform of torch.func.
+    """
+    try:
+        start = x.data_ptr()
+        plain = type(x) is Tensor and start and is_plain(x)
+        if plain and x.untyped_storage().nbytes() >= x.nbytes + x.storage_offset() * x.itemsize:
+            return start
+    except RuntimeError as error:
+        check_dense(name, x)
+        raise NotImplementedError(f"solve inside a torch.func transform is not supported ({name})") from error
+    check_dense(name, x)
+    if x.is_neg():
+        raise TypeError(f"{name} must not be negated lazily: take its resolve_neg()")
+    return start
+
+
+def _instead_of_dense(x: Tensor) -> str:
+    """What x is instead of a dense tensor with memory; empty where it is one, or stands for one in a transform."""
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {type(x).__name__}"
+    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+        return f"a {'nested' if x.is_nested else 'quantized' if x.is_quantized else x.layout} tensor"
+    if x.is_meta or x._is_zerotensor() or torch._is_functional_tensor(x):
+        return "one on the meta device" if x.is_meta else "zeros or values that were never stored"
+    size = x.numel()
+    if not size:
+        return ""
+    try:
+        start, held = x.data_ptr(), x.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):
+        return ""
+    if not x.is_contiguous():
+        size = 1 + sum(stride * (n - 1) for stride, n in zip(x.stride(), x.shape, strict=True))
+    if not start or (x.storage_offset() + size) * x.element_size() > held:
+        return f"one of shape {tuple(x.shape)} whose storage holds {held} bytes"
+    return ""

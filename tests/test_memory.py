@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pydeqsolve.operators  # noqa: F401 - registers them
 from pydeqsolve import DEQ, Anderson, Broyden, Phantom, Picard, Status, Stop, solve
+from pydeqsolve.step import native
 from pydeqsolve.step.records import PLAIN
 from pydeqsolve.step.ring import KINDS, Method, Ring
 
@@ -272,7 +273,7 @@ def test_an_operator_refuses_zeros_that_were_never_stored():
 
 
 def test_without_kernels_an_operator_refuses_the_same(monkeypatch):
-    monkeypatch.setattr(ops, "_native", None)
+    monkeypatch.setattr(native, "_native", None)
     for operator, given in of_the_operators():
         gone = given["z"].clone()
         gone.untyped_storage().resize_(0)

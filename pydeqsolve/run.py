@@ -42,7 +42,7 @@ class Run:
         self.ring = Ring(self.method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
         ops.start(self.ring)
         line_search = getattr(solver, "line_search", 0)
-        # A line search goes back along the step, where the safeguard would throw the history away.
+        # A line search goes back along a step at which the safeguard would throw the history away.
         safeguard = (torch.inf if line_search else solver.safeguard) if self.method.memory else 0.0
         self.monitor: Monitor | FrontMonitor
         if front is None:
@@ -56,7 +56,7 @@ class Run:
         self.z = z0.to(self.ring.dtype).contiguous() if history is None else history.z.clone()  # (n, T, D)
         if history is not None:
             self.monitor["steps"] = (history.since - 1).clamp_min(0)
-        self.search = LineSearch(line_search, self.z) if line_search else None
+        self.search = LineSearch(line_search, solver.safeguard, self.z) if line_search else None
         # (B, T, D): finished samples; of the others the iterate of least residual that has been left behind, else z0.
         self.full = ops.buffer_like(z0).copy_(z0)
         self.before = self.z  # (n, T, D): the previous iterate
@@ -127,7 +127,7 @@ class Run:
         if left_behind is None or left_behind > 0:
             self._keep_best()
         if self.search is not None:
-            mode = self.search.judge(self.monitor, self.z, mode)
+            mode = self.search.judge(self.monitor, self.z, f, self.ring.count[self.rows], mode)
             self.finished = None
         if self.history is not None:
             self.history.note(self.rows, self.monitor.running)

@@ -233,7 +233,7 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";

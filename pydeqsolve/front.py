@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops
 from .monitor import RUNNING, Monitor
 from .ops import ACCEPT, KEEP, MIX, REJECT
-from .solution import Status
+from .status import Status
 from .stop import Front, Stop
 
 BLOCK_COLUMNS = ("previous", "steps", "residual", "done", "rtol", "atol")  # csrc/judge.h, Block
@@ -81,15 +81,15 @@ class FrontMonitor(Monitor):
     def _judge_blocks(self, residual: Tensor, size: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """The rules, in the order of csrc/judge.h; residual and size (n, T)."""
         running = self.running
-        finite = residual < torch.inf
+        finite = (residual < torch.inf) & (size < torch.inf)
         done, block_residual = self.block("done") != 0, torch.where(wanted, residual, self.block("residual"))
         tolerance = self.block("atol") + self.block("rtol") * size
         before = torch.nn.functional.pad(done, (1, 0), value=True)[:, :-1]
         first = before & ~done  # done is a leading run, so this is one block of each unfinished sample
-        small = wanted & finite & (residual <= self.front.margin * tolerance)
+        small = wanted & finite & ~(residual > self.front.margin * tolerance)
         run = (done | small).cumprod(1).bool() & ~done
         alone = (run.sum(1) <= 1)[:, None] & first & wanted & finite
-        within = done | (wanted & finite & (residual <= tolerance))
+        within = done | (wanted & finite & ~(residual > tolerance))
         within[:, -1] |= alone[:, -1]  # where others follow, they were measured at a z that is about to move
         converged = within.all(1) & running
         # When the rest converges as it stands, it stays as it was measured; only a last block may still move.

@@ -12,32 +12,48 @@ from torch import Tensor
 from . import ops
 from .ops import KEEP, MIX, REJECT
 from .ring import Ring
-from .solution import Status
+from .status import Status
 from .stop import Stop
 
 FLAT_STEPS = 10  # steps without change after which a residual is called stalled
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
+GROWTH = 2.0**104  # of the residual, that float64 does not recover from
 RUNNING = -1
 COLUMNS = (  # csrc/judge.h, Record
     "best", "previous", "flat", "steps", "status", "evaluations", "rejections", "rank_losses", "judged", "improved",
-    "fresh", "left_behind", "residual", "rtol", "atol",
+    "fresh", "left_behind", "residual", "rtol", "atol", "size", "recent", "recent_size", "earlier", "earlier_size",
+    "unknowns", "floor",
 )  # fmt: skip
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> float:
+    """The unit of rounding that fn computes in: that of the state, or of autocast where that is on and coarser."""
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
+        return eps
+    return max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
 
 
 class Monitor:
     """What is known of n samples: a table (n, len(COLUMNS)) float64, one row per sample.
 
-    best, previous: residuals. flat: steps without change. steps: since the last restart. status: RUNNING or a Status.
-    judged: took part in the last measurement. improved: which was its best. fresh: its best iterate is the latest one.
-    left_behind: its best iterate is the one before the latest.
+    best, previous: residuals, least and last taken; size: ‖f‖ at the best. flat: steps without change. steps: since the
+    last restart. status: RUNNING or a Status. judged: took part in the last measurement. improved: which was its best.
+    fresh: its best iterate is the latest one. left_behind: its best iterate is the one before the latest. recent,
+    earlier: best as it was at the last two powers of two of `evaluations`, with the sizes. unknowns: entries of the
+    sample. floor: residuals within so much of ‖f‖ are rounding.
     """
 
-    def __init__(self, n: int, stop: Stop, dtype: torch.dtype, device: torch.device, safeguard: float) -> None:
+    def __init__(
+        self, n: int, stop: Stop, dtype: torch.dtype, device: torch.device, safeguard: float, unknowns: int = 0
+    ) -> None:
         self.stop, self.safeguard = stop, safeguard
         self.eps = torch.finfo(dtype).eps
         self.table = torch.zeros(n, len(COLUMNS), dtype=torch.float64, device=device)
-        self["best"] = self["previous"] = self["residual"] = torch.inf
+        for name in ("best", "previous", "residual", "recent", "earlier"):
+            self[name] = torch.inf
         self["status"] = RUNNING
+        self["unknowns"], self["floor"] = unknowns, ROUNDING * precision(dtype, device)
         for name in ("rtol", "atol"):
             tolerance = getattr(stop, name)
             if not isinstance(tolerance, Tensor):
@@ -90,31 +106,33 @@ class Monitor:
     def _judge(self, residual: Tensor, size: Tensor, lost: Tensor) -> Tensor:
         """The rules, in the order of csrc/judge.h; residual, size and lost (n,)."""
         running, previous, steps = self.running, self["previous"].clone(), self["steps"].clone()
-        finite = residual < torch.inf
-        converged = residual <= self["atol"] + self["rtol"] * size
+        finite = (residual < torch.inf) & (size < torch.inf)  # a size that overflows would excuse any residual
+        converged = finite & ~(residual > self["atol"] + self["rtol"] * size)
         accelerated = (steps >= 2) & (self.safeguard > 0)
         blew_up = accelerated & ~(finite & (residual <= self.safeguard * previous)) & running
-        improved = (residual < self["best"]) & running
+        improved = finite & (residual < self["best"]) & running
         unchanged = (residual - previous).abs() <= 4 * self.eps * residual
-        at_floor = (residual <= ROUNDING * self.eps * size) & ~improved
+        at_floor = residual <= self["floor"] * size
         best = torch.where(improved, residual, self["best"])
         exploded = previous > 1e3 * best
-        flat = torch.where(unchanged | at_floor, self["flat"] + 1, 0.0)
+        flat = torch.where((unchanged | at_floor) & ~improved, self["flat"] + 1, 0.0)
 
-        status = torch.where(flat >= FLAT_STEPS, float(Status.STALLED), float(RUNNING))
-        status = torch.where(finite & (residual > best / self.eps**2), float(Status.DIVERGED), status)
+        # A causal map may pass its residual on, unchanged, through as many steps as there are unknowns.
+        stalled = flat >= FLAT_STEPS + torch.where(at_floor, 0.0, self["unknowns"])
+        status = torch.where(stalled, float(Status.STALLED), float(RUNNING))
+        status = torch.where(finite & ~blew_up & (residual > best * GROWTH), float(Status.DIVERGED), status)
         broken = torch.where(exploded, float(Status.DIVERGED), float(Status.NONFINITE))
         status = torch.where(finite | blew_up, status, broken)
-        status = torch.where(converged & finite, float(Status.CONVERGED), status)
+        status = torch.where(converged, float(Status.CONVERGED), status)
         status = torch.where(running, status, self["status"])
         going = status == RUNNING
         # What is returned is the iterate that met the tolerance, even where ‖f‖ was smaller before.
-        met = running & converged & finite
+        met = running & converged
         improved, best = improved | met, torch.where(met, residual, best)
         fresh = self["fresh"] != 0
         changes = {
             "best": best,
-            "previous": torch.where(running & finite, residual, previous),
+            "previous": torch.where(running & finite & ~blew_up, residual, previous),
             "flat": torch.where(running, flat, self["flat"]),
             "steps": torch.where(running, torch.where(blew_up, 0.0, steps + 1), steps),
             "status": status,
@@ -126,10 +144,20 @@ class Monitor:
             "left_behind": fresh & ~improved & running,
             "fresh": torch.where(running, improved, fresh),
             "residual": residual,
+            "size": torch.where(improved, size, self["size"]),
         }
         for name, value in changes.items():
             self[name] = value
+        self._mark(running)
         return torch.where(going, torch.where(blew_up, REJECT, MIX), KEEP).to(torch.uint8)
+
+    def _mark(self, running: Tensor) -> None:
+        """Moves recent to earlier and best to recent, at every evaluation whose number is a power of two."""
+        count = self["evaluations"].long()
+        now = running & ((count & (count - 1)) == 0)
+        for old, new in (("earlier", "recent"), ("earlier_size", "recent_size"), ("recent", "best"),
+                         ("recent_size", "size")):  # fmt: skip
+            self[old] = torch.where(now, self[new], self[old])
 
     def expire(self) -> None:
         """Ends what is still running for want of budget: MAX_STEPS, or DIVERGED when the residual had grown a lot."""

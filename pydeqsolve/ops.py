@@ -49,7 +49,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 9  # csrc/bindings.cpp
+INTERFACE = 10  # csrc/bindings.cpp
 
 
 _native: Any

@@ -10,10 +10,11 @@ from torch import Tensor
 from . import ops
 from .front import FrontMonitor
 from .history import History
-from .monitor import Monitor
+from .monitor import COLUMNS, Monitor
 from .ring import Ring
 from .search import LineSearch
-from .solution import Solution, Status
+from .solution import Solution
+from .status import Course, Status
 from .stop import Front, Stop
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Run:
         safeguard = (torch.inf if line_search else solver.safeguard) if self.method.memory else 0.0
         self.monitor: Monitor | FrontMonitor
         if front is None:
-            self.monitor = Monitor(B, stop, z0.dtype, z0.device, safeguard)
+            self.monitor = Monitor(B, stop, z0.dtype, z0.device, safeguard, T * D)
         else:
             self.monitor = FrontMonitor(B, T, front, stop, z0.dtype, z0.device, safeguard)
         self.result = Monitor(B, stop, z0.dtype, z0.device, safeguard)  # what finished samples leave behind
@@ -243,6 +244,8 @@ class Run:
         history = None if self.history is None else (self.earlier if self.earlier is not None else self.history.seal())
         if history is not None:
             ops.release(history.ring)
-        return Solution(
+        solution = Solution(
             self.full, r["best"].clone(), evaluations, status, steps, rejections, rank_losses, history=history
         )
+        solution.course = Course(r.table, COLUMNS, self.full.dtype)
+        return solution

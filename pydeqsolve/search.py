@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .monitor import RUNNING, Monitor
 from .ops import MIX, REJECT
-from .solution import Status
+from .status import Status
 
 ABOVE_LEAST = 3.0  # safeguards above the least residual so far: growth that repeats is growth without bound
 

@@ -1,4 +1,5 @@
-// The one pybind11 file. Tensors arrive as addresses; pydeqsolve/ops.py has checked dtype, device and contiguity.
+// The one pybind11 file. Tensors arrive as addresses; pydeqsolve/step/backend.py has checked dtype, device and
+// contiguity.
 #include <pybind11/pybind11.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -145,13 +146,20 @@ std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
 }
 #endif
 
+template <std::size_t N>
+py::tuple tuple_of(const char* const (&names)[N]) {
+  py::tuple out(N);
+  for (std::size_t i = 0; i < N; ++i) out[i] = names[i];
+  return out;
+}
+
 }  // namespace
 
-// Counts the changes of what is bound below; pydeqsolve/ops.py has the same number and refuses another.
-constexpr int kInterface = 9;
+// Counts the changes of what is bound below; pydeqsolve/step/native.py has the same number and refuses another.
+constexpr int kInterface = 10;
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native step of pydeqsolve; called by pydeqsolve.ops alone.";
+  m.doc() = "Native step of pydeqsolve; called by pydeqsolve.step.native alone.";
   py::class_<Ring>(m, "Ring").def(
       py::init([](int storage, int slots, int kind, double eps, std::int64_t samples, std::int64_t blocks,
                   std::int64_t features, std::int64_t sample_stride, std::int64_t slot_stride, Address R, Address F,
@@ -188,8 +196,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("use_large_pages", &use_large_pages);
   m.def("judge", &judge_samples);
   m.def("judge_front", &judge_front_samples);
-  m.attr("RECORD") = sizeof(Record) / sizeof(double);
-  m.attr("BLOCK") = sizeof(Block) / sizeof(double);
+#define PYDEQSOLVE_NAME(name) #name,
+  constexpr const char* record[] = {PYDEQSOLVE_RECORD(PYDEQSOLVE_NAME)};
+  constexpr const char* block[] = {PYDEQSOLVE_BLOCK(PYDEQSOLVE_NAME)};
+#undef PYDEQSOLVE_NAME
+  m.attr("SAMPLE") = tuple_of(record);
+  m.attr("BLOCK") = tuple_of(block);
   m.def("cpu_isa", &cpu_isa);
   m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
 #if defined(PYDEQSOLVE_WITH_CUDA)

@@ -1,4 +1,4 @@
-// One sample's judgement after a measurement. pydeqsolve/monitor.py says the same in PyTorch, for devices without
+// One sample's judgement after a measurement. pydeqsolve/step/rules.py says the same in PyTorch, for devices without
 // kernels; a test holds the two together.
 #pragma once
 #include <cmath>
@@ -8,10 +8,18 @@
 
 namespace pydeqsolve {
 
-// A row of the monitor's table: doubles, in the order of `COLUMNS` in monitor.py.
+// Columns of the records of samples and blocks, doubles; pydeqsolve/step/records.py says what each is, and the module
+// is not loaded where it has others.
+#define PYDEQSOLVE_RECORD(X)                                                                                           \
+  X(best)                                                                                                              \
+  X(previous)                                                                                                          \
+  X(flat) X(steps) X(status) X(evaluations) X(rejections) X(rank_losses) X(judged) X(improved) X(fresh) X(left_behind) \
+      X(residual) X(rtol) X(atol) X(size) X(recent) X(recent_size) X(earlier) X(earlier_size) X(unknowns) X(floor)
+#define PYDEQSOLVE_BLOCK(X) X(previous) X(steps) X(residual) X(done) X(rtol) X(atol)
+#define PYDEQSOLVE_COLUMN(name) double name;
+
 struct Record {
-  double best, previous, flat, steps, status, evaluations, rejections, rank_losses, judged, improved, fresh,
-      left_behind, residual, rtol, atol;
+  PYDEQSOLVE_RECORD(PYDEQSOLVE_COLUMN)
 };
 
 struct Judgement {
@@ -24,7 +32,7 @@ struct Judgement {
 enum Status : int { kRunning = -1, kConverged = 0, kMaxSteps = 1, kStalled = 2, kDiverged = 3, kNonfinite = 4 };
 
 constexpr int kFlatSteps = 10;
-constexpr double kRounding = 8;
+constexpr double kGrowth = 20282409603651670423947251286016.0;  // 2^104, growth that float64 does not recover from
 
 PYDEQSOLVE_HD static inline Mode judge(Record& s, double residual, double size, bool lost_rank, const Judgement& rule) {
   s.residual = residual;
@@ -32,30 +40,36 @@ PYDEQSOLVE_HD static inline Mode judge(Record& s, double residual, double size, 
   s.judged = s.status == kRunning;
   s.left_behind = s.improved = 0;
   if (!s.judged) return kKeep;
-  const bool finite = residual < INFINITY;
+  const bool finite = residual < INFINITY && size < INFINITY;  // a size that overflows would excuse any residual
   const bool accelerated = rule.safeguard > 0 && s.steps >= 2;
   const bool blew_up = accelerated && !(finite && residual <= rule.safeguard * s.previous);
-  s.improved = residual < s.best;
+  s.improved = finite && residual < s.best;
   const bool unchanged = magnitude(residual - s.previous) <= 4 * rule.eps * residual;
-  const bool at_floor = residual <= kRounding * rule.eps * size && s.improved == 0;
-  s.flat = unchanged || at_floor ? s.flat + 1 : 0;
-  if (s.improved != 0) s.best = residual;
+  const bool at_floor = residual <= s.floor * size;
+  s.flat = (unchanged || at_floor) && s.improved == 0 ? s.flat + 1 : 0;
+  if (s.improved != 0) s.best = residual, s.size = size;
   const bool exploded = s.previous > 1e3 * s.best;
-  if (s.flat >= kFlatSteps) s.status = kStalled;
-  if (finite && residual > s.best / (rule.eps * rule.eps)) s.status = kDiverged;
+  // A causal map may pass its residual on, unchanged, through as many steps as there are unknowns.
+  if (s.flat >= kFlatSteps + (at_floor ? 0 : s.unknowns)) s.status = kStalled;
+  if (finite && !blew_up && residual > s.best * kGrowth) s.status = kDiverged;
   if (!finite && !blew_up) s.status = exploded ? kDiverged : kNonfinite;
-  if (finite && residual <= s.atol + s.rtol * size) {
+  if (finite && !(residual > s.atol + s.rtol * size)) {  // an infinite rtol takes any residual, of size 0 too
     s.status = kConverged;
     s.improved = 1;  // what is returned is the iterate that met the tolerance, even where ||f|| was smaller before
-    s.best = residual;
+    s.best = residual, s.size = size;
   }
   const bool running = s.status == kRunning;
   s.evaluations += 1;
   s.rejections += blew_up && running;
-  if (finite) s.previous = residual;
+  if (finite && !blew_up) s.previous = residual;
   s.steps = blew_up ? 0 : s.steps + 1;
   s.left_behind = s.fresh != 0 && s.improved == 0;
   s.fresh = s.improved;
+  const std::int64_t count = static_cast<std::int64_t>(s.evaluations);
+  if ((count & (count - 1)) == 0) {
+    s.earlier = s.recent, s.earlier_size = s.recent_size;
+    s.recent = s.best, s.recent_size = s.size;
+  }
   return !running ? kKeep : blew_up ? kReject : kMix;
 }
 
@@ -89,9 +103,9 @@ static inline Counts judge_all(std::int64_t n, std::int64_t T, const double* nor
   return counts;
 }
 
-// A block of a sample that is solved from the front: doubles, in the order of `BLOCK_COLUMNS` in front.py.
+// A block of a sample that is solved from the front.
 struct Block {
-  double previous, steps, residual, done, rtol, atol;
+  PYDEQSOLVE_BLOCK(PYDEQSOLVE_COLUMN)
 };
 
 struct FrontRule {
@@ -120,6 +134,7 @@ static inline double total_of(const Block* blocks, std::int64_t T, int norm) {
 static inline void judge_front(Record& s, Block* blocks, std::int64_t T, const double* norms, const bool* wanted,
                                const FrontRule& rule, std::uint8_t* mode, bool* broken, bool* open) {
   const auto root = [&](double x) { return rule.norm == 2 ? x : std::sqrt(rule.norm == 1 ? x : x / rule.entries); };
+  const auto sound = [&](std::int64_t t) { return root(norms[2 * t]) < INFINITY && root(norms[2 * t + 1]) < INFINITY; };
   const bool running = s.status == kRunning;
   std::int64_t front = 0;
   while (front < T && blocks[front].done != 0) ++front;
@@ -128,14 +143,14 @@ static inline void judge_front(Record& s, Block* blocks, std::int64_t T, const d
   for (std::int64_t t = front; t < T; ++t) {
     Block& b = blocks[t];
     const double r = root(norms[2 * t]), tolerance = b.atol + b.rtol * root(norms[2 * t + 1]);
-    const bool measured = wanted[t] && r < INFINITY;
+    const bool measured = wanted[t] && sound(t);
     if (wanted[t]) b.residual = r;
-    leading = leading && measured && r <= rule.margin * tolerance;
+    leading = leading && measured && !(r > rule.margin * tolerance);
     if (leading) reach = t + 1;
-    within = within && measured && (r <= tolerance || (t == front && t + 1 == T));  // that one becomes exact
+    within = within && measured && (!(r > tolerance) || (t == front && t + 1 == T));  // that one becomes exact
   }
-  const bool exact = front < T && wanted[front] && root(norms[2 * front]) < INFINITY && reach - front <= 1;
-  const bool lost = front < T && wanted[front] && !(root(norms[2 * front]) < INFINITY);
+  const bool exact = front < T && wanted[front] && sound(front) && reach - front <= 1;
+  const bool lost = front < T && wanted[front] && !sound(front);
   const bool converged = within, whole = converged && front + 1 < T;
   const double before = total_of(blocks, T, rule.norm);
   if (exact && (rule.latest || !whole)) blocks[front].residual = 0;
@@ -146,7 +161,7 @@ static inline void judge_front(Record& s, Block* blocks, std::int64_t T, const d
   for (std::int64_t t = 0; t < T; ++t) {
     Block& b = blocks[t];
     const double r = root(norms[2 * t]);
-    const bool finite = r < INFINITY, finishes = t >= front && t < end;
+    const bool finite = sound(t), finishes = t >= front && t < end;
     const bool accepted = finishes && wanted[t] && (rule.latest || (t == front && exact && !whole));
     if (finishes) b.done = 1;
     const bool accelerated = rule.safeguard > 0 && b.steps >= 2;

@@ -19,10 +19,11 @@ class Broyden:
     When the memory is full the oldest pair is left out, which gives exactly Broyden's matrix from the newest pairs; the
     newest secant equation H y = s always holds. safeguard as in `Anderson`.
 
-    line_search: halvings of a step whose residual grows, at most, each one evaluation of fn (Li & Fukushima 2000); 0 is
-    none. It takes the place of the safeguard and keeps the history where that restarts. A trial at which fn is NaN or
-    infinite is halved too, but forgets the history. `Solution.rejections` counts the halvings. Goes with neither a
-    `Front` nor a kept history.
+    line_search: halvings of a step that the safeguard would refuse, at most, each one evaluation of fn; 0 is none. It
+    keeps the history where the safeguard restarts, and refuses growth that repeats (beyond three safeguards above the
+    least residual). After the last halving the sample takes the plain step f(z) and forgets its history. A trial at
+    which fn is NaN or infinite is halved too, but forgets the history. `Solution.rejections` counts the trials refused.
+    Takes two words more per entry of the state. Goes with neither a `Front` nor a kept history.
     """
 
     memory: int = 10

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .status import Course, Status, describe
+
 if TYPE_CHECKING:
     from .loop.kept import History
 
-
-class Status(IntEnum):
-    """How one sample ended. `Status(k).message` says the likely cause and what to change."""
-
-    CONVERGED = 0
-    MAX_STEPS = 1
-    STALLED = 2
-    DIVERGED = 3
-    NONFINITE = 4
-
-    @property
-    def message(self) -> str:
-        return _MESSAGES[self]
-
-
-_MESSAGES = {
-    Status.CONVERGED: "the residual is within the tolerance",
-    Status.MAX_STEPS: "the budget ran out before the tolerance was met: raise Stop.max_steps, the solver's memory, "
-    "or loosen Stop.rtol",
-    Status.STALLED: "the residual no longer changes: the tolerance is below what this dtype can resolve, or fn has no "
-    "fixed point nearby: loosen Stop.rtol/atol, use a wider dtype, or lower the damping",
-    Status.DIVERGED: "the residual grew without bound: fn expands here; lower the damping, use Anderson instead of "
-    "Picard, or start nearer",
-    Status.NONFINITE: "fn returned NaN or infinity: check fn and its inputs for this sample",
-}
+__all__ = ["Adjoint", "ConvergenceError", "Solution", "Status"]
 
 
 class ConvergenceError(RuntimeError):
     """Raised by `Solution.check` (and by `Implicit(on_failure="raise")`) when samples did not converge."""
-
-
-def describe_failures(status: Tensor) -> str:
-    """Counts of samples per status other than CONVERGED, with their messages; empty when all converged."""
-    counts = [(s, int((status == int(s)).sum())) for s in Status if s is not Status.CONVERGED]
-    return "; ".join(f"{n} of {status.numel()} {s.name} ({s.message})" for s, n in counts if n)
 
 
 @dataclass(eq=False)
@@ -66,8 +37,8 @@ class Solution:
 
     z has the structure of z0 and is, for each sample, the iterate of least residual among those measured; `residual`
     is ‖f(z) − z‖ of exactly that z, in the norm of `Stop`. `evaluations` counts the calls of fn in which the sample
-    took part. `rejections` counts steps refused because they made the residual blow up, `rank_losses` steps whose
-    least-squares system was rank deficient.
+    took part. `rejections` counts steps refused because they made the residual blow up or led where fn is NaN or
+    infinite, `rank_losses` steps whose least-squares system was rank deficient.
     """
 
     z: Any  # structure of z0, leading dimension B
@@ -81,6 +52,7 @@ class Solution:
     adjoint: Adjoint | None = None  # set by a backward pass through z
     snapshots: list[Any] = field(default_factory=list)  # z, in the structure of z0, at the steps asked for
     history: History | None = None  # when asked for: what a later solve may go on from
+    course: Course | None = None  # how it went: what `check` reads the likely causes from
 
     @property
     def converged(self) -> Tensor:
@@ -97,8 +69,9 @@ class Solution:
         return f"Solution({ended}; {least} to {most} evaluations; residual at most {float(self.residual.max()):.1e})"
 
     def check(self) -> Solution:
-        """Returns self, or raises ConvergenceError that counts the samples of each status and says what to change."""
-        failures = describe_failures(self.status)
+        """Returns self, or raises ConvergenceError that counts the samples of each status and cause, and says what to
+        change. Waits for the device."""
+        failures = describe(self.status, self.course)
         if failures:
             raise ConvergenceError(f"solve did not converge: {failures}")
         return self

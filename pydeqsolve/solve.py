@@ -94,7 +94,7 @@ def solve(
     )  # fmt: skip
     solution = Solution(
         found.z, found.residual, found.evaluations, found.status, found.steps, found.rejections, found.rank_losses,
-        found.trace, snapshots=found.snapshots, history=found.history,
+        found.trace, snapshots=found.snapshots, history=found.history, course=found.course,
     )  # fmt: skip
     solution.snapshots = _with_phantom(problem, solution, gradient)
     if isinstance(gradient, Unrolled):

@@ -193,6 +193,44 @@ def em_means() -> tuple[Map, Callable[[Tensor], Tensor]]:
     return Map(fn, torch.tensor([[-0.5, 0.6]], dtype=f64)), log_likelihood
 
 
+def poisson_mixture(B: int, seed: int = 0) -> Map:
+    """EM for two Poisson components, z = (p, λ, μ), on the London Times deaths of 1910-12 (Hasselblad 1969), from B
+    random starts. Outside 0 < p < 1, 0 < λ, μ it is NaN. solution is the estimate of greatest likelihood, to 4 digits;
+    the components may swap, and λ = μ is a fixed point too."""
+    deaths = torch.arange(10, dtype=f64)
+    days = torch.tensor([162, 267, 271, 185, 111, 61, 27, 8, 3, 1], dtype=f64)
+    start = torch.rand(B, 3, dtype=f64, generator=generator(seed)) * torch.tensor([0.9, 10, 10], dtype=f64) + 0.05
+
+    def fn(z: Tensor) -> Tensor:
+        p, a, b = z[:, :1], z[:, 1:2], z[:, 2:]
+        odds = p.log() - a + deaths * a.log() - ((1 - p).log() - b + deaths * b.log())
+        first = torch.sigmoid(odds) * days
+        second = days - first
+        means = [(w * deaths).sum(1, keepdim=True) / w.sum(1, keepdim=True) for w in (first, second)]
+        return torch.cat([first.sum(1, keepdim=True) / days.sum(), *means], 1)
+
+    return Map(fn, start, torch.tensor([[0.3599, 1.2561, 2.6634]], dtype=f64))
+
+
+def scattering(destruction: float, n: int = 80) -> Map:
+    """Λ-iteration S ← (1 − ε) Λ S + ε in a plane-parallel atmosphere, optical depths 1e-4 … 1e4, ε the destruction
+    probability: the classic of Ng acceleration (Ng 1974). Affine, of spectral radius close to 1 − ε."""
+    depth = torch.logspace(-4, 4, n, dtype=f64)
+    escape = torch.zeros(n, n, dtype=f64)
+    for mu, weight in ((0.0694, 0.1739), (0.3300, 0.3261), (0.6700, 0.3261), (0.9306, 0.1739)):  # Gauss, 4 points
+        kept = torch.exp(-depth.diff() / mu)
+        up, down = torch.zeros(n, n, dtype=f64), torch.zeros(n, n, dtype=f64)
+        up[-1, -1] = 1
+        for i in reversed(range(n - 1)):
+            up[i] = up[i + 1] * kept[i]
+            up[i, i : i + 2] += (1 - kept[i]) / 2
+        for i in range(1, n):
+            down[i] = down[i - 1] * kept[i - 1]
+            down[i, i - 1 : i + 1] += (1 - kept[i - 1]) / 2
+        escape += weight / 2 * (up + down)
+    return Map(lambda S: (1 - destruction) * S @ escape.T + destruction, torch.ones(1, n, dtype=f64))
+
+
 def triangular(T: int = 20, B: int = 2, D: int = 3, gain: float = 1.5, dtype: torch.dtype = f64) -> Map:
     """z_k = b_k + gain (z_{k−1} + sin z_{k−1})/2, z_0 = b_0: strictly causal over (B, T, D), far from normal for
     gain > 1; solved by forward substitution."""

@@ -4,7 +4,7 @@ import problems
 import pytest
 import torch
 
-from pydeqsolve import Broyden, Front, Stop, solve, testing
+from pydeqsolve import Broyden, Front, Status, Stop, solve, testing
 
 f64 = torch.float64
 
@@ -17,13 +17,13 @@ def cubic(B: int = 100, D: int = 6):
     return problems.Map(lambda z, W, b: z - (z**3 + z + (W @ z[..., None])[..., 0] - b), z0, None, (W, b))
 
 
-@pytest.mark.parametrize("kind", ["good", "bad"])
-def test_steps_that_overshoot_a_monotone_root_are_mended(kind):
+@pytest.mark.parametrize(("kind", "growth"), [("good", 10.0), ("bad", 1.2)])
+def test_steps_that_overshoot_a_monotone_root_are_mended(kind, growth):
     problem = cubic()
     stop = Stop(rtol=0.0, atol=1e-9, norm="l2", max_steps=200)
     plain, searched = (
-        solve(problem.fn, problem.start, problem.inputs, solver=Broyden(kind=kind, line_search=k), stop=stop,
-              gradient=None) for k in (0, 8)
+        solve(problem.fn, problem.start, problem.inputs, solver=Broyden(kind=kind, safeguard=growth, line_search=k),
+              stop=stop, gradient=None) for k in (0, 8)
     )  # fmt: skip
     assert searched.converged.all()
     assert plain.converged.sum() <= 90
@@ -46,19 +46,67 @@ def test_a_trial_that_grows_the_residual_is_halved_towards_the_iterate_before():
     torch.testing.assert_close(seen[5], base + (trial - base) / 4, rtol=1e-14, atol=0)
 
 
-def test_the_last_trial_is_taken_as_it_is():
-    seen, count = [], []
+def values_grow_after(calls: int):
+    """fn, and its arguments and values as they come; the residual of the first calls falls, then it is 100."""
+    seen, values = [], []
 
     def fn(z):
-        count.append(1)
-        return 0.5 * torch.sin(z) + 1 + 100.0 * (len(count) > 3)
+        seen.append(z.clone())
+        values.append(0.5 * torch.sin(z) + 1 + 100.0 * (len(seen) > calls))
+        return values[-1]
 
+    return fn, seen, values
+
+
+def test_after_the_last_halving_the_plain_step_is_taken():
+    fn, seen, values = values_grow_after(3)
     solve(fn, torch.zeros(1, 3, dtype=f64), solver=Broyden(line_search=2), stop=Stop(rtol=1e-10, max_steps=7),
-          gradient=None, callback=lambda step, z, residual: seen.append(z))  # fmt: skip
+          gradient=None)  # fmt: skip
     base, trial = seen[2], seen[3]
     torch.testing.assert_close(seen[5], base + (trial - base) / 4, rtol=1e-14, atol=0)
-    halfway = base + (trial - base) / 8
-    assert not torch.allclose(seen[6], halfway, rtol=1e-6)
+    assert torch.equal(seen[6], values[2])
+
+
+def test_the_last_trial_of_a_plain_step_is_taken_as_it_is():
+    fn, seen, values = values_grow_after(3)
+    solve(fn, torch.zeros(1, 3, dtype=f64), solver=Broyden(line_search=2), stop=Stop(rtol=1e-10, max_steps=10),
+          gradient=None)  # fmt: skip
+    base, plain = seen[2], values[2]
+    torch.testing.assert_close(seen[8], base + (plain - base) / 4, rtol=1e-14, atol=0)
+    halfway = base + (plain - base) / 8
+    assert not torch.allclose(seen[9], halfway, rtol=1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_a_map_that_is_nan_beyond_its_first_values_ends_a_search_soon(most):
+    fn, seen, _ = values_grow_after(3)
+    solution = solve(lambda z: fn(z) if len(seen) < 3 else z * torch.nan, torch.zeros(1, 3, dtype=f64),
+                     solver=Broyden(line_search=most), stop=Stop(rtol=1e-10), gradient=None)  # fmt: skip
+    assert Status(solution.status.item()) is Status.NONFINITE
+    assert solution.evaluations.item() == 3 + 2 * (most + 1)
+    assert solution.z.isfinite().all()
+
+
+def test_a_search_solves_every_start_of_a_poisson_mixture_and_needs_no_more_than_plain_steps():
+    problem = problems.poisson_mixture(100)
+    plain, searched = (
+        solve(problem.fn, problem.start, solver=Broyden(line_search=k), stop=Stop(rtol=1e-7, max_steps=1000),
+              gradient=None) for k in (0, 8)
+    )  # fmt: skip
+    assert searched.converged.all()
+    assert searched.evaluations.double().mean() <= 1.1 * plain.evaluations.double().mean()
+
+
+def test_a_search_costs_a_scattering_atmosphere_no_more_than_plain_steps():
+    stop = Stop(rtol=0.0, atol=1e-8, norm="l2", max_steps=2000)
+    totals = []
+    for k in (0, 8):
+        found = [
+            solve(problem.fn, problem.start, solver=Broyden(line_search=k), stop=stop, gradient=None).check()
+            for problem in map(problems.scattering, (1e-2, 1e-4))
+        ]
+        totals.append(sum(s.evaluations.item() for s in found))
+    assert totals[1] <= 1.25 * totals[0]
 
 
 def test_a_trial_outside_the_domain_is_halved_until_it_is_inside():

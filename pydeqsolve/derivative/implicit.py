@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 from ..layout import Layout
 from ..loop.iterate import iterate
 from ..problem import Problem, Solver
-from ..solution import Adjoint, ConvergenceError, Status, describe_failures
+from ..solution import Adjoint, ConvergenceError, Status
+from ..status import describe_adjoint
 from ..stop import Stop, relative_goal
 from .leaves import leaves
 from .linearise import Good, Linearised, evaluate
@@ -43,7 +44,7 @@ class AdjointSolve:
         if self.on_failure == "phantom":
             u = torch.where(failed[:, None, None], g, u)
         elif bool(failed.any()):
-            message = f"the adjoint of solve did not converge: {describe_failures(outcome.status)}"
+            message = f"the adjoint of solve did not converge: {describe_adjoint(outcome.status, self.solver)}"
             if self.on_failure == "raise":
                 raise ConvergenceError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -37,7 +37,7 @@ class BlockJudge(SampleJudge):
     def wanted(self, T: int) -> Tensor:
         return self.open
 
-    def judge(self, batch: Batch, norms: Tensor, dropped: Tensor | None, wanted: Tensor | None) -> Verdict:
+    def judge(self, batch: Batch, f: Tensor, norms: Tensor, dropped: Tensor | None, wanted: Tensor | None) -> Verdict:
         assert wanted is not None
         mode, broken, self.open, finished = self.backend.judge_blocks(
             self.samples, self.blocks, norms, wanted, self.rule, self.front

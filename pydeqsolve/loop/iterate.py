@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, Solver
+from ..status import Course
 from ..step.backend import NativeCPU, choose
-from ..step.records import KEEP
+from ..step.records import KEEP, SAMPLE
 from ..step.ring import Ring
 from ..step.rules import Rule
 from ..stop import Front, Stop
@@ -40,6 +41,7 @@ class Outcome:
     trace: Tensor | None  # (steps, B) float64
     snapshots: list[Tensor]  # (B, T, D) each
     history: History | None
+    course: Course  # how it went: what `Solution.check` reads the likely causes from
 
 
 def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
@@ -117,6 +119,7 @@ def loop(
     return Outcome(
         batch.full, left["best"].clone(), evaluations, status, steps, rejections, rank_losses,
         None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
+        Course(left.table, SAMPLE, z0.dtype),
     )  # fmt: skip
 
 
@@ -126,12 +129,12 @@ def assemble(
 ) -> tuple[Batch, Step]:  # fmt: skip
     """The parts of one solve: the only place that knows which options exist, and which do not go together."""
     check_together(solver, front, keep_history or history is not None)
-    method, line_search = solver.method(), getattr(solver, "line_search", 0)
+    method = solver.method()
     B, T, D = z0.shape
     ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
     backend = choose(ring)
     batch = Batch(problem, z0, z0 if history is None else history.z, backend)
-    judge = _judge(batch, stop, front, solver.safeguard if method.memory else 0.0, line_search)
+    judge = _judge(batch, stop, front, solver)
     if history is not None:
         judge.samples["steps"] = (history.since - 1).clamp_min(0)
     if keep_history:
@@ -149,12 +152,14 @@ def check_together(solver: Solver, front: Front | None, with_history: bool) -> N
         raise ValueError("line_search must be 0 with a front or a history")
 
 
-def _judge(batch: Batch, stop: Stop, front: Front | None, safeguard: float, line_search: int) -> SampleJudge:
-    """The judge of a batch; a line search goes back along the step, where the safeguard would throw history away."""
+def _judge(batch: Batch, stop: Stop, front: Front | None, solver: Solver) -> SampleJudge:
+    """The judge of a batch; a line search goes back along a step at which the safeguard would throw history away."""
     B, T, D = batch.z.shape
-    eps, backend = torch.finfo(batch.z.dtype).eps, batch.backend
+    line_search, backend = getattr(solver, "line_search", 0), batch.backend
+    safeguard = (torch.inf if line_search else solver.safeguard) if solver.method().memory else 0.0
+    rule = Rule(safeguard, torch.finfo(batch.z.dtype).eps, stop.norm, T * D, T * D)
     if front is not None:
-        return BlockJudge(B, T, front, stop, Rule(safeguard, eps, stop.norm, D), backend)
+        return BlockJudge(B, T, front, stop, replace(rule, entries=D, unknowns=0), backend)
     if line_search:
-        return Backtracking(line_search, batch.z, stop, Rule(torch.inf, eps, stop.norm, T * D), backend)
-    return SampleJudge(B, stop, Rule(safeguard, eps, stop.norm, T * D), backend)
+        return Backtracking(line_search, solver.safeguard, batch.z, stop, rule, backend)
+    return SampleJudge(B, stop, rule, backend)

@@ -11,12 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solution import Status
+from ..status import Status
 from ..step.backend import Backend
 from ..step.records import RUNNING, SAMPLE, Records
 from ..step.rules import Rule
 from ..stop import Stop
 from .batch import Batch
+
+ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> float:
+    """The unit of rounding that fn computes in: that of the state, or of autocast where that is on and coarser."""
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
+        return eps
+    return max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +52,11 @@ class SampleJudge:
     def _begin(self, B: int) -> Records:
         device = self.backend.ring.R.device
         samples = Records(SAMPLE, B, device=device)
-        samples["best"] = samples["previous"] = samples["residual"] = torch.inf
+        for name in ("best", "previous", "residual", "recent", "earlier"):
+            samples[name] = torch.inf
         samples["status"] = RUNNING
+        samples["unknowns"] = self.rule.unknowns
+        samples["floor"] = ROUNDING * precision(self.backend.ring.dtype, device)
         for name in ("rtol", "atol"):
             tolerance = getattr(self.stop, name)
             if not isinstance(tolerance, Tensor):
@@ -58,8 +71,8 @@ class SampleJudge:
             return None
         return self.samples.running[:, None].expand(-1, T).contiguous()
 
-    def judge(self, batch: Batch, norms: Tensor, dropped: Tensor | None, wanted: Tensor | None) -> Verdict:
-        """Takes in the norms (n, T, 2) of a measurement; keeps best iterates that are about to be left behind.
+    def judge(self, batch: Batch, f: Tensor, norms: Tensor, dropped: Tensor | None, wanted: Tensor | None) -> Verdict:
+        """Takes in the norms (n, T, 2) of f (n, T, D); keeps best iterates that are about to be left behind.
 
         dropped (n, T): differences that the step before dropped.
         """

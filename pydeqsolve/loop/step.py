@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..solution import Status
+from ..status import Status
 from ..step.backend import Backend, NativeCPU
 from ..step.records import KEEP, REJECT
 from .batch import Batch
@@ -26,7 +26,7 @@ class Step:
         """Takes in f (n, T, D), the value at batch.z, of the blocks `wanted` (n, T). last: no step will follow."""
         norms = self.backend.measure(f, batch.z, batch.rows, wanted, self.judge.rule.norm)
         dropped, self._dropped = self._dropped, None
-        return self.judge.judge(batch, norms, dropped, wanted)
+        return self.judge.judge(batch, f, norms, dropped, wanted)
 
     def advance(self, batch: Batch, verdict: Verdict) -> None:
         """Moves every sample to its next iterate."""

@@ -26,12 +26,12 @@ def _load() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("pydeqsolve._native")
     except ImportError as error:
         return None, str(error)
-    if getattr(module, "INTERFACE", 0) != INTERFACE:
+    if getattr(module, "INTERFACE", 0) != INTERFACE or (module.SAMPLE, module.BLOCK) != (SAMPLE, BLOCK):
         return None, "it was built from other sources than these: build it again"
     return module, ""
 
 
-INTERFACE = 9  # csrc/bindings.cpp
+INTERFACE = 10  # csrc/bindings.cpp
 
 
 _native: Any

@@ -12,7 +12,8 @@ KEEP, MIX, REJECT, PLAIN, ACCEPT = range(5)  # what becomes of a block; csrc/ste
 RUNNING = -1  # a status beside those of `Status`
 SAMPLE = (  # csrc/judge.h, Record
     "best", "previous", "flat", "steps", "status", "evaluations", "rejections", "rank_losses", "judged", "improved",
-    "fresh", "left_behind", "residual", "rtol", "atol",
+    "fresh", "left_behind", "residual", "rtol", "atol", "size", "recent", "recent_size", "earlier", "earlier_size",
+    "unknowns", "floor",
 )  # fmt: skip
 BLOCK = ("previous", "steps", "residual", "done", "rtol", "atol")  # csrc/judge.h, Block
 
@@ -20,9 +21,11 @@ BLOCK = ("previous", "steps", "residual", "done", "rtol", "atol")  # csrc/judge.
 class Records:
     """A table (…, len(columns)) float64 whose columns have names.
 
-    Of samples (`SAMPLE`): best, previous: residuals. flat: steps without change. steps: since the last restart.
-    status: RUNNING or a Status. judged: took part in the last measurement. improved: which was its best. fresh: its
-    best iterate is the latest one. left_behind: its best iterate is the one before the latest.
+    Of samples (`SAMPLE`): best, previous: residuals, least and last taken; size: ‖f‖ at the best. flat: steps without
+    change. steps: since the last restart. status: RUNNING or a Status. judged: took part in the last measurement.
+    improved: which was its best. fresh: its best iterate is the latest one. left_behind: its best iterate is the one
+    before the latest. recent, earlier: best as it was at the last two powers of two of `evaluations`, with the sizes.
+    unknowns: entries of the sample. floor: residuals within so much of ‖f‖ are rounding.
     Of blocks (`BLOCK`): previous, residual: as last measured, residual 0 where a block was made exact. steps: since
     the block's last restart. done: finished, 0 or 1.
     """

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..solution import Status
+from ..status import Status
 from ..stop import Front
 from .records import ACCEPT, KEEP, MIX, REJECT, RUNNING, Records
 
 FLAT_STEPS = 10  # steps without change after which a residual is called stalled
-ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
+GROWTH = 2.0**104  # of the residual, that float64 does not recover from
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,15 @@ class Rule:
 
     safeguard: growth of the residual at which an accelerated step is refused; 0 for solvers without any. eps: of the
     state's dtype. norm: "rms", "l2" or "max". entries: those of a sample, or of a block where blocks are judged.
-    divisor: of sums of squares, the entries for the root mean square, 1 for other norms.
+    divisor: of sums of squares, the entries for the root mean square, 1 for other norms. unknowns: entries of a sample,
+    0 where blocks are judged.
     """
 
     safeguard: float
     eps: float
     norm: str
     entries: int
+    unknowns: int = 0
     divisor: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,31 +47,33 @@ def judge_samples(samples: Records, norms: Tensor, dropped: Tensor | None, rule:
 def _judge(samples: Records, residual: Tensor, size: Tensor, lost: Tensor, rule: Rule) -> Tensor:
     """The rules, in the order of csrc/judge.h; residual, size and lost (n,)."""
     running, previous, steps = samples.running, samples["previous"].clone(), samples["steps"].clone()
-    finite = residual < torch.inf
-    converged = residual <= samples["atol"] + samples["rtol"] * size
+    finite = (residual < torch.inf) & (size < torch.inf)  # a size that overflows would excuse any residual
+    converged = finite & ~(residual > samples["atol"] + samples["rtol"] * size)
     accelerated = (steps >= 2) & (rule.safeguard > 0)
     blew_up = accelerated & ~(finite & (residual <= rule.safeguard * previous)) & running
-    improved = (residual < samples["best"]) & running
+    improved = finite & (residual < samples["best"]) & running
     unchanged = (residual - previous).abs() <= 4 * rule.eps * residual
-    at_floor = (residual <= ROUNDING * rule.eps * size) & ~improved
+    at_floor = residual <= samples["floor"] * size
     best = torch.where(improved, residual, samples["best"])
     exploded = previous > 1e3 * best
-    flat = torch.where(unchanged | at_floor, samples["flat"] + 1, 0.0)
+    flat = torch.where((unchanged | at_floor) & ~improved, samples["flat"] + 1, 0.0)
 
-    status = torch.where(flat >= FLAT_STEPS, float(Status.STALLED), float(RUNNING))
-    status = torch.where(finite & (residual > best / rule.eps**2), float(Status.DIVERGED), status)
+    # A causal map may pass its residual on, unchanged, through as many steps as there are unknowns.
+    stalled = flat >= FLAT_STEPS + torch.where(at_floor, 0.0, samples["unknowns"])
+    status = torch.where(stalled, float(Status.STALLED), float(RUNNING))
+    status = torch.where(finite & ~blew_up & (residual > best * GROWTH), float(Status.DIVERGED), status)
     broken = torch.where(exploded, float(Status.DIVERGED), float(Status.NONFINITE))
     status = torch.where(finite | blew_up, status, broken)
-    status = torch.where(converged & finite, float(Status.CONVERGED), status)
+    status = torch.where(converged, float(Status.CONVERGED), status)
     status = torch.where(running, status, samples["status"])
     going = status == RUNNING
     # What is returned is the iterate that met the tolerance, even where ‖f‖ was smaller before.
-    met = running & converged & finite
+    met = running & converged
     improved, best = improved | met, torch.where(met, residual, best)
     fresh = samples["fresh"] != 0
     changes = {
         "best": best,
-        "previous": torch.where(running & finite, residual, previous),
+        "previous": torch.where(running & finite & ~blew_up, residual, previous),
         "flat": torch.where(running, flat, samples["flat"]),
         "steps": torch.where(running, torch.where(blew_up, 0.0, steps + 1), steps),
         "status": status,
@@ -81,10 +85,21 @@ def _judge(samples: Records, residual: Tensor, size: Tensor, lost: Tensor, rule:
         "left_behind": fresh & ~improved & running,
         "fresh": torch.where(running, improved, fresh),
         "residual": residual,
+        "size": torch.where(improved, size, samples["size"]),
     }
     for name, value in changes.items():
         samples[name] = value
+    _mark(samples, running)
     return torch.where(going, torch.where(blew_up, REJECT, MIX), KEEP).to(torch.uint8)
+
+
+def _mark(samples: Records, running: Tensor) -> None:
+    """Moves recent to earlier and best to recent, at every evaluation whose number is a power of two."""
+    count = samples["evaluations"].long()
+    now = running & ((count & (count - 1)) == 0)
+    pairs = (("earlier", "recent"), ("earlier_size", "recent_size"), ("recent", "best"), ("recent_size", "size"))
+    for old, new in pairs:
+        samples[old] = torch.where(now, samples[new], samples[old])
 
 
 def judge_blocks(
@@ -95,15 +110,15 @@ def judge_blocks(
         norms = (norms / rule.divisor).sqrt()
     residual, size = norms[..., 0], norms[..., 1]
     running = samples.running
-    finite = residual < torch.inf
+    finite = (residual < torch.inf) & (size < torch.inf)
     done, block_residual = blocks["done"] != 0, torch.where(wanted, residual, blocks["residual"])
     tolerance = blocks["atol"] + blocks["rtol"] * size
     before = torch.nn.functional.pad(done, (1, 0), value=True)[:, :-1]
     first = before & ~done  # done is a leading run, so this is one block of each unfinished sample
-    small = wanted & finite & (residual <= front.margin * tolerance)
+    small = wanted & finite & ~(residual > front.margin * tolerance)
     run = (done | small).cumprod(1).bool() & ~done
     alone = (run.sum(1) <= 1)[:, None] & first & wanted & finite
-    within = done | (wanted & finite & (residual <= tolerance))
+    within = done | (wanted & finite & ~(residual > tolerance))
     within[:, -1] |= alone[:, -1]  # where others follow, they were measured at a z that is about to move
     converged = within.all(1) & running
     # When the rest converges as it stands, it stays as it was measured; only a last block may still move.

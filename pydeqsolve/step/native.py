@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import stop
 from ..memory import address
-from .records import Records
+from .records import BLOCK, SAMPLE, Records
 from .ring import COUPLINGS, STORAGES, Ring
 from .rules import Rule
 
@@ -31,7 +31,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-INTERFACE = 10  # csrc/bindings.cpp
+INTERFACE = 11  # csrc/bindings.cpp
 
 
 _native: Any

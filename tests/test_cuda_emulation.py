@@ -30,6 +30,7 @@ FEATURES = (1, 2, 3, 4, 7, 32, 65, 100, 128, 129, 1023, 1024, 1025, 1500, 4096, 
 MEMORIES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 19)
 SCHEDULES = (0, 1, 2, 3, 12345)
 
+pytestmark = pytest.mark.check
 STEP = {"damping": 0.7, "dtype": torch.float32, "seed": 0}
 
 

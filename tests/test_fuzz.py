@@ -18,6 +18,7 @@ FLAGS = (
     "-pthread",
     "-Wno-subobject-linkage",
 )
+pytestmark = pytest.mark.check
 CASES = int(os.environ.get("FUZZ_CASES", "200"))
 
 

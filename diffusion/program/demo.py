@@ -164,8 +164,9 @@ def _invert_all(
             "status": {name: status.count(name) for name in sorted(set(status))},
             "seconds": seconds, "threads": batch[side]["threads"],
         }  # fmt: skip
-        rows[method] = reconstruct(checkpoint, found.x_T, chain)
-        below[method] = [f"{loss:.1e}" for loss in found.loss.tolist()]
+        label = f"{method}\n{args.epochs} epochs" if method in EPOCHS else f"{method}\n{found.rounds} rounds"
+        rows[label] = reconstruct(checkpoint, found.x_T, chain)
+        below[label] = [f"{loss:.1e}" for loss in found.loss.tolist()]
         if method in EPOCHS:
             curves[f"{method}, {found.evaluations.double().mean().item():,.0f} rows per image"] = found.history
     title = f"{checkpoint.name}: real images, and sampled again from their latents, T = {len(chain)}"

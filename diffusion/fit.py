@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import ARCHITECTURES, PREDICTIONS, Checkpoint, add_statistics, load_checkpoint, save_images
+from .checkpoint import Checkpoint, add_statistics, load_checkpoint, save_images
+from .configuration import ARCHITECTURES, PREDICTIONS, check_timesteps
 from .data import Dataset, digits, fashion
 from .schedule import Schedule
 from .training import Run
@@ -132,9 +133,7 @@ def _check_model(model: nn.Module, schedule: Schedule) -> None:
     """Refuse before training what could not be loaded after it, or does not know the schedule's last time step."""
     if ARCHITECTURES.get(type(model).__name__) is not type(model):
         raise TypeError(f"model: one of {', '.join(ARCHITECTURES)} is required, got {type(model).__name__}")
-    known = getattr(model, "config", {}).get("timesteps", len(schedule))
-    if known < len(schedule):
-        raise ValueError(f"model: {len(schedule)} timesteps are required, got {known}")
+    check_timesteps(model, schedule)
 
 
 def fit_digits(folder: str | Path, *, steps: int = 20_000, seed: int = 0, **options: Any) -> Checkpoint:

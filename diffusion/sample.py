@@ -21,6 +21,7 @@ from .edit import Edit
 from .nodes import nodes, possible
 from .passes import Passes
 from .phantom import through_phantom
+from .ranks import agree
 from .remainder import Model, reachable
 from .sampler import SOLVER, Sampler
 
@@ -99,7 +100,8 @@ def sample(
             are stiff: far ahead of the front their remainders are of no use yet.
         generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead. noises: the noises (B, steps, …).
         group: torch.distributed process group whose ranks share the model rows of every round; every rank passes the
-            same latents, inputs and generator seed, and gets the result. See `diffusion.ranks`.
+            same arguments, generators from one seed, and gets the result; progress and callback may differ, and a
+            callback that stops one rank stops all. See `diffusion.ranks`.
         inputs: per-image conditioning (B, …), gathered for the rows that are evaluated.
         gradient: None; Implicit() for the exact gradient with respect to x_T, inputs and parameters, by one
             sweep back over the steps; Implicit(solver=Anderson(2, coupling="causal")) for the same with all steps at
@@ -122,10 +124,13 @@ def sample(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, by name.
+        ValueError on every rank: those of `group` were given different arguments, by name.
         RuntimeError: a rank of `group` failed, died or did not answer within the group's time limit.
 
     The states are float64 whatever the model's dtype: in float32 a frozen step leaves an error which the rest inherits.
     """
+    if group is not None:
+        callback = agree(group, locals())  # which are the arguments alone, here
     if isinstance(splitting, Splitting) and splitting.basis is not None:
         return _in_basis(
             model, x_T, chain, prediction, splitting, edit, callback, noises, method=method, solver=solver, stop=stop,

@@ -17,7 +17,6 @@ from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
 from .edit import Edit
 from .nodes import possible, start
 from .phantom import through_phantom
-from .ranks import check_alike, check_group
 from .remainder import Model, Network, Remainders, move, reachable
 
 SOLVER = Anderson(memory=2, coupling="causal")
@@ -101,13 +100,6 @@ class Sampler:
         noise = _scaled_noise(chain, x_T, noises, generator)
         drift = drift if noise is None else noise if drift is None else drift + noise
         conditioning = [c.detach() for c in inputs]
-        if group is not None:
-            check_group(group)
-            check_alike(group, "x_T", flat, "draw them from a generator seeded alike")
-            if drift is not None:
-                check_alike(group, "noises", drift, "pass a generator seeded alike")
-            for i, c in enumerate(conditioning):
-                check_alike(group, f"inputs[{i}]", c, "every rank holds the whole batch")
         return Sampler(forward, flat, conditioning, drift)
 
     @property

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CONFIG, save_checkpoint
+from .checkpoint import save_checkpoint
+from .configuration import CONFIG
 from .files import read_json, read_tensors, write_tensors
 from .schedule import Schedule
 from .statistics import Statistics

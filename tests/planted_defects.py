@@ -102,6 +102,12 @@ DEFECTS = [
     # Sampling and inversion.
     # Schedules and pipelines.
     # Files and programs.
+    Defect("fsync dropped", "diffusion/files.py", "os.fsync(file.fileno())", "file.fileno()",
+           "test_files.py::test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_writer_returns"),
+    Defect("fsync of the folder dropped", "diffusion/files.py", "_sync_folder(path.parent)", "path.parent",
+           "test_files.py::test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_writer_returns"),
+    Defect("a digest ignores dtypes", "diffusion/digest.py", "{tuple(x.shape)} {x.dtype}", "{tuple(x.shape)}",
+           "test_digest.py::test_what_differs_has_another_digest"),
 ]  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from pydeqsolve import ConvergenceError, Stop
 
 from ..chain import Chain
-from ..checkpoint import CONFIG, Checkpoint, load_checkpoint
+from ..checkpoint import Checkpoint, load_checkpoint
+from ..configuration import CONFIG
 from ..data import Dataset, class_folder, digits, fashion, image_folder
 from ..files import read_json, write_json, write_tensors
 from ..fit import fit, recipes

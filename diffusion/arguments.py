@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain
-from .remainder import PREDICTIONS
 
 
 def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
@@ -27,8 +26,7 @@ def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, 
         raise ValueError(f"{name}: images of shape {shape}, the model's, are required, got {tuple(x.shape[1:])}")
     if not isinstance(chain, Chain):
         raise TypeError(f"chain: a Chain from Schedule.chain is required, got {type(chain).__name__}")
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
+    chain.check_prediction(prediction)
     if isinstance(inputs, Tensor):
         raise TypeError("inputs: a tuple of tensors is required, got a tensor: write inputs=(labels,)")
     for i, c in enumerate(inputs):

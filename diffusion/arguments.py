@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, 
         if not isinstance(c, Tensor) or c.dim() == 0 or len(c) != len(x):
             got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
             raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
+
+
+def check_options(options: dict[str, Any], function: Callable[..., Any], given: set[str], name: str) -> None:
+    """Raises for options that the function does not have, or that whoever calls it gives it already."""
+    taken = [option for option in inspect.signature(function).parameters if option not in given]
+    for option in options:
+        if option not in taken:
+            raise TypeError(f"{option}: not an argument of {name}, which takes {', '.join(taken)} besides its own")
 
 
 def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:

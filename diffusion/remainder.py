@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answers import ask, warn_of_training
+from .basis import Rotated
 from .chain import Chain, LinearChain, Splitting
 from .ranks import evaluate_shared
 
@@ -33,6 +35,9 @@ class Network:
     rows: int | None = None
     group: Any = None
     calls: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        warn_of_training(self.model.model if isinstance(self.model, Rotated) else self.model)
 
     def epsilon(self, x: Tensor, t: Tensor, alpha: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """ε (n, D) in the dtype of x (n, D), v where ᾱ = 0. t, alpha (n,): time steps, ᾱ there; conditioning (n, …)."""
@@ -59,11 +64,7 @@ class Network:
         for at in range(0, len(x), most):
             part = slice(at, at + most)
             image = x[part].to(self.dtype).reshape(-1, *self.shape)
-            value = self.model(image, t[part], *[c[part] for c in conditioning])
-            if not isinstance(value, Tensor) or value.shape != image.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"model: a tensor of the shape of x, {tuple(image.shape)}, is required, got {got}")
-            parts.append(value.flatten(1))
+            parts.append(ask(self.model, image, t[part], [c[part] for c in conditioning]).flatten(1))
         return torch.cat(parts) if parts else x.new_empty(x.shape)
 
 

@@ -238,7 +238,7 @@ def check_parts(place: str, index: dict[str, Any], own: set[str], given: dict[st
     for name, kind in components(index).items():
         if name not in own and (name not in given or given[name] is not None):
             raise ValueError(
-                f"{place}: {name} ({kind}) is not used by DEQDDIMPipeline; {name}=None leaves it out, and prompts come as "
+                f"{place}: {name} ({kind}) is not used by DEQDDIMPipeline; {name}=None leaves it out; prompts come as "
                 "prompt_embeds"
             )
         if name == "scheduler" and name not in given:

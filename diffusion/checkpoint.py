@@ -27,7 +27,7 @@ from .configuration import (
     described,
 )
 from .files import read_header, read_json, read_tensors, write_json, write_tensors
-from .models import read_diffusers
+from .models import INDEX, read_diffusers, read_pipeline
 from .schedule import Schedule
 from .statistics import Statistics, read_statistics
 from .weights import build
@@ -173,7 +173,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Return the checkpoint in a folder, or the shipped one of that name ("digits", "fashion").
 
-    A folder whose config.json was written by diffusers ("_class_name": "UNet2DModel") is read with diffusers.
+    A folder whose config.json was written by diffusers ("_class_name": "UNet2DModel") is read with diffusers, and so is
+    one of a whole pipeline that has a unet and a scheduler alone.
 
     Args:
         name_or_folder: a shipped name, or a path; a path that looks like a shipped name is written "./digits".
@@ -189,6 +190,9 @@ def load_checkpoint(
     folder = SHIPPED / name_or_folder if str(name_or_folder) in shipped else Path(name_or_folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, nor a shipped checkpoint ({', '.join(shipped) or 'none'})")
+    if (folder / INDEX).is_file():
+        found = read_pipeline(folder, dtype)
+        return Checkpoint(found[0].to(device).eval(), *found[1:], None, None, None, folder.name)
     config = read_json(folder / CONFIG)
     if "_class_name" in config:
         network, schedule, prediction, shape = read_diffusers(folder, config["_class_name"], dtype)

@@ -70,7 +70,10 @@ def one_pass(sampler: Sampler, target: Tensor) -> Outcome:
     for k in range(T - 1, -1, -1):
         at = min(k + 1, T - 1)
         t = chain.timesteps[at].expand(len(x))
-        eps = sampler.map.network.epsilon(x, t, chain.alphas[at].expand(len(x)), sampler.conditioning)
+        alpha = chain.alphas[at]
+        eps = sampler.map.network.epsilon(x, t, alpha.expand(len(x)), sampler.conditioning)
+        if at != k and chain.blind[k]:  # step k wants v = −x̂_0
+            eps = ((1 - alpha).sqrt() * eps - x) / alpha.sqrt()
         x = (x - c[k] * eps) / a[k]
     return Outcome(x, x.new_empty(0, len(x)), T, torch.full((len(x),), T, device=x.device))
 
@@ -88,8 +91,7 @@ def reversed_map(forward: Remainders, first: int, last: int, splitting: Splittin
     splitting: of all the chain's steps.
     """
     chain, cut = forward.chain, slice(first, last)
-    parts = {name: getattr(chain, name)[cut].flip(0) for name in ("timesteps", "alphas", "alphas_next")}
-    flipped = replace(chain, **parts)
+    flipped = chain.at(torch.arange(last - 1, first - 1, -1, device=chain.alphas.device))
     offset = None if splitting.offset is None else splitting.offset[cut].flip(0)
     kappa = splitting.kappa[cut].flip(0)
     a, c = flipped.a[:, None], flipped.c[:, None]

@@ -69,7 +69,8 @@ def possible(run: Sampler, stop: Stop, window: int | None) -> bool:
     linear, T = run.map.linear, len(run.map.chain)
     closed = linear.safe and not isinstance(linear, EditedChain) and (window is None or window >= T)
     tolerant = isinstance(stop.rtol, Tensor) or stop.rtol > 0
-    return closed and tolerant and T >= FEWEST_STEPS and run.map.chain.eta == 0
+    smooth = not bool((run.map.chain.blind | run.map.chain.still).any())  # else N is another quantity at that step
+    return closed and tolerant and smooth and T >= FEWEST_STEPS and run.map.chain.eta == 0
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pydeqsolve import Implicit, Phantom, Solution, Stop
 
 from .adjoint import check_gradient, through_chain
+from .answers import draw
 from .arguments import check_arguments, model_dtype, progress_bar
 from .basis import Rotated, rotate, rotate_states, rotated_callback, rotated_edit
 from .chain import Chain, Splitting
@@ -61,7 +62,7 @@ def sample(
     solver: Any = None,
     stop: Stop | None = None,
     window: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     group: Any = None,
     progress: bool = False,
     *,
@@ -98,7 +99,8 @@ def sample(
             nodes (by default the number of steps, which always suffices).
         window: time steps evaluated at once, at most; None is all, or 100 for a chain that clips, whose clipped pixels
             are stiff: far ahead of the front their remainders are of no use yet.
-        generator: of the noises n_k when chain.eta > 0; they are drawn once, ahead. noises: the noises (B, steps, …).
+        generator: of the noises n_k when chain.eta > 0, or a list with one for each image, which then has the noises
+            that it has alone; they are drawn once, ahead. noises: the noises (B, steps, …).
         group: torch.distributed process group whose ranks share the model rows of every round; every rank passes the
             same arguments, generators from one seed, and gets the result; progress and callback may differ, and a
             callback that stops one rank stops all. See `diffusion.ranks`.
@@ -173,7 +175,7 @@ def sample(
 
 def _in_basis(
     model: Model, x_T: Tensor, chain: Chain, prediction: str, splitting: Splitting, edit: Edit | None, callback: Any,
-    noises: Tensor | None, *, generator: torch.Generator | None, inputs: Sequence[Tensor], **options: Any,
+    noises: Tensor | None, *, generator: Any, inputs: Sequence[Tensor], **options: Any,
 ) -> Sample:  # fmt: skip
     """`sample` in the splitting's basis, its result rotated back."""
     check_arguments(model, x_T, "x_T", chain, prediction, inputs)
@@ -183,9 +185,7 @@ def _in_basis(
     if chain.clip is not None:
         raise ValueError("splitting: a basis and a chain that clips go ill together: clipping is per pixel")
     if noises is None and chain.eta > 0:
-        device = generator.device if generator is not None else x_T.device
-        shape = (len(x_T), len(chain), *x_T.shape[1:])
-        noises = torch.randn(shape, dtype=torch.float64, generator=generator, device=device)
+        noises = draw((len(x_T), len(chain), *x_T.shape[1:]), generator, x_T.device)
     out = sample(
         Rotated(model, Q, model_dtype(model, x_T.dtype)), rotate(x_T, Q), chain, prediction,
         splitting=replace(splitting, basis=None), inputs=inputs, edit=rotated_edit(edit, Q),

@@ -12,6 +12,7 @@ from torch import Tensor
 from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
 
 from .adjoint import through_chain
+from .answers import draw
 from .arguments import Silent, check_arguments, model_dtype
 from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
 from .edit import Edit
@@ -66,8 +67,7 @@ def _scaled_noise(chain: Chain, x_T: Tensor, noises: Tensor | None, generator: A
     if chain.eta == 0:
         return None
     if noises is None:
-        device = generator.device if generator is not None else x_T.device
-        noises = torch.randn(shape, dtype=torch.float64, generator=generator, device=device)
+        noises = draw(shape, generator, x_T.device)
     return chain.sigma[:, None] * noises.detach().to(x_T.device, torch.float64).flatten(2)
 
 

@@ -159,10 +159,17 @@ def test_a_range_that_is_none_is_refused(arguments):
         Clip(*arguments)
 
 
-def test_clipping_needs_steps_that_remove_noise():
-    schedule = Schedule(torch.tensor([0.9, 0.9, 0.5], dtype=torch.float64), clip=Clip(1.0))
-    with pytest.raises(ValueError, match="clip"):
-        schedule.chain(3)
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_a_step_that_removes_no_noise_changes_the_state_by_what_it_clips(method):
+    schedule = Schedule(torch.tensor([0.9, 0.9, 0.5], dtype=torch.float64), final_alpha_cumprod=0.9, clip=Clip(0.5))
+    model, x = Mixture(schedule, means()), latents(2, 6)
+    state = x
+    for t, after in ((2, 0.9), (1, 0.9), (0, 0.9)):
+        alpha, eps = schedule.alphas_cumprod[t].item(), model(state, torch.full((2,), t))
+        predicted = ((state - (1 - alpha) ** 0.5 * eps) / alpha**0.5).clamp(-0.5, 0.5)
+        state = after**0.5 * predicted + (1 - after) ** 0.5 * eps
+    assert relative(sample(model, x, schedule.chain(3), method=method, stop=TIGHT).x_0, state) < 1e-7
 
 
 @pytest.mark.parametrize("method", ["sequential", "parallel"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import Inpaint, Schedule, load_checkpoint, sample
+from diffusion import DiffusersModel, Inpaint, Schedule, load_checkpoint, sample
 from pydeqsolve import Stop
 
 diffusers = pytest.importorskip("diffusers")
@@ -275,7 +275,7 @@ def test_a_saved_unet_loads_as_a_checkpoint_that_samples_and_inpaints(folder):
     edit = Inpaint(chain, torch.zeros(2, 1, 8, 8), torch.eye(8), x_T)
     with torch.no_grad():
         one, other = (
-            sample(checkpoint.model, x_T, chain, method=m, edit=edit, stop=TIGHT).x_0
+            sample(checkpoint.model, x_T, chain, checkpoint.prediction, method=m, edit=edit, stop=TIGHT).x_0
             for m in ("sequential", "parallel")
         )
     assert relative(other.numpy(), one.numpy()) < 1e-4
@@ -287,9 +287,216 @@ def test_importing_the_adapter_does_not_import_diffusers():
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_the_schedule_of_a_pipeline_is_that_of_its_scheduler():
-    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    pipe = DEQDDIMPipeline(small_unet(), scheduler)
-    expected = Schedule.from_diffusers(diffusers.DDIMScheduler.from_config(scheduler.config))
+@pytest.fixture(scope="module")
+def network():
+    return small_unet()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"variance_type": "fixed_large", "timestep_spacing": "trailing", "clip_sample": False}],
+    ids=["default", "large, trailing"],
+)
+@pytest.mark.parametrize("several", [False, True], ids=["one generator", "one for each image"])
+def test_a_saved_ddpm_pipeline_makes_the_images_of_diffusers_from_the_same_seed(settings, several, network, tmp_path):
+    theirs = diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(**settings))
+    theirs.save_pretrained(tmp_path)
+    ours = DEQDDIMPipeline.from_pretrained(tmp_path)
+    assert isinstance(ours.scheduler, diffusers.DDPMScheduler)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    seeds = lambda: [seeded(1), seeded(2)] if several else seeded()  # noqa: E731
+    options = {"batch_size": 2, "num_inference_steps": 12, "output_type": "np"}
+    expected = theirs(generator=seeds(), **options).images
+    for method, error in (("sequential", 1e-5), ("parallel", 1e-3)):
+        generator = seeds()
+        got = ours(generator=generator, method=method, **options).images
+        assert relative(got, expected) < error
+
+
+def test_a_pipeline_leaves_its_generator_where_that_of_diffusers_does(network):
+    ours, theirs = (kind(network, diffusers.DDPMScheduler()) for kind in (DEQDDIMPipeline, diffusers.DDPMPipeline))
+    generators = [seeded(), seeded()]
+    for pipe, generator in zip((ours, theirs), generators, strict=True):
+        pipe.set_progress_bar_config(disable=True)
+        pipe(generator=generator, num_inference_steps=3, output_type="pt")
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
+def test_another_scheduler_is_refused_by_name_however_it_comes_in(name, network, tmp_path):
+    other = getattr(diffusers, name)()
+    with pytest.raises(TypeError, match=f"{name} is not reproduced; known are DDIMScheduler, DDPMScheduler"):
+        DEQDDIMPipeline(network, other)
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler())
+    with pytest.raises(TypeError, match=f"{name} is not reproduced"):
+        pipe.scheduler = other
     assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
-    assert Schedule.from_diffusers(pipe.scheduler) == expected
+    diffusers.DDPMPipeline(network, other).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"{name} is not reproduced"):
+        DEQDDIMPipeline.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"{name} is not reproduced"):
+        DEQDDIMPipeline.from_pipe(diffusers.DDPMPipeline(network, other))
+    for folder in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(TypeError, match=f"{name} is not reproduced"):
+            load_checkpoint(folder)
+
+
+def test_an_option_that_is_not_reproduced_is_refused_however_it_comes_in(network, tmp_path):
+    learned = diffusers.DDPMScheduler(variance_type="learned_range")
+    with pytest.raises(TypeError, match="variance_type='learned_range'"):
+        DEQDDIMPipeline(network, learned)
+    diffusers.DDPMPipeline(network, learned).save_pretrained(tmp_path)
+    for load in (DEQDDIMPipeline.from_pretrained, load_checkpoint):
+        with pytest.raises(TypeError, match="variance_type='learned_range'"):
+            load(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["object", "pipeline", "folder of a pipeline", "folder of a network"])
+def test_a_scheduler_clips_alike_however_it_comes_in(way, network, tmp_path):
+    scheduler = diffusers.DDIMScheduler(clip_sample_range=0.5, set_alpha_to_one=False, timestep_spacing="leading")
+    scheduler.set_timesteps(8)
+    state = x_T = torch.randn(2, 1, 8, 8, generator=seeded())
+    for t in scheduler.timesteps:
+        state = scheduler.step(network(state, t).sample, t, state).prev_sample
+    pipe = DEQDDIMPipeline(network, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    if way == "pipeline":
+        got = pipe(latents=x_T, num_inference_steps=8, output_type="latent", method="sequential").images
+    else:
+        model, schedule, prediction = DiffusersModel(network), Schedule.from_diffusers(scheduler), "epsilon"
+        if way != "object":
+            pipe.save_pretrained(tmp_path)
+            read = load_checkpoint(tmp_path if way == "folder of a pipeline" else tmp_path / "unet")
+            model, schedule, prediction = read.model, read.schedule, read.prediction
+        got = sample(model, x_T, schedule.chain(8), prediction=prediction, method="sequential").x_0
+    assert relative(got.numpy(), state.numpy()) < 1e-4
+
+
+def test_clipping_can_be_left_out_of_a_call(network):
+    pipe, free = (DEQDDIMPipeline(network, diffusers.DDIMScheduler(clip_sample=clip)) for clip in (True, False))
+    for p in (pipe, free):
+        p.set_progress_bar_config(disable=True)
+    options = {"latents": torch.randn(1, 1, 8, 8, generator=seeded()), "num_inference_steps": 5}
+    images = [p(output_type="latent", clip_sample=False, **options).images for p in (pipe, free)]
+    assert torch.equal(*images)
+    assert not torch.equal(pipe(output_type="latent", **options).images, images[0])
+
+
+def test_clipped_model_output_is_that_of_the_ddim_pipeline(network):
+    images = []
+    for kind in (diffusers.DDIMPipeline, DEQDDIMPipeline):
+        pipe = kind(network, diffusers.DDIMScheduler(clip_sample_range=0.5))
+        pipe.set_progress_bar_config(disable=True)
+        given = {"generator": seeded(), "num_inference_steps": 8, "eta": 0.5, "use_clipped_model_output": True}
+        images.append(pipe(output_type="np", **given).images)
+    assert relative(images[1], images[0]) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["timesteps", "sigmas", "strength", "guidance_rescale", "height", "stpo", "chain"])
+def test_an_argument_that_the_pipeline_does_not_have_is_named(name, network):
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler())
+    with pytest.raises(TypeError, match=f"^{name}: not an argument of DEQDDIMPipeline"):
+        pipe(**{name: 1})
+    with pytest.raises(TypeError, match=f"^{name}: not an argument of DEQDDIMPipeline.invert"):
+        pipe.invert(torch.zeros(1, 1, 8, 8), **{name: 1})
+
+
+def test_a_list_of_generators_of_another_length_is_refused(network):
+    with pytest.raises(ValueError, match="generator: one for each of the 3 images is required, got 1"):
+        DEQDDIMPipeline(network, diffusers.DDIMScheduler())(batch_size=3, generator=[seeded()])
+
+
+AUTOENCODER = {
+    "in_channels": 1, "out_channels": 1, "latent_channels": 1, "block_out_channels": (8, 8), "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+
+
+def test_the_folder_of_an_ldm_pipeline_makes_its_images(network, tmp_path):
+    torch.manual_seed(2)
+    vqvae = diffusers.VQModel(num_vq_embeddings=16, scaling_factor=0.3, **AUTOENCODER).eval()
+    theirs = diffusers.LDMPipeline(vqvae, network, diffusers.DDIMScheduler(clip_sample=False))
+    theirs.save_pretrained(tmp_path)
+    ours = DEQDDIMPipeline.from_pretrained(tmp_path)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    expected, got = (
+        pipe(batch_size=1, num_inference_steps=5, generator=seeded(), output_type="np").images
+        for pipe in (theirs, ours)
+    )
+    assert np.asarray(expected).shape == (1, 16, 16, 1)
+    assert relative(got, np.asarray(expected)) < 1e-3
+    with torch.no_grad():
+        z = 0.3 * vqvae.encode(torch.full((1, 1, 16, 16), -1.0)).latents
+    found = ours.invert(torch.zeros(1, 1, 16, 16), 5, "ddim")
+    plain = DEQDDIMPipeline(network, theirs.scheduler)
+    torch.testing.assert_close(found.x_T, plain.invert(z / 2 + 0.5, 5, "ddim").x_T)
+    ours.save_pretrained(tmp_path / "again")
+    assert DEQDDIMPipeline.from_pretrained(tmp_path / "again").vqvae.config.scaling_factor == 0.3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("settings", "scale", "shift"),
+    [
+        ({"scaling_factor": 0.5, "shift_factor": 0.7}, 0.5, 0.7),
+        ({"scaling_factor": 0.5, "latents_mean": [0.2], "latents_std": [4.0]}, 0.125, 0.2),
+        ({"scaling_factor": 0.5, "latents_std": [4.0]}, 0.125, 0.0),
+    ],
+    ids=["shift", "mean and deviation", "deviation"],
+)
+def test_the_factors_of_an_autoencoder_are_honoured(settings, scale, shift, network):
+    torch.manual_seed(2)
+    vae = diffusers.AutoencoderKL(**AUTOENCODER, **settings).eval()
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler(clip_sample=False), vae)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"latents": torch.randn(1, 1, 8, 8, generator=seeded()), "num_inference_steps": 3}
+    latent, image = (pipe(output_type=kind, **given).images for kind in ("latent", "pt"))
+    torch.testing.assert_close(image, (vae.decode(latent / scale + shift).sample / 2 + 0.5).clamp(0, 1))
+    z = (vae.encode(2 * image - 1).latent_dist.mean - shift) * scale
+    torch.testing.assert_close(pipe._autoencoder.encode(2 * image - 1), z)
+
+
+@pytest.mark.parametrize(
+    ("vae", "error", "words"),
+    [
+        (lambda: diffusers.AutoencoderTiny(), TypeError, "vae: AutoencoderKL or VQModel .* got AutoencoderTiny"),
+        (lambda: diffusers.AutoencoderKL(latent_channels=4), ValueError, "vae: latents of 1 channels"),
+        (
+            lambda: diffusers.AutoencoderKL(**AUTOENCODER, shift_factor=1.0, latents_mean=[0.0], latents_std=[1.0]),
+            ValueError, "vae: shift_factor and latents_mean",
+        ),
+    ],
+)  # fmt: skip
+def test_an_autoencoder_that_is_not_read_is_refused_by_name(vae, error, words, network):
+    with pytest.raises(error, match=words):
+        DEQDDIMPipeline(network, diffusers.DDIMScheduler(), vae())
+
+
+def test_a_part_of_a_folder_that_is_not_used_is_refused_unless_left_out_by_name(network, tmp_path):
+    DEQDDIMPipeline(network, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "safety_checker": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"text_encoder \(CLIPTextModel\) is not used.* text_encoder=None leaves"):
+        DEQDDIMPipeline.from_pretrained(tmp_path)
+    DEQDDIMPipeline.from_pretrained(tmp_path, text_encoder=None)
+    with pytest.raises(ValueError, match=r"text_encoder \(CLIPTextModel\) is not read"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_network_with_variances_is_refused_when_the_pipeline_is_made():
+    torch.manual_seed(0)
+    learned = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=2, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"got 2 for 1: it predicts variances too; wrap it: .*\.sample\[:, :1\]"):
+        DEQDDIMPipeline(learned, diffusers.DDIMScheduler())
+
+
+def test_a_wrapped_network_is_refused_with_the_one_inside(network):
+    with pytest.raises(TypeError, match=r"unet: the network inside DataParallel is required: unet\.module"):
+        DEQDDIMPipeline(torch.nn.DataParallel(network), diffusers.DDIMScheduler())

@@ -47,7 +47,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         pipe = DEQDDIMPipeline.from_pretrained(folder)
         images = pipe(batch_size=4, num_inference_steps=100, generator=torch.Generator().manual_seed(0)).images
 
-    From the same generator it makes the images of diffusers' DDIMPipeline, to the tolerance of `stop`, for every eta;
+    From the same generator it makes the images of diffusers' DDIMPipeline, to the error asked for, for every eta;
     clipping, thresholding, spacing and prediction type are the scheduler's.
 
     Args:
@@ -106,7 +106,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
                 method="sequential" it is called after every step, and the latents that it returns are gone on with.
                 Setting `pipe._interrupt = True` in it ends parallel sampling after that round.
             method: "parallel" or "sequential".
-            options: splitting, solver, stop, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
+            options: error, splitting, max_rounds, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, by name.
@@ -129,13 +129,14 @@ class DEQDDIMPipeline(DiffusionPipeline):
         self._interrupt = False
         with self.progress_bar(total=len(chain)) as bar:
             hooks = self._hooks(chain, bar, callback_on_step_end, method, options.pop("edit", None))
-            out = sample(model, x_T, chain, self._prediction, method, inputs=inputs, noises=noises, **hooks, **options)
+            out = sample(
+                model, x_T, chain, method, prediction=self._prediction, inputs=inputs, noises=noises, **hooks, **options
+            )
         images = out.x_0 if output_type == "latent" else self._decode(out.x_0, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        done = torch.ones(count, dtype=torch.bool) if out.solution is None else out.solution.converged
-        return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, done)
+        return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, out.converged)
 
     def invert(self, image: Any, num_inference_steps: int = 50, method: str = "exact", **options: Any) -> Inversion:
         """The latents from which the pipeline (eta = 0) samples these images: `pipe(latents=found.x_T)`.

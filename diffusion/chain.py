@@ -217,6 +217,13 @@ class EditedChain(LinearChain):
             out.append(x)
         return torch.stack(out, 1)
 
+    def moved(self, base: Tensor, N: Tensor, x: Tensor, delta: Tensor, slope: Tensor, image: Tensor | None) -> Tensor:
+        """How far (B, D) x_T moves when N becomes N + δ + slope·(move of the states x); all (B, T, …)."""
+        y, added = base[:, 0], base[:, 1:] + self.c * (N + delta)
+        for k in range(N.shape[1]):
+            y = self.after(self.A[k] * y + added[:, k] + self.c[k] * slope[:, k] * (y - x[:, k]), k, image)
+        return y - x[:, -1]
+
     def after(self, x: Tensor, k: int, image: Tensor | None) -> Tensor:
         """The state (B, D) that step k leaves."""
         images = x.reshape(-1, *self.shape)
@@ -229,17 +236,17 @@ class EditedChain(LinearChain):
         return edited.to(x.dtype).reshape(x.shape)
 
 
-def interpolation(positions: Tensor, count: int) -> Tensor:
+def interpolation(positions: Tensor, count: int, degree: int = 3) -> Tensor:
     """(count, n) float64: from values at `positions` (n,) to 0 … count−1, by a cubic spline (n ≥ 4) or linearly."""
-    return _interpolation(tuple(positions.tolist()), count).clone()
+    return _interpolation(tuple(positions.tolist()), count, degree).clone()
 
 
 @lru_cache(maxsize=64)
-def _interpolation(at: tuple[int, ...], count: int) -> Tensor:
+def _interpolation(at: tuple[int, ...], count: int, degree: int) -> Tensor:
     from scipy.interpolate import CubicSpline, make_interp_spline
 
     n = len(at)
     identity = np.eye(n)
     grid = np.arange(count)
-    spline = CubicSpline(at, identity) if n >= 4 else make_interp_spline(at, identity, k=min(1, n - 1))
+    spline = CubicSpline(at, identity) if n >= 4 and degree == 3 else make_interp_spline(at, identity, k=min(1, n - 1))
     return torch.from_numpy(np.ascontiguousarray(spline(grid)))

@@ -162,7 +162,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
             method: "parallel" or "sequential".
             clip_sample: False leaves predicted images as they are, whatever the scheduler does; None does as it does.
             use_clipped_model_output: as in DDIMPipeline: ε is taken anew from each image that is clipped.
-            options: splitting, solver, stop, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
+            options: error, splitting, max_rounds, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, by name.
@@ -193,8 +193,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        done = torch.ones(count, dtype=torch.bool) if out.solution is None else out.solution.converged
-        return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, done)
+        return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, out.converged)
 
     def invert(
         self, image: Any, num_inference_steps: int = 50, method: str = "exact", clip_sample: bool | None = None,

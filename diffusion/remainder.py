@@ -7,9 +7,10 @@ depends on the earlier N_j alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from .answers import ask, warn_of_training
 from .basis import Rotated
 from .chain import Chain, LinearChain, Splitting
 from .ranks import evaluate_shared
+
+if TYPE_CHECKING:
+    from .defects import Visits
 
 CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
 
@@ -38,6 +42,15 @@ class Network:
 
     def __post_init__(self) -> None:
         warn_of_training(self.model.model if isinstance(self.model, Rotated) else self.model)
+    @contextmanager
+    def portions(self, most: int | None) -> Iterator[None]:
+        """Calls of at most so many rows inside; None changes nothing."""
+        usual = self.rows
+        self.rows = usual if most is None else min(most, usual or most)
+        try:
+            yield
+        finally:
+            self.rows = usual
 
     def epsilon(self, x: Tensor, t: Tensor, alpha: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """ε (n, D) in the dtype of x (n, D), v where ᾱ = 0. t, alpha (n,): time steps, ᾱ there; conditioning (n, …)."""
@@ -76,6 +89,7 @@ class Remainders:
         evaluations: (B,) model rows spent on each image so far.
         linear: from N to x_0 … x_T.
         scale: (T, 1), the unit of N in what `solve` sees, which is scale·N; None is 1.
+        visits: told of every evaluation, if given.
     """
 
     network: Network
@@ -84,6 +98,7 @@ class Remainders:
     linear: LinearChain
     shift: int = 0  # N_k is read off state k + shift: 0 for sampling, 1 for inversion, where it is the step's own end
     scale: Tensor | None = None
+    visits: Visits | None = None
 
     def __call__(
         self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor, wanted: Tensor | None = None
@@ -102,8 +117,10 @@ class Remainders:
             wanted = torch.ones(N.shape[:2], dtype=torch.bool, device=N.device)
         i, k = wanted.nonzero(as_tuple=True)
         self.evaluations.index_add_(0, image[i], torch.ones_like(i))
-        out = N.clone()
-        out[i, k] = self.remainder(x[i, k], k, [c[i] for c in conditioning])
+        out, states = N.clone(), x[i, k]
+        out[i, k] = value = self.remainder(states, k, [c[i] for c in conditioning])
+        if self.visits is not None:
+            self.visits.note(image[i], k, states, value)
         return x, out
 
     def __post_init__(self) -> None:

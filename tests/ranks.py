@@ -19,7 +19,7 @@ from diffusion import Schedule, Splitting, load_checkpoint, sample
 from pydeqsolve import Anderson, Implicit, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
-TIGHT = Stop(rtol=1e-9, max_steps=1000)
+TIGHT = 1e-8
 AT_ONCE = Implicit(solver=Anderson(2, coupling="causal"), stop=Stop(rtol=1e-8))
 SILENCE = 10.0  # seconds
 
@@ -89,7 +89,7 @@ class SampledLoss(nn.Module):
         self.model = Mixture(SCHEDULE, means())
 
     def forward(self, x_T: torch.Tensor) -> torch.Tensor:
-        out = sample(self.model, x_T, SCHEDULE.chain(8), stop=TIGHT, gradient=Implicit())
+        out = sample(self.model, x_T, SCHEDULE.chain(8), error=TIGHT, gradient=Implicit())
         return (out.x_0 * torch.arange(1, 7)).sin().mean()
 
 
@@ -171,7 +171,7 @@ def digits(group: Any, model: nn.Module | None = None, count: int = 2, **options
     """Images of the shipped float32 model."""
     checkpoint = load_checkpoint("digits")
     x_T, chain = latents(count, *checkpoint.shape).float(), checkpoint.schedule.chain(50)
-    return sample(model or checkpoint.model, x_T, chain, group=group, stop=Stop(rtol=1e-6), **options).x_0
+    return sample(model or checkpoint.model, x_T, chain, group=group, error=1e-5, **options).x_0
 
 
 def message(action: Any) -> str:
@@ -229,7 +229,7 @@ def sampled_gradient(model: nn.Module, rank: int, turn: int) -> torch.Tensor:
     """The gradient of a model's own parameters from one sampled batch; every rank and turn has another."""
     model.zero_grad()
     x_T = latents(2, 6, seed=10 * turn + rank)
-    sample(model, x_T, SCHEDULE.chain(6 + turn), stop=TIGHT, gradient=Implicit()).x_0.sin().sum().backward()
+    sample(model, x_T, SCHEDULE.chain(6 + turn), error=TIGHT, gradient=Implicit()).x_0.sin().sum().backward()
     return next(p.grad.clone() for name, p in model.named_parameters() if name.endswith("norm.weight"))
 
 

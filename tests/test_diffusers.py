@@ -8,7 +8,6 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Schedule, invert, sample
-from pydeqsolve import Stop
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -34,7 +33,7 @@ def test_both_methods_reproduce_the_ddim_scheduler(spacing, prediction, to_one, 
     chain = schedule.chain(30, spacing)
     assert chain.timesteps.tolist() == scheduler.timesteps.tolist()
     for method in ("sequential", "parallel"):
-        got = sample(model, x, chain, prediction=kind, method=method, stop=Stop(rtol=1e-9, max_steps=100)).x_0
+        got = sample(model, x, chain, prediction=kind, method=method, error=1e-8).x_0
         assert ((got - state).norm() / state.norm()).item() < 1e-5, method  # the scheduler's ᾱ are float32
 
 
@@ -66,8 +65,7 @@ def test_images_held_in_range_are_those_of_the_ddim_scheduler(prediction, eta, h
     unheld = sample(model, x, chains[1], prediction=kind, method="sequential", generator=seeded()).x_0
     assert (unheld - state).norm() > 0.05 * state.norm()  # holding makes a difference here
     for method in ("sequential", "parallel"):
-        stop = Stop(rtol=1e-9, max_steps=100)
-        got = sample(model, x, chains[0], prediction=kind, method=method, stop=stop, generator=seeded()).x_0
+        got = sample(model, x, chains[0], prediction=kind, method=method, error=1e-8, generator=seeded()).x_0
         assert ((got - state).norm() / state.norm()).item() < 1e-5, method
 
 

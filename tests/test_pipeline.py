@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from diffusion import DiffusersModel, Inpaint, Schedule, load_checkpoint, sample
-from pydeqsolve import Stop
 
 diffusers = pytest.importorskip("diffusers")
 
 from diffusion import DEQDDIMPipeline  # noqa: E402
 
-TIGHT = Stop(rtol=1e-7, max_steps=100)
+TIGHT = 1e-6
 
 
 def small_unet(**more):
@@ -72,7 +71,7 @@ def test_a_saved_ddim_pipeline_makes_the_images_of_diffusers_from_the_same_seed(
     options = {"batch_size": 2, "num_inference_steps": 20, "eta": eta, "output_type": "np"}
     expected = theirs(generator=seeded(), **options).images
     assert 0.05 < ((expected > 0) & (expected < 1)).mean() < 0.95  # clipping matters
-    got = ours(generator=seeded(), method=method, stop=TIGHT, **options)
+    got = ours(generator=seeded(), method=method, error=TIGHT, **options)
     assert relative(got.images, expected) < 1e-4
     assert got.converged.all()
     assert got.images.std() > 0.05
@@ -81,7 +80,7 @@ def test_a_saved_ddim_pipeline_makes_the_images_of_diffusers_from_the_same_seed(
 def test_a_list_of_generators_seeds_image_by_image(folder):
     pipe = DEQDDIMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 8, "output_type": "np", "stop": TIGHT}
+    options = {"num_inference_steps": 8, "output_type": "np", "error": TIGHT}
     both = pipe(batch_size=2, generator=[seeded(3), seeded(4)], **options).images
     assert relative(both[1:], pipe(generator=seeded(4), **options).images) < 1e-5
 
@@ -105,7 +104,7 @@ def test_what_is_sampled_is_inverted_back_to_its_latents():
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(0.1)
     x_T = 0.2 * torch.randn(2, 1, 8, 8, generator=seeded(5))  # so that the images stay within [-1, 1]
-    images = pipe(latents=x_T, num_inference_steps=50, output_type="pt", stop=TIGHT).images
+    images = pipe(latents=x_T, num_inference_steps=50, output_type="pt", error=TIGHT).images
     found = pipe.invert(images, 50)
     assert 0 < images.min() < images.max() < 1
     assert found.loss.max() < 1e-6
@@ -116,7 +115,7 @@ def test_class_labels_reach_the_network():
     unet = small_unet(num_class_embeds=3)
     pipe = pipeline(unet, clip_sample=False)
     labels, x_T = torch.tensor([0, 2]), torch.randn(2, 1, 8, 8, generator=seeded())
-    options = {"num_inference_steps": 15, "output_type": "latent", "stop": TIGHT}
+    options = {"num_inference_steps": 15, "output_type": "latent", "error": TIGHT}
     got = pipe(latents=x_T, class_labels=labels, **options).images
     state = x_T
     pipe.scheduler.set_timesteps(15)
@@ -141,7 +140,7 @@ def test_guided_text_conditioning_is_the_loop_of_stable_diffusion(prediction, cl
     labels = {"class_labels": torch.tensor([1, 2]), "negative_class_labels": torch.tensor([0, 0])} if classes else {}
     got = pipe(
         latents=x_T, prompt_embeds=prompt, negative_prompt_embeds=nothing, guidance_scale=4.0, num_inference_steps=20,
-        output_type="latent", stop=TIGHT, **labels,
+        output_type="latent", error=TIGHT, **labels,
     )  # fmt: skip
     state = x_T
     pipe.scheduler.set_timesteps(20)
@@ -162,11 +161,11 @@ def test_a_guided_conditional_network_is_inverted():
     given = {"prompt_embeds": prompt, "negative_prompt_embeds": nothing, "guidance_scale": 1.5}
     image = torch.rand(1, 4, 8, 8, generator=seeded(3)) * 0.2 + 0.4
     found = pipe.invert(image, 50, **given)
-    again = pipe(latents=found.x_T, num_inference_steps=50, output_type="pt", stop=TIGHT, **given).images
+    again = pipe(latents=found.x_T, num_inference_steps=50, output_type="pt", error=TIGHT, **given).images
     assert found.loss.item() < 1e-6
     assert relative(again.numpy(), image.numpy()) < 1e-3
     unguided = pipe(
-        latents=found.x_T, num_inference_steps=50, output_type="pt", stop=TIGHT, prompt_embeds=prompt
+        latents=found.x_T, num_inference_steps=50, output_type="pt", error=TIGHT, prompt_embeds=prompt
     ).images
     assert relative(unguided.numpy(), image.numpy()) > 1e-3
 
@@ -230,7 +229,7 @@ def test_a_callback_that_changes_latents_acts_step_by_step_and_is_refused_in_par
     assert relative(got.numpy(), state.numpy()) < 1e-5
     with pytest.raises(ValueError, match="edit"):
         pipe(callback_on_step_end=halve, **options)
-    in_parallel = pipe(edit=lambda x, k, image: 0.9 * x, stop=TIGHT, **options).images
+    in_parallel = pipe(edit=lambda x, k, image: 0.9 * x, error=TIGHT, **options).images
     assert relative(in_parallel.numpy(), state.numpy()) < 1e-4
 
 
@@ -275,7 +274,7 @@ def test_a_saved_unet_loads_as_a_checkpoint_that_samples_and_inpaints(folder):
     edit = Inpaint(chain, torch.zeros(2, 1, 8, 8), torch.eye(8), x_T)
     with torch.no_grad():
         one, other = (
-            sample(checkpoint.model, x_T, chain, checkpoint.prediction, method=m, edit=edit, stop=TIGHT).x_0
+            sample(checkpoint.model, x_T, chain, method=m, prediction=checkpoint.prediction, edit=edit, error=TIGHT).x_0
             for m in ("sequential", "parallel")
         )
     assert relative(other.numpy(), one.numpy()) < 1e-4

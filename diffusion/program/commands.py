@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import ConvergenceError, Stop
+from pydeqsolve import ConvergenceError
 
 from ..chain import Chain
 from ..checkpoint import Checkpoint, load_checkpoint
@@ -71,7 +71,7 @@ def run_sample(args: Namespace) -> dict[str, Any]:
             "command": "sample", "model": checkpoint.name, "method": args.method, "images": len(x_0),
             "steps": len(chain), "seed": args.seed, "device": str(device), "threads": torch.get_num_threads(),
             "rounds": max(part.rounds for part in parts), "rows_per_image": evaluations.mean().item(),
-            "converged": sum(_converged(part) for part in parts), "seconds": seconds,
+            "converged": sum(int(part.converged.sum()) for part in parts), "seconds": seconds,
             "output": str(folder), "files": ["samples.safetensors", "summary.json"],
         }  # fmt: skip
         write_tensors(folder / "samples.safetensors", {"x_T": x_T.cpu(), "x_0": x_0}, {"command": "deq-ddim sample"})
@@ -84,17 +84,13 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     return summary
 
 
-def _converged(part: Sample) -> int:
-    return len(part.x_0) if part.solution is None else int(part.solution.converged.sum())
-
-
 def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> list[Sample]:
     generator = torch.Generator().manual_seed(args.seed + 1) if args.eta else None
     parts: list[Sample] = []
     for part in x_T.split(args.batch):
         out = sample(
-            checkpoint.model, part, chain, method=args.method, stop=Stop(rtol=args.rtol, max_steps=len(chain)),
-            window=args.window, levels=args.levels, generator=generator, progress=True,
+            checkpoint.model, part, chain, method=args.method, error=args.error, window=args.window, levels=args.levels,
+            generator=generator, progress=True,
             **options_of(checkpoint, args.splitting),
         )  # fmt: skip
         if parts:  # only the first batch's is drawn

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import Status, Stop
+from pydeqsolve import Status
 
 from ..chain import Chain
 from ..checkpoint import Checkpoint
@@ -133,8 +133,8 @@ def errors_by_round(checkpoint: Checkpoint, chain: Chain, splitting: str, x_T: T
     def see(_: int, trajectory: Tensor, residual: Tensor) -> None:
         errors.append(relative_errors(trajectory[:, -1], expected))
 
-    stop = Stop(rtol=1e-5, max_steps=min(ROUNDS_SHOWN, len(chain)))
-    sample(checkpoint.model, x_T, chain, stop=stop, levels=(), callback=see, **options_of(checkpoint, splitting))
+    options = {"error": 1e-4, "max_rounds": ROUNDS_SHOWN, "levels": (), **options_of(checkpoint, splitting)}
+    sample(checkpoint.model, x_T, chain, callback=see, **options)
     return torch.stack(errors)
 
 

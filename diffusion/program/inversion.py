@@ -108,7 +108,7 @@ def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain) -> Callable
 def reconstruct(checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> Tensor:
     """Return the images (n, C, H, W) that the chain makes of the latents, on the CPU."""
     x_T = x_T.to(next(checkpoint.model.parameters()).device)
-    return sample(checkpoint.model, x_T, chain, checkpoint.prediction, "sequential").x_0.cpu()
+    return sample(checkpoint.model, x_T, chain, "sequential", prediction=checkpoint.prediction).x_0.cpu()
 
 
 def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record) -> dict[str, Any]:

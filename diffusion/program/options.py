@@ -155,9 +155,7 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
         help="coarser chains solved first: auto, nodes, none or, say, 40,200",
     )
     add("--window", type=whole(1), help="time steps evaluated at once, at most (default: all)")
-    add(
-        "--rtol", type=positive, default=1e-4, help="a tenth of the relative error allowed in the images (default 1e-4)"
-    )
+    add("--error", type=positive, help="relative error allowed in the images (default 1e-3, more in 16 bits)")
     add("--batch", type=whole(1), default=16, help="images at a time (default 16)")
 
 

@@ -1,0 +1,116 @@
+"""The error of x_0, from the defects of the chain that is returned.
+
+The states x_0 … x_T were made from remainders N_k; the network says N'_k = N(x_k) there. With δ_k = N'_k − N_k the
+error e of the states, x − x of sequential sampling, obeys to first order
+
+    e_{k+1} = (A_k + c_k J_k) e_k − c_k δ_k,
+
+J_k = ∂N/∂x, of which one number is known, its slope along the last move of x_k whose answer was seen: ⟨ΔN, Δx⟩/|Δx|².
+It stands for J_k; for a network linear in x it is J_k itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chain import EditedChain, LinearChain
+from .remainder import Remainders
+
+SAFETY = 2.0  # by which the first-order estimate is raised: J is known along one direction only
+TOLD = 100.0  # a move of fewer units of rounding of the state tells no slope
+SAME = 0.125  # a move of fewer units of rounding gives the network the same numbers
+
+
+@dataclass(eq=False)
+class Visits:
+    """Where every step was evaluated last, its value there, and the slope of N along its last move."""
+
+    x: Tensor  # (B, T, D), NaN where it was not
+    value: Tensor  # (B, T, D)
+    slope: Tensor  # (B, T), NaN where unknown
+    precision: float  # machine epsilon of the network
+
+    @staticmethod
+    def none(like: Tensor, precision: float) -> Visits:
+        """Before the first round; like (B, T, D)."""
+        unknown = torch.full_like(like, torch.nan)
+        return Visits(unknown, torch.zeros_like(like), unknown[..., 0].clone(), precision)
+
+    def note(self, i: Tensor, k: Tensor, x: Tensor, value: Tensor) -> None:
+        """N is `value` (n, D) at states x (n, D) of the images i and steps k (n,)."""
+        slope, sound = slopes(x - self.x[i, k], value - self.value[i, k], x, self.precision)
+        self.slope[i, k] = torch.where(sound, slope, self.slope[i, k])
+        self.x[i, k], self.value[i, k] = x, value
+
+
+def slopes(s: Tensor, y: Tensor, x: Tensor, precision: float) -> tuple[Tensor, Tensor]:
+    """⟨y, s⟩/|s|² (…) of moves s and changes y (…, D) at x, and where the move is large enough to tell."""
+    moved, size = s.square().sum(-1), x.square().sum(-1)
+    slope = (y * s).sum(-1) / moved
+    return slope, (moved > (TOLD * precision) ** 2 * size) & slope.isfinite()
+
+
+def filled(slope: Tensor) -> Tensor:
+    """slope (n, T) with every NaN replaced by the next value that is none, after the last by the last; 0 without any.
+
+    A step that never moves, as the first, tells nothing of itself, and its neighbours' slopes are nearest to its own.
+    """
+    T, known = slope.shape[1], ~slope.isnan()
+    k = torch.arange(T, device=slope.device).expand_as(slope)
+    after = torch.where(known, k, T).flip(1).cummin(1).values.flip(1)
+    before = torch.where(known, k, -1).cummax(1).values
+    at = torch.where(after < T, after, before.clamp_min(0))
+    return slope.gather(1, at).nan_to_num(0.0)
+
+
+def defects(
+    m: Remainders, image: Tensor, x: Tensor, N: Tensor, visits: Visits, settled: Tensor, conditioning: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """δ (n, T, D) at every step of the states x (n, T+1, D), and the rows (n,) that it took; notes the visits.
+
+    settled (n,): whether every N_k is the network's value where step k was visited last: then a step whose state has
+    not moved since has no defect, and is not asked again.
+    """
+    x, before = x[:, : N.shape[1]], visits.x[image]
+    still = (x - before).square().sum(2) <= (SAME * visits.precision) ** 2 * x.square().sum(2)  # never, where NaN
+    wanted = x.isfinite().all(2) & ~(still & settled[:, None])
+    i, k = wanted.nonzero(as_tuple=True)
+    delta = torch.zeros_like(N)
+    if len(i):
+        value = m.remainder(x[i, k], k, [c[i] for c in conditioning])
+        delta[i, k] = value - N[i, k]
+        visits.note(image[i], k, x[i, k], value)
+    return delta, wanted.sum(1)
+
+
+def carried(
+    linear: LinearChain, base: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, image: Tensor
+) -> Tensor:
+    """The estimate (n,) of the relative error of x_0: SAFETY·|e_T|/|x_T|, of states x (n, T+1, D) and their defects.
+
+    slope (n, T) stands for J; where it is NaN, the next step's that is known. An error has parts along which N is
+    steeper and less steep than along the move that told: so the largest is taken of the errors with J = slope, with
+    J = 0, and with J = min(slope, 0), which keeps what expands and drops what contracts.
+    """
+    slope = filled(slope)[..., None]
+    trials = (slope, torch.zeros_like(slope), slope.clamp_max(0))
+    if isinstance(linear, EditedChain):
+        moved = [linear.moved(base, N, x, delta, J, image) for J in trials]
+    else:
+        moved = [summed(linear.A + linear.c * J, linear.c * delta) for J in trials]
+    worst, size = torch.stack([e.norm(dim=1) for e in moved]).amax(0), x[:, -1].norm(dim=1)
+    return torch.where(worst == 0, worst, SAFETY * worst / size)
+
+
+def summed(A: Tensor, b: Tensor) -> Tensor:
+    """e_T (n, D) of e_{k+1} = A_k e_k + b_k from e_0 = 0; A (n, T, 1 or D), b (n, T, D): neighbours pair by pair."""
+    while b.shape[1] > 1:
+        if b.shape[1] % 2:
+            A, b = torch.cat([torch.ones_like(A[:, :1]), A], 1), torch.cat([torch.zeros_like(b[:, :1]), b], 1)
+        b = A[:, 1::2] * b[:, ::2] + b[:, 1::2]
+        A = A[:, 1::2] * A[:, ::2]
+    return b[:, 0]

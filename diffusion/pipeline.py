@@ -18,7 +18,7 @@ except ImportError as error:
     raise ImportError("DEQDDIMPipeline needs diffusers: pip install pydeqsolve[diffusers]") from error
 
 from .chain import Chain
-from .invert import Inversion, invert
+from .invert import Inversion, find_latents, warn_of_range
 from .models import DIFFUSERS_PREDICTIONS, DiffusersModel, Guided
 from .sample import sample
 from .schedule import Schedule
@@ -146,20 +146,24 @@ class DEQDDIMPipeline(DiffusionPipeline):
         Args:
             image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
             method: "exact", "ddim", "deq" or "naive", see `diffusion.invert`.
-            options: the conditioning arguments of the pipeline, and epochs, lr, stop, … of `diffusion.invert`.
+            options: the conditioning arguments of the pipeline, and error, max_rounds, epochs, … of `diffusion.invert`.
 
         Returns:
             Inversion, with x_T, and the loss in pixels (of the latents, where there is a vae) per image.
+
+        Warns:
+            UserWarning: the scheduler clips, or pixels are not in [0, 1].
         """
         scale = options.pop("guidance_scale", 1.0)
         labels, prompt, no_prompt, no_labels = (options.pop(name, None) for name in INPUTS)
         model, inputs = self._model(labels, prompt, no_prompt, no_labels, scale)
         x_0 = self.image_processor.preprocess(image).to(self._execution_device, self.unet.dtype)
+        warn_of_range(x_0)
         if self.vae is not None:
             with torch.no_grad():
                 x_0 = self.vae.encode(x_0.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
-        found = invert(model, x_0, self._chain(num_inference_steps, 0.0), method, prediction=self._prediction,
-                       inputs=inputs, **options)  # fmt: skip
+        found = find_latents(model, x_0, self._chain(num_inference_steps, 0.0), method, prediction=self._prediction,
+                             inputs=inputs, **options)  # fmt: skip
         self.maybe_free_model_hooks()
         return found
 

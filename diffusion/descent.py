@@ -19,6 +19,7 @@ EPOCHS = {"naive": 400, "deq": 400}
 LEARNING_RATES = {"naive": 0.3, "deq": 0.1}
 # The relative error of x_0 that a solve of "deq" may leave, as part of that of the last epoch, and at least.
 FINER, FINEST = 0.03, 1e-7
+EPOCH_STOP = Stop(rtol=1e-3, max_steps=1000)  # of the solve in each epoch of "deq"
 
 
 @dataclass(eq=False)
@@ -87,17 +88,17 @@ class Descent:
         return {name: value.detach().clone().contiguous() for name, value in state.items()}
 
     def run(
-        self, epochs: int, gradient: Phantom | Implicit, stop: Stop, solver: Any, callback: Any, bar: Any
+        self, epochs: int, limit: int | None, gradient: Phantom | Implicit, solver: Any, callback: Any, bar: Any
     ) -> Outcome:
-        """Epochs up to number `epochs`, those of the resumed state included."""
-        while self.epoch < epochs:
+        """Epochs up to number `epochs` and rounds up to `limit`, those of the resumed state included."""
+        while self.epoch < epochs and (limit is None or self.rounds + self._most_rounds(gradient) <= limit):
             sampler = self.sampler.at(self.x_T.detach())
             before, solution = sampler.map.network.calls, None
             if self.method == "naive":
                 x_0, rows = sampler.differentiable_sequential(self.x_T)
             else:
                 x_0, solution, rows = sampler.differentiable_parallel(
-                    self.x_T, self.N, gradient, self._tightened(stop), solver
+                    self.x_T, self.N, gradient, self._tightened(EPOCH_STOP), solver
                 )
                 self.N = solution.z
             loss = (x_0 - self.target).square().sum(1)
@@ -111,7 +112,14 @@ class Descent:
             if callback is not None and callback(seen):
                 break
         history = torch.stack(self.history) if self.history else self.target.new_empty(0, len(self.target))
-        return Outcome(self.best, history, self.rounds, self.evaluations, None, None, self.snapshot())
+        return Outcome(self.best, history, self.evaluations, self.rounds, self.snapshot())
+
+    def _most_rounds(self, gradient: Phantom | Implicit) -> int:
+        """What an epoch may take: a causal chain of T steps is solved after T rounds, and swept back in T more."""
+        T = len(self.sampler.map.chain)
+        if self.method == "naive":
+            return T
+        return T + (T if isinstance(gradient, Implicit) else gradient.steps)
 
     def _tightened(self, stop: Stop) -> Stop:
         """The tolerance of this epoch's solve: as the loss falls, what the solve leaves must fall below it."""

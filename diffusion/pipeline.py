@@ -30,7 +30,7 @@ from .answers import WRAPPERS
 from .arguments import check_options
 from .autoencoder import Autoencoder
 from .chain import Chain
-from .invert import Inversion, invert
+from .invert import Inversion, find_latents, warn_of_range
 from .models import DiffusersModel, Guided, check_parts
 from .sample import sample
 from .schedule import Schedule
@@ -208,21 +208,25 @@ class DEQDDIMPipeline(DiffusionPipeline):
             image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
             method: "exact", "ddim", "deq" or "naive", see `diffusion.invert`.
             clip_sample: as in the pipeline's call.
-            options: the conditioning arguments of the pipeline, and epochs, lr, stop, … of `diffusion.invert`.
+            options: the conditioning arguments of the pipeline, and error, max_rounds, epochs, … of `diffusion.invert`.
 
         Returns:
             Inversion, with x_T, and the loss in pixels (of the latents, where there is a vae) per image.
+
+        Warns:
+            UserWarning: the scheduler clips, or pixels are not in [0, 1].
         """
         scale = options.pop("guidance_scale", 1.0)
         labels, prompt, no_prompt, no_labels = (options.pop(name, None) for name in INPUTS)
         check_options(options, invert, GIVEN, "DEQDDIMPipeline.invert")
         model, inputs = self._model(labels, prompt, no_prompt, no_labels, scale)
         x_0 = self.image_processor.preprocess(image).to(self._execution_device, self.unet.dtype)
+        warn_of_range(x_0)
         if self._autoencoder is not None:
             with torch.no_grad():
                 x_0 = self._autoencoder.encode(x_0).to(self.unet.dtype)
-        chain = chain_of(self.scheduler, num_inference_steps, 0.0, clip_sample)
-        found = invert(model, x_0, chain, method, prediction=chain.prediction or "epsilon", inputs=inputs, **options)
+        chain, given = chain_of(self.scheduler, num_inference_steps, 0.0, clip_sample), {"inputs": inputs, **options}
+        found = find_latents(model, x_0, chain, method, prediction=chain.prediction or "epsilon", **given)
         self.maybe_free_model_hooks()
         return found
 

@@ -123,6 +123,11 @@ class Remainders:
             self.visits.note(image[i], k, states, value)
         return x, out
 
+    @property
+    def unit(self) -> Tensor:
+        """`scale` (T, 1), or ones."""
+        return torch.ones_like(self.chain.c)[:, None] if self.scale is None else self.scale
+
     def __post_init__(self) -> None:
         self.evaluations = torch.zeros(0, dtype=torch.int64)
 
@@ -151,7 +156,12 @@ def reachable(rtol: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
     Below its rounding the network is a step function: no residual shrinks there, and every step would wait to be exact.
     """
-    least = torch.finfo(dtype).eps / 2
+    least = rounding(dtype)
     if isinstance(rtol, Tensor):
         return torch.where(rtol > 0, rtol.clamp_min(least), rtol)
     return max(rtol, least) if rtol > 0 else rtol
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Half the machine epsilon: what a network computing in `dtype` rounds its answer by, relative to it."""
+    return torch.finfo(dtype).eps / 2

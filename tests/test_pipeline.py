@@ -96,7 +96,21 @@ def test_saved_and_loaded_it_samples_and_inverts_alike(folder, tmp_path):
     options = {"num_inference_steps": 10, "output_type": "pt"}
     one, other = (p(generator=seeded(), **options).images for p in (pipe, again))
     assert torch.equal(one, other)
-    assert torch.equal(*(p.invert(one, 10, "ddim").x_T for p in (pipe, again)))
+    with pytest.warns(UserWarning, match="clip_sample=False") as seen:
+        assert torch.equal(*(p.invert(one, 10, "ddim").x_T for p in (pipe, again)))
+    assert [w.filename for w in seen] == [__file__] * 2
+
+
+def test_pixels_out_of_range_warn_where_latents_of_a_vae_do_not():
+    vae = diffusers.AutoencoderKL(
+        in_channels=1, out_channels=1, down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(4, 8), norm_num_groups=4, scaling_factor=40.0,
+    ).eval()  # fmt: skip
+    pipe = DEQDDIMPipeline(small_unet(), diffusers.DDIMScheduler(clip_sample=False), vae)
+    image = torch.rand(1, 1, 16, 16, generator=seeded(3))
+    assert pipe.invert(image, 2, "ddim").loss.isfinite().all()
+    with pytest.warns(UserWarning, match="scale them"):
+        pipe.invert(255 * image, 2, "ddim")
 
 
 def test_what_is_sampled_is_inverted_back_to_its_latents():

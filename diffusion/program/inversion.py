@@ -124,7 +124,7 @@ def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor
     }  # fmt: skip
     failed = len(images) - summary["status"].count("CONVERGED")
     if args.method == "exact" and failed:
-        say(f"deq-ddim: warning: {failed} of {len(images)} images missed the tolerance, see their loss")
+        say(f"deq-ddim: warning: {failed} of {len(images)} images missed the error asked for, see their loss")
     if args.pictures:
         title = f"{checkpoint.name}: inversion by {args.method}, T = {len(chain)}"
         shown = reconstruct(checkpoint, done["x_T"][:SHOWN], chain)

@@ -1,0 +1,187 @@
+"""The chain read from the image to the latent: some steps at once as a fixed point, or one step by itself.
+
+Backwards, step k is an equation for x_k: F_k(x_k) = x_{k+1} with F_k(x) = a_k x + c_k ε(x, t_k). With ε = κ x + b + N
+it is x_k = (x_{k+1} − c_k (b_k + N_k)) / A_k, N_k = N(x_k), and the steps from `last` back to `first` together are one
+fixed point in their N. A residual r_k of N_k is an error |c_k| r_k of x_{k+1}: in that unit, that of the image, all
+residuals and tolerances are given here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydeqsolve import Solution, Status, Stop, solve
+
+from .chain import Chain, LinearChain, Splitting, interpolation
+from .remainder import Remainders, rounding
+from .sampler import Sampler
+
+SMALLEST_UNIT = 1e-6  # of |c_k|: a step that does nothing has no unit of its own
+
+
+def reversed_map(forward: Remainders, first: int, last: int, splitting: Splitting) -> Remainders:
+    """Steps first … last − 1 of the chain, read backwards: position j ends at x_k, k = last − 1 − j, where N_k is read.
+
+    splitting: of all the chain's steps. Its unit is √steps |c_k|: the root mean square of all residuals together is
+    the error that they would leave in the image if none of the errors were damped.
+    """
+    chain, cut = forward.chain, slice(first, last)
+    flipped = chain.at(torch.arange(last - 1, first - 1, -1, device=chain.alphas.device))
+    offset = None if splitting.offset is None else splitting.offset[cut].flip(0)
+    kappa = splitting.kappa[cut].flip(0)
+    a, c = flipped.a[:, None], flipped.c[:, None]
+    A = a + c * kappa
+    unit = c.abs().clamp_min(SMALLEST_UNIT) * (last - first) ** 0.5
+    return Remainders(forward.network, flipped, Splitting(kappa, offset), LinearChain(1 / A, -c / A), 1, unit)
+
+
+@dataclass(eq=False)
+class Found:
+    """ε (n, steps, D) at the states before some steps of the chain, and what is left of them (n,)."""
+
+    eps: Tensor
+    residual: Tensor
+    converged: Tensor
+
+
+@dataclass(eq=False)
+class OnNodes:
+    """The same map with only the nodes evaluated: all remainders change by a spline through the nodes' changes."""
+
+    map: Remainders
+    at: Tensor  # (n,) positions, both ends included
+    spread: Tensor  # (steps, n), from nodes to all
+
+    def __call__(self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor) -> Tensor:
+        m, at = self.map, self.at
+        unit = m.unit
+        x = m.linear.trajectory(base, N / unit)[:, at + m.shift]  # (n, nodes, D)
+        m.evaluations.index_add_(0, image, torch.full_like(image, len(at)))
+        rows = [c.repeat_interleave(len(at), 0) for c in conditioning]
+        value = m.remainder(x.flatten(0, 1), at.repeat(len(x)), rows).view_as(x)
+        return N + unit * (self.spread @ (value - (N / unit)[:, at]))
+
+
+def joint_nodes(steps: int) -> Tensor:
+    """Positions (n,) of steps^0.6 nodes, denser towards the image, where the remainders change most."""
+    n = max(2, round(steps**0.6))
+    return ((steps - 1) * torch.linspace(0, 1, n, dtype=torch.float64).square()).round().long().unique()
+
+
+class Backwards:
+    """The way from the images to their latents, so far.
+
+    Attributes:
+        x: (B, D) float64, the state before the last step solved.
+        eps: (B, T, D) what the network is taken to say at every state.
+        last: (B, D) of that the one at x; zero at the image.
+        left: (B,) root of the summed squares of all residuals so far: the error of the image if nothing damped them.
+        evaluations: (B,).
+        traces: residuals (rounds, B) of every solve, NaN where an image took no part.
+    """
+
+    def __init__(self, sampler: Sampler, target: Tensor, limit: int, bar: Any) -> None:
+        self.sampler, self.bar, self.x, self.limit = sampler, bar, target, limit
+        B, D = target.shape
+        self.last = torch.zeros_like(target)
+        self.eps = target.new_zeros(B, len(sampler.map.chain), D)
+        self.left = target.new_zeros(B)
+        self.evaluations = torch.zeros(B, dtype=torch.int64, device=target.device)
+        self.traces: list[Tensor] = []
+
+    @property
+    def rounds_left(self) -> int:
+        """Of the budget, which the network's calls use up."""
+        return max(0, self.limit - self.sampler.map.network.calls)
+
+    def solve(
+        self, first: int, last: int, splitting: Splitting, solver: Any, atol: Tensor, rounds: int, *,
+        node_rounds: int = 0, guess: Tensor | None = None, images: Tensor | None = None,
+    ) -> Found:  # fmt: skip
+        """ε at x_first … x_last − 1 from x_last, all steps at once, to atol (n,); x stays where it is.
+
+        rounds: the most, those on nodes included. guess: ε (n, steps, D), by default the last one found for all.
+        images: (n,) those to be solved, None is all.
+        """
+        image = torch.arange(len(self.x), device=self.x.device) if images is None else images
+        backward = reversed_map(self.sampler.map, first, last, splitting)
+        split, unit = backward.splitting, backward.unit
+        backward.evaluations = self.evaluations
+        x, rounds = self.x[image], min(rounds, self.rounds_left)
+        drift = None if split.offset is None else (backward.linear.c * split.offset)[None]
+        base = backward.linear.base(x, drift).expand(len(x), -1, -1)
+        inputs = (image, base, *[c[image] for c in self.sampler.conditioning])
+        eps = self.last[image, None].expand(-1, last - first, -1) if guess is None else guess.flip(1)
+        start: Any = unit * remainders(eps, _straight(backward.chain, x, eps), split)
+        if node_rounds:
+            at = joint_nodes(last - first).to(base.device)
+            on_nodes = OnNodes(backward, at, interpolation(at.cpu(), last - first).to(base.device))
+            start = solve(
+                on_nodes, start, inputs, solver=solver, stop=Stop(0.0, 0.0, node_rounds), gradient=None, trace=True,
+                callback=self._tick, keep_history=True,
+            )  # fmt: skip
+            self._keep(start, image)
+        # A network rounds its answer at least; more of a floor than that loses digits of the image (docs/inversion.md).
+        floor = rounding(self.sampler.map.network.dtype) * unit.square().mean().sqrt()
+        stop = Stop(0.0, torch.maximum(atol, floor), max(0, rounds - node_rounds))
+        solution = solve(
+            backward, start, inputs, solver=solver, stop=stop, gradient=None, trace=True, callback=self._tick
+        )
+        self._keep(solution, image)
+        N = solution.z / unit
+        states = backward.linear.trajectory(base, N)[:, 1:]
+        eps = N + split.kappa * states if split.offset is None else N + split.kappa * states + split.offset
+        return Found(eps.flip(1), solution.residual, solution.status == Status.CONVERGED)
+
+    def take(self, first: int, last: int, found: Found) -> None:
+        """Moves on to x_first by what was found for all images."""
+        chain = reversed_map(self.sampler.map, first, last, self.sampler.map.splitting).chain
+        self.eps[:, first:last], self.last = found.eps, found.eps[:, 0]
+        self.x = _straight(chain, self.x, found.eps.flip(1))[:, -1]
+        self.left = (self.left.square() + found.residual.square()).sqrt()
+
+    def remainders(self, target: Tensor) -> Tensor:
+        """N (B, T, D) of the sampler's own splitting along the whole way from the image."""
+        chain = reversed_map(self.sampler.map, 0, self.eps.shape[1], self.sampler.map.splitting).chain
+        states = _straight(chain, target, self.eps.flip(1)).flip(1)
+        return remainders(self.eps, states, self.sampler.map.splitting)
+
+    def _keep(self, solution: Solution, image: Tensor) -> None:
+        assert solution.trace is not None
+        trace = solution.trace.new_full((len(solution.trace), len(self.x)), torch.nan)
+        trace[:, image] = solution.trace
+        self.traces.append(trace)
+
+    def _tick(self, step: int, N: Tensor, residual: Tensor) -> bool:
+        self.bar.update()
+        return False
+
+
+def _straight(chain: Chain, x: Tensor, eps: Tensor) -> Tensor:
+    """The states (B, steps, D) that ε (B, steps, D) makes of x (B, D), chain and steps read backwards."""
+    a, c = chain.a[:, None], chain.c[:, None]
+    straight = LinearChain(1 / a, -c / a)
+    return straight.trajectory(straight.base(x, None), eps)[:, 1:]
+
+
+def remainders(eps: Tensor, states: Tensor, splitting: Splitting) -> Tensor:
+    """N = ε − κ x − b, all (B, T, D)."""
+    N = eps - splitting.kappa * states
+    return N if splitting.offset is None else N - splitting.offset
+
+
+def stiff_steps(chain: Chain, stiffness: float) -> int:
+    """How many steps next to the image shrink what is not like the data to less than 1 − stiffness of its size."""
+    before, after = ((1 - alphas) / alphas for alphas in (chain.alphas, chain.alphas_next))
+    stiff = 1 - (after / before).sqrt() > stiffness
+    return int(stiff.flip(0).cumprod(0).sum())
+
+
+def removing(chain: Chain, share: float, resolution: float) -> Splitting:
+    """κ = share·σ/(σ² + resolution²), σ² = 1 − ᾱ."""
+    variance = 1 - chain.alphas[:, None]
+    return Splitting(share * variance.sqrt() / (variance + resolution**2))

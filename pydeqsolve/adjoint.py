@@ -125,6 +125,14 @@ def following(stop: Stop) -> Stop:
     return Stop(rtol if rtol.dim() else float(rtol), max_steps=max(Stop().max_steps, stop.max_steps))
 
 
+def worst(outcomes: list[Adjoint]) -> Adjoint:
+    """The outcome of several solves for the same samples: failed where one has, the largest residual, all products."""
+    status, residual, evaluations = (
+        torch.stack([getattr(outcome, name) for outcome in outcomes]) for name in ("status", "residual", "evaluations")
+    )
+    return Adjoint(status.amax(0), residual.amax(0), evaluations.sum(0))
+
+
 def _describe(status: Tensor) -> str:
     counts = [(s, int((status == int(s)).sum())) for s in _ADVICE]
     return "; ".join(f"{n} of {status.numel()} {s.name} ({_ADVICE[s]})" for s, n in counts if n)

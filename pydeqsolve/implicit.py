@@ -6,6 +6,7 @@ fixed point of u ↦ g + J(z*, θ)ᵀ u: its derivative is taken by the same the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .adjoint import AdjointSolve
+from .adjoint import AdjointSolve, worst
+from .batched import one_by_one
 from .iterate import Problem
 from .leaves import leaves
 from .linearise import Good, Linearised, evaluate
 from .precision import of_graph
+from .solution import Adjoint
 
 
 def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
@@ -61,6 +64,16 @@ class _Step:
     z: Tensor  # (B, T, D)
     at: Linearised
     autocast: _Autocast
+
+    def each(self, act: Callable[[_Step, Tensor], Sequence[Tensor | None]], g: Tensor) -> list[Tensor | None]:
+        """act(step, g) for each of the tensors that g stands for; the outcome that is reported is that of all."""
+        seen: list[Adjoint] = []
+        step = replace(self, how=replace(self.how, report=seen.append))
+        try:
+            return one_by_one(lambda g: act(step, g), g)
+        finally:
+            if seen:
+                self.how.report(worst(seen))
 
     def adjoint(self, g: Tensor) -> Tensor:
         """u (n, T, D) of u = g + Jᵀ u, without a graph."""
@@ -167,12 +180,13 @@ class _ImplicitFunction(torch.autograd.Function):
         if any(forward_ad.unpack_dual(x).tangent is not None for x in (grads[0], ctx.step.at.f)):
             raise NotImplementedError("forward mode over reverse mode through Implicit is not supported")
         if torch.is_grad_enabled():
-            return None, None, None, *ctx.step.differentiable(grads[0], boundary)
-        return ctx.step.adjoint(grads[0]), None, None, *[None] * len(boundary)
+            return None, None, None, *ctx.step.each(lambda step, g: step.differentiable(g, boundary), grads[0])
+        (u,) = ctx.step.each(lambda step, g: [step.adjoint(g)], grads[0])
+        return u, None, None, *[None] * len(boundary)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return None if tangents[0] is None else ctx.step.tangent(tangents[0])
+        return None if tangents[0] is None else ctx.step.each(lambda step, t: [step.tangent(t)], tangents[0])[0]
 
 
 class _Mixed(torch.autograd.Function):
@@ -199,4 +213,5 @@ class _AdjointFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError("third derivatives through Implicit are not supported")
-        return ctx.how(ctx.at.transposed, grads[0], ctx.at.good), None, None, None
+        (v,) = one_by_one(lambda w: [ctx.how(ctx.at.transposed, w, ctx.at.good)], grads[0])
+        return v, None, None, None

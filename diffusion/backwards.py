@@ -8,7 +8,7 @@ residuals and tolerances are given here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch

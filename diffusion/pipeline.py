@@ -187,7 +187,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         self._interrupt = False
         with self.progress_bar(total=len(chain)) as bar:
             hooks = self._hooks(chain, bar, callback_on_step_end, method, options.pop("edit", None))
-            fixed = {"inputs": inputs, "noises": noises, "prediction": chain.prediction or "epsilon"}
+            fixed: dict[str, Any] = {"inputs": inputs, "noises": noises, "prediction": chain.prediction or "epsilon"}
             out = sample(model, x_T, chain, method=method, **fixed, **hooks, **options)
         images = out.x_0 if output_type == "latent" else self._decode(out.x_0, output_type)
         self.maybe_free_model_hooks()
@@ -218,7 +218,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         """
         scale = options.pop("guidance_scale", 1.0)
         labels, prompt, no_prompt, no_labels = (options.pop(name, None) for name in INPUTS)
-        check_options(options, invert, GIVEN, "DEQDDIMPipeline.invert")
+        check_options(options, find_latents, GIVEN, "DEQDDIMPipeline.invert")
         model, inputs = self._model(labels, prompt, no_prompt, no_labels, scale)
         x_0 = self.image_processor.preprocess(image).to(self._execution_device, self.unet.dtype)
         warn_of_range(x_0)

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .adjoint import AdjointSolve, following
 from .gmres import GMRES
-from .implicit import AdjointSolve, attach
+from .implicit import attach
 from .iterate import Problem
 from .linearise import Good, Replace, evaluate, is_wanted, of_finite
 from .solution import Adjoint, Solution
@@ -31,8 +32,8 @@ class LinearSolver(Protocol):
 class Gradient(Protocol):
     """A way to differentiate a solution."""
 
-    def attach(self, problem: Problem, solution: Solution) -> Tensor:
-        """`solution.z` (B, T, D) with a graph behind it; the value stays the same, bit for bit."""
+    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
+        """`solution.z` (B, T, D) with a graph behind it; the value stays the same, bit for bit. stop: that of solve."""
         ...
 
 
@@ -56,19 +57,19 @@ class Implicit:
     """
 
     solver: Any = field(default_factory=GMRES)
-    stop: Stop = field(default_factory=lambda: Stop(rtol=1e-6))
+    stop: Stop | None = None
     on_failure: str = "warn"
 
     def __post_init__(self) -> None:
         if self.on_failure not in ("warn", "raise", "phantom"):
             raise ValueError(f'on_failure must be "warn", "raise" or "phantom", got {self.on_failure!r}')
-        if not isinstance(self.stop, Stop):
-            raise TypeError(f"stop must be a Stop, got {type(self.stop).__name__}")
+        if self.stop is not None and not isinstance(self.stop, Stop):
+            raise TypeError(f"stop must be a Stop or None, got {type(self.stop).__name__}")
         of_a_kind = hasattr(self.solver, "solve") or hasattr(self.solver, "method")
         if isinstance(self.solver, type) or not of_a_kind:
             raise TypeError(f"solver must be GMRES(), Neumann() or a forward solver, got {type(self.solver).__name__}")
 
-    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
         outcome = weakref.ref(solution)  # its z holds the graph, and so this: a strong one would be a cycle
 
         def report(adjoint: Adjoint) -> None:
@@ -77,7 +78,9 @@ class Implicit:
                 seen.adjoint = adjoint
 
         finite = solution.residual.isfinite()
-        return attach(AdjointSolve(self.solver, self.stop, self.on_failure, report), problem, finite, solution.z)
+        chosen = following(stop) if self.stop is None else self.stop
+        how = AdjointSolve(self.solver, chosen, self.stop is None, self.on_failure, report, eps=0.0)
+        return attach(how, problem, finite, solution.z)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Phantom:
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 
-    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
         return self.attach_at(problem, solution.residual.isfinite(), solution.z)
 
     def attach_at(self, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
@@ -128,5 +131,5 @@ class Unrolled:
     RuntimeWarning says so.
     """
 
-    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
         raise NotImplementedError("Unrolled is carried out by solve itself")

@@ -6,8 +6,7 @@ fixed point of u ↦ g + J(z*, θ)ᵀ u: its derivative is taken by the same the
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,87 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .iterate import Problem, Solver, iterate
+from .adjoint import AdjointSolve, worst
+from .batched import one_by_one
+from .iterate import Problem
 from .leaves import leaves
 from .linearise import Good, Linearised, evaluate
-from .solution import Adjoint, ConvergenceError, Status, describe_failures
-from .stop import Stop, relative_goal
-from .structure import Layout
-
-
-@dataclass(frozen=True, eq=False)
-class AdjointSolve:
-    """How u = g + Aᵀ u is solved, and whom to tell how that went; settings as in `Implicit`."""
-
-    solver: Any
-    stop: Stop
-    on_failure: str
-    report: Callable[[Adjoint], None]
-
-    def __call__(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> Tensor:
-        """u (n, T, D) of u = g + products(u), zero for the samples that are not `good`."""
-        mask = good.mask_taken()[:, None, None]
-        g = torch.where(mask, g, 0.0)
-        u, outcome = self._solve(products, g, good)
-        self.report(_of_all(outcome, good))
-        failed = outcome.status != 0
-        if self.on_failure == "phantom":
-            u = torch.where(failed[:, None, None], g, u)
-        elif bool(failed.any()):
-            message = f"the adjoint of solve did not converge: {describe_failures(outcome.status)}"
-            if self.on_failure == "raise":
-                raise ConvergenceError(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return torch.where(mask & u.isfinite(), u, 0.0)
-
-    def _solve(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> tuple[Tensor, Adjoint]:
-        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
-
-        def product(u: Tensor) -> Tensor:
-            return products(u.reshape(g.shape)).to(wide).flatten(1)
-
-        rhs, stop = g.to(wide).flatten(1), self._stop(g, good)
-        if hasattr(self.solver, "solve"):
-            u, outcome = self.solver.solve(product, rhs, stop)
-        else:
-            u, outcome = _by_fixed_point(self.solver, product, rhs, stop)
-        return u.reshape(g.shape).to(g.dtype), outcome
-
-    def _stop(self, g: Tensor, good: Good) -> Stop:
-        """The user's, for the samples at hand, and no tighter than the products can be computed in this dtype."""
-        tolerances = [
-            torch.as_tensor(t, dtype=torch.float64, device=g.device).expand(good.mask.shape[0])
-            for t in (self.stop.rtol, self.stop.atol)
-        ]
-        rtol, atol = (t if good.rows is None else t[good.rows] for t in tolerances)
-        return replace(self.stop, rtol=rtol.clamp_min(4 * torch.finfo(g.dtype).eps), atol=atol)
-
-
-def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
-    """The outcome (n,) spread over all samples (B,); those left out are NONFINITE."""
-    if good.rows is None:
-        status = torch.where(good.mask, outcome.status, int(Status.NONFINITE))
-        return Adjoint(status, outcome.residual, outcome.evaluations)
-    B = good.mask.shape[0]
-    full = Adjoint(
-        outcome.status.new_full((B,), int(Status.NONFINITE)), outcome.residual.new_full((B,), torch.inf),
-        outcome.evaluations.new_zeros(B),
-    )  # fmt: skip
-    for name in ("status", "residual", "evaluations"):
-        getattr(full, name)[good.rows] = getattr(outcome, name)
-    return full
-
-
-def _by_fixed_point(solver: Solver, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
-    """u = g + A u by a forward solver, each sample scaled by its ‖g‖."""
-    norm, goal = relative_goal(g, stop)
-    scale = norm.to(g.dtype)
-    rhs = (g / scale[:, None])[:, None]
-    layout = Layout.of(rhs, by_blocks=True)
-    problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False)
-    l2 = Stop(0.0, goal, stop.max_steps, "l2", stop.check_every)  # relative to ‖g‖, which is 1 here
-    solved = iterate(problem, rhs, solver=solver, stop=l2)
-    return solved.z[:, 0] * scale[:, None], Adjoint(solved.status, solved.residual, solved.evaluations)
+from .precision import of_graph
+from .solution import Adjoint
 
 
 def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
@@ -107,6 +32,7 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor) -> Te
     # what fn reads besides them, an input among that too.
     given = list({id(x): x for x in problem.inputs if x.requires_grad}.values())
     reached = [x for x in leaves(at.f) if x is not at.z]
+    how = replace(how, eps=max(how.eps, of_graph(at.f, at.z)))
     step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z))
     return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached), z)
 
@@ -138,6 +64,16 @@ class _Step:
     z: Tensor  # (B, T, D)
     at: Linearised
     autocast: _Autocast
+
+    def each(self, act: Callable[[_Step, Tensor], Sequence[Tensor | None]], g: Tensor) -> list[Tensor | None]:
+        """act(step, g) for each of the tensors that g stands for; the outcome that is reported is that of all."""
+        seen: list[Adjoint] = []
+        step = replace(self, how=replace(self.how, report=seen.append))
+        try:
+            return one_by_one(lambda g: act(step, g), g)
+        finally:
+            if seen:
+                self.how.report(worst(seen))
 
     def adjoint(self, g: Tensor) -> Tensor:
         """u (n, T, D) of u = g + Jᵀ u, without a graph."""
@@ -244,12 +180,13 @@ class _ImplicitFunction(torch.autograd.Function):
         if any(forward_ad.unpack_dual(x).tangent is not None for x in (grads[0], ctx.step.at.f)):
             raise NotImplementedError("forward mode over reverse mode through Implicit is not supported")
         if torch.is_grad_enabled():
-            return None, None, None, *ctx.step.differentiable(grads[0], boundary)
-        return ctx.step.adjoint(grads[0]), None, None, *[None] * len(boundary)
+            return None, None, None, *ctx.step.each(lambda step, g: step.differentiable(g, boundary), grads[0])
+        (u,) = ctx.step.each(lambda step, g: [step.adjoint(g)], grads[0])
+        return u, None, None, *[None] * len(boundary)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return None if tangents[0] is None else ctx.step.tangent(tangents[0])
+        return None if tangents[0] is None else ctx.step.each(lambda step, t: [step.tangent(t)], tangents[0])[0]
 
 
 class _Mixed(torch.autograd.Function):
@@ -276,4 +213,5 @@ class _AdjointFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError("third derivatives through Implicit are not supported")
-        return ctx.how(ctx.at.transposed, grads[0], ctx.at.good), None, None, None
+        (v,) = one_by_one(lambda w: [ctx.how(ctx.at.transposed, w, ctx.at.good)], grads[0])
+        return v, None, None, None

@@ -47,14 +47,6 @@ class Stop:
         return self.check_every if self.check_every is not None else 1 if device.type == "cpu" else 8
 
 
-def relative_goal(g: Tensor, stop: Stop) -> tuple[Tensor, Tensor]:
-    """‖g‖ per row of g (B, N), one where it is zero or not finite, and the tolerance relative to it: (B,) float64."""
-    norm = torch.linalg.vector_norm(g.double(), dim=1)
-    scale = torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
-    rtol, atol = (torch.as_tensor(t, dtype=torch.float64, device=g.device) for t in (stop.rtol, stop.atol))
-    return scale, (rtol + atol / scale).expand(g.shape[0])
-
-
 def check_count(name: str, value: object, least: int) -> None:
     """Raises unless `value` is an int (bool excluded) of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):

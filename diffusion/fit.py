@@ -32,6 +32,8 @@ def fit(
     save_every: int = 1000,
     prediction: str = "epsilon",
     dtype: torch.dtype | None = None,
+    held_out: Tensor | None = None,
+    levels: int = 255,
     progress: bool = False,
     callback: Callable[[int, float], Any] | None = None,
 ) -> Checkpoint:
@@ -57,15 +59,18 @@ def fit(
         save_every: steps between two saves.
         prediction: what the model learns to return: "epsilon", "v" (√ᾱ ε − √(1−ᾱ) x_0) or "sample" (x_0).
         dtype: type of the weights on disk; None: as trained.
+        held_out: (m, C, H, W) images in [−1, 1] that are not trained on, kept beside the checkpoint; levels: the bytes
+            0 … levels that they are rounded to (`save_images`).
         progress: show a bar on stderr (tqdm), if that is a terminal.
         callback: callback(step, loss) after each step; a true return saves and ends the run for now. Reading the
             loss waits for the device.
 
     Raises:
-        ValueError: an argument out of range, a run with other settings in the folder, or a loss that is not finite.
+        ValueError: an argument out of range, a run with other settings or a damaged state in the folder, which is left
+            as it is, or a loss that is not finite.
         KeyboardInterrupt: passed on, after saving.
     """
-    _check(images, steps, batch, lr, ema, save_every, prediction)
+    _check(images, held_out, steps, batch, lr, ema, save_every, prediction)
     folder = Path(folder)
     schedule = schedule or Schedule.linear()
     if model is None:
@@ -79,14 +84,17 @@ def fit(
         "images": hashlib.sha256(images.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest(),
     }  # fmt: skip
     run = Run(images, folder, model, schedule, settings, dtype)
-    if resume and run.finished():
+    finished = resume and run.finished()
+    if resume and not finished:
+        run.resume()
+    if held_out is not None:  # not before: a folder that is refused stays as it is
+        save_images(folder, held_out, levels)
+    if finished:
         checkpoint = load_checkpoint(folder)
         if checkpoint.statistics is not None and checkpoint.statistics.frequencies is not None:
             return checkpoint
         add_statistics(folder, images)  # trained before checkpoints carried them
         return load_checkpoint(folder)
-    if resume:
-        run.resume()
     try:
         for step in _counter(run.step, steps, progress):
             loss = run.advance()
@@ -113,11 +121,16 @@ def _counter(start: int, steps: int, progress: bool) -> Iterable[int]:
     return tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)
 
 
-def _check(images: Tensor, steps: int, batch: int, lr: float, ema: float, save_every: int, prediction: str) -> None:
+def _check(
+    images: Tensor, held_out: Tensor | None, steps: int, batch: int, lr: float, ema: float, save_every: int,
+    prediction: str,
+) -> None:  # fmt: skip
     if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
         raise ValueError(f"images: floating point (n, C, H, W) is required, got {tuple(images.shape)}, {images.dtype}")
     if not bool(images.isfinite().all()):
         raise ValueError("images: finite values are required")
+    if held_out is not None and held_out.shape[1:] != images.shape[1:]:
+        raise ValueError(f"held_out: (m, {', '.join(map(str, images.shape[1:]))}) is required, got {held_out.shape}")
     for name, value in {"steps": steps, "batch": batch, "save_every": save_every}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: an integer of at least 1 is required, got {value!r}")
@@ -152,8 +165,8 @@ recipes: dict[str, Callable[..., Checkpoint]] = {"digits": fit_digits, "fashion"
 
 
 def _fit_dataset(data: Dataset, folder: str | Path, network: dict[str, Any], **options: Any) -> Checkpoint:
-    save_images(folder, data.test[:32], data.levels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["seed"])
         model = UNet((data.train.shape[1], data.train.shape[2], data.train.shape[3]), **network)
-    return fit(data.train, folder, model=model, **{"dtype": torch.float16, **options})
+    beside = {"held_out": data.test[:32], "levels": data.levels}
+    return fit(data.train, folder, model=model, **{"dtype": torch.float16, **beside, **options})

@@ -66,7 +66,7 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     if args.pictures:
         pictures.require_matplotlib()
     with writable(args.output) as folder:
-        record = Record.open(folder, _settings(args, checkpoint, images, device), args.restart)
+        record = Record.open(folder, _settings(args, checkpoint, images, device), images, args.restart)
         if record.done or record.state:
             say(f"deq-ddim: goes on after {len(record)} of {len(images)} images and {record.epochs} epochs")
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, add_statistics, load_checkpoint, save_images
+from .checkpoint import IMAGES, Checkpoint, add_statistics, load_checkpoint, save_images
 from .configuration import ARCHITECTURES, PREDICTIONS, check_timesteps
 from .data import Dataset, digits, fashion
 from .schedule import Schedule
@@ -87,9 +87,15 @@ def fit(
     finished = resume and run.finished()
     if resume and not finished:
         run.resume()
-    if held_out is not None:  # not before: a folder that is refused stays as it is
-        save_images(folder, held_out, levels)
+
+    def save() -> None:
+        run.save()
+        if held_out is not None and run.step:
+            save_images(folder, held_out, levels)
+
     if finished:
+        if held_out is not None and not (folder / IMAGES).is_file():
+            save_images(folder, held_out, levels)
         checkpoint = load_checkpoint(folder)
         if checkpoint.statistics is not None and checkpoint.statistics.frequencies is not None:
             return checkpoint
@@ -102,12 +108,12 @@ def fit(
             if stop:
                 break
             if run.step % save_every == 0 and run.step < steps:
-                run.save()
+                save()
     except KeyboardInterrupt:
         if not run.torn:  # else the last regular save is what a new call goes on from
-            run.save()
+            save()
         raise
-    run.save()
+    save()
     return load_checkpoint(folder)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import save_checkpoint
+from .checkpoint import IMAGES, save_checkpoint
 from .configuration import CONFIG, WEIGHTS
 from .files import Stored, check_parts, parse_json, read_header, read_json, read_tensors, write_tensors
 from .schedule import Schedule
@@ -114,7 +114,7 @@ class Run:
         if state:
             return False
         if not os.path.lexists(config):
-            if os.path.lexists(self.folder / WEIGHTS):
+            if any(os.path.lexists(self.folder / name) for name in (WEIGHTS, IMAGES)):
                 self._require_same(None)
             return False
         try:

@@ -22,7 +22,7 @@ from torch import Tensor
 from pydeqsolve import Status
 
 from ..descent import Epoch
-from ..files import Stored, check_parts, parse_json, read_header, read_tensors, write_json, write_tensors
+from ..files import Stored, check_parts, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
 from ..invert import Inversion
 
 TENSORS, SETTINGS = "inversion.safetensors", "inversion.json"
@@ -170,6 +170,16 @@ class _Saver:
         if kind is not None and issubclass(kind, KeyboardInterrupt) and (self.record.done or self.record.state):
             with suppress(OSError):  # a full disk: what was saved last is still whole
                 self.record.save()
+
+
+def under_way(folder: Path) -> bool:
+    """Return whether a folder holds the record of an inversion, be it that of its settings alone."""
+    if os.path.lexists(folder / TENSORS):
+        return True
+    try:
+        return read_json(folder / SETTINGS).get("complete") is False
+    except (OSError, ValueError):
+        return False
 
 
 def _read_header(header: dict[str, str]) -> tuple[dict[str, Any], int, float]:

@@ -127,7 +127,7 @@ def picture_files(folder: str | Path, deep: bool = False) -> list[Path]:
         PermissionError: a subfolder may not be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     files = sorted(_pictures(folder, deep, set()))
     if not files:

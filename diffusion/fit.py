@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import IMAGES, Checkpoint, add_statistics, load_checkpoint, save_images
+from .checkpoint import IMAGES, Checkpoint, add_statistics, check_images, load_checkpoint, save_images
 from .configuration import ARCHITECTURES, PREDICTIONS, check_timesteps
 from .data import Dataset, digits, fashion
 from .schedule import Schedule
@@ -70,7 +70,7 @@ def fit(
             as it is, or a loss that is not finite.
         KeyboardInterrupt: passed on, after saving.
     """
-    _check(images, held_out, steps, batch, lr, ema, save_every, prediction)
+    _check(images, held_out, levels, steps, batch, lr, ema, save_every, prediction)
     folder = Path(folder)
     schedule = schedule or Schedule.linear()
     if model is None:
@@ -128,15 +128,18 @@ def _counter(start: int, steps: int, progress: bool) -> Iterable[int]:
 
 
 def _check(
-    images: Tensor, held_out: Tensor | None, steps: int, batch: int, lr: float, ema: float, save_every: int,
-    prediction: str,
+    images: Tensor, held_out: Tensor | None, levels: int, steps: int, batch: int, lr: float, ema: float,
+    save_every: int, prediction: str,
 ) -> None:  # fmt: skip
     if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
         raise ValueError(f"images: floating point (n, C, H, W) is required, got {tuple(images.shape)}, {images.dtype}")
     if not bool(images.isfinite().all()):
         raise ValueError("images: finite values are required")
-    if held_out is not None and held_out.shape[1:] != images.shape[1:]:
-        raise ValueError(f"held_out: (m, {', '.join(map(str, images.shape[1:]))}) is required, got {held_out.shape}")
+    if held_out is not None:
+        check_images(held_out, levels)
+        if held_out.shape[1:] != images.shape[1:] or not len(held_out):
+            got = tuple(held_out.shape)
+            raise ValueError(f"held_out: (m, {', '.join(map(str, images.shape[1:]))}) is required, got {got}")
     for name, value in {"steps": steps, "batch": batch, "save_every": save_every}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: an integer of at least 1 is required, got {value!r}")

@@ -225,8 +225,16 @@ def test_held_out_images_lie_beside_the_checkpoint_but_not_in_a_folder_that_is_r
     with pytest.raises(ValueError, match="other settings"):
         train(tmp_path, steps=3, held_out=-IMAGES[:3])
     assert torch.equal(load_checkpoint(tmp_path).images, trained.images)
-    with pytest.raises(ValueError, match="held_out"):
-        train(tmp_path / "new", held_out=IMAGES[:, :, :2])
+
+
+@pytest.mark.parametrize("options", [
+    {"held_out": IMAGES[:, :, :2]}, {"held_out": 2 + IMAGES[:3]}, {"held_out": IMAGES[:3], "levels": 256},
+    {"held_out": IMAGES[:0]},
+])  # fmt: skip
+def test_held_out_images_that_cannot_be_kept_are_refused_before_training(tmp_path, options):
+    with pytest.raises(ValueError, match=r"held_out|images|levels"):
+        train(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("call", range(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def read_images(path: str, shape: tuple[int, int, int], resize: bool, count: int
         FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
     """
     place, size = Path(path), (shape[2], shape[1])
-    if not place.exists():
+    if not os.path.exists(place):
         raise FileNotFoundError(f"--images {path}: no such file or folder")
     if not place.is_file() and not place.is_dir():
         raise ValueError(f"--images {path}: a picture or a folder is required")

@@ -16,9 +16,11 @@ from .schedule import Schedule
 from .training import Run
 from .unet import UNet
 
+KEPT = 32  # images that were not trained on, beside a checkpoint
+
 
 def fit(
-    images: Tensor,
+    images: Tensor | Dataset,
     folder: str | Path,
     *,
     model: nn.Module | None = None,
@@ -32,8 +34,6 @@ def fit(
     save_every: int = 1000,
     prediction: str = "epsilon",
     dtype: torch.dtype | None = None,
-    held_out: Tensor | None = None,
-    levels: int = 255,
     progress: bool = False,
     callback: Callable[[int, float], Any] | None = None,
 ) -> Checkpoint:
@@ -46,7 +46,7 @@ def fit(
     to a run that was done before checkpoints did, the same call adds them and trains no more.
 
     Args:
-        images: (n, C, H, W) in about [−1, 1].
+        images: (n, C, H, W) in about [−1, 1]; or a `Dataset`, of whose test images 32 are kept beside the checkpoint.
         folder: created if need be.
         model: trained in place, on its device; None: a `UNet` of default size, started from `seed`.
         schedule: None: `Schedule.linear()`.
@@ -59,8 +59,6 @@ def fit(
         save_every: steps between two saves.
         prediction: what the model learns to return: "epsilon", "v" (√ᾱ ε − √(1−ᾱ) x_0) or "sample" (x_0).
         dtype: type of the weights on disk; None: as trained.
-        held_out: (m, C, H, W) images in [−1, 1] that are not trained on, kept beside the checkpoint; levels: the bytes
-            0 … levels that they are rounded to (`save_images`).
         progress: show a bar on stderr (tqdm), if that is a terminal.
         callback: callback(step, loss) after each step; a true return saves and ends the run for now. Reading the
             loss waits for the device.
@@ -70,6 +68,10 @@ def fit(
             as it is, or a loss that is not finite.
         KeyboardInterrupt: passed on, after saving.
     """
+    held_out, levels = None, 255
+    if isinstance(images, Dataset):
+        held_out, levels = images.test[:KEPT], images.levels
+        images = images.train
     _check(images, held_out, levels, steps, batch, lr, ema, save_every, prediction)
     folder = Path(folder)
     schedule = schedule or Schedule.linear()
@@ -177,5 +179,4 @@ def _fit_dataset(data: Dataset, folder: str | Path, network: dict[str, Any], **o
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["seed"])
         model = UNet((data.train.shape[1], data.train.shape[2], data.train.shape[3]), **network)
-    beside = {"held_out": data.test[:32], "levels": data.levels}
-    return fit(data.train, folder, model=model, **{"dtype": torch.float16, **beside, **options})
+    return fit(data, folder, model=model, **{"dtype": torch.float16, **options})

@@ -55,7 +55,7 @@ class Run:
         self.averages = [p.detach() for p in self.average.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings["lr"])
         self.device, self.precision = self.parameters[0].device, self.parameters[0].dtype
-        self.loss = torch.zeros((), device=self.device)
+        self.loss = torch.zeros((), device=self.device, dtype=self.precision)
         self.step = 0
         self.torn = False
 
@@ -147,7 +147,7 @@ class Run:
                 if not bool(value.isfinite().all()) or (name.startswith("second.") and bool((value < 0).any())):
                     raise ValueError(f"{path}: {name} is not finite, or below 0 where it is a square")
         except ValueError as error:
-            place = "" if str(self.folder) in str(error) else f"{path}: "
+            place = "" if str(error).startswith((str(path), str(self.folder))) else f"{path}: "
             again = "" if AGAIN in str(error) else f"; {AGAIN}"
             raise ValueError(f"{place}{error}{again}") from error
         self.step, self.loss = int(step), tensors["loss"].to(self.device)

@@ -200,6 +200,20 @@ def test_a_state_that_is_cut_short_is_refused_and_left_as_it_is(tmp_path, kept):
     assert path.read_bytes() == before[:kept]
 
 
+def test_a_damaged_state_is_named_also_in_the_current_folder(tmp_path, monkeypatch):
+    rewritten(tmp_path, lambda t, h: h.pop("settings"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^training/state\.safetensors: not a JSON file"):
+        train(".")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_run_in_another_precision_goes_on_to_the_same_result(tmp_path, dtype):
+    whole = train(tmp_path / "whole", model=network().to(dtype))
+    train(tmp_path / "cut", model=network().to(dtype), callback=lambda step, loss: step == 4)
+    assert_same_result(whole, train(tmp_path / "cut", model=network().to(dtype)))
+
+
 def test_a_run_whose_state_is_missing_is_refused_and_not_begun_anew(tmp_path):
     path, _ = rewritten(tmp_path, lambda t, h: None)
     path.unlink()

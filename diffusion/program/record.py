@@ -85,7 +85,9 @@ class Record:
                 parts[part][own] = value
             _check_done(parts["done"], first)
         except ValueError as error:
-            where = "" if str(folder) in str(error) else f"{path}: not the record of an inversion: "
+            where = (
+                "" if str(error).startswith((str(path), str(folder))) else f"{path}: not the record of an inversion: "
+            )
             raise ValueError(f"{where}{error}; --restart replaces it") from error
         return Record(folder, settings, parts["done"], parts["state"], first, seconds)
 

@@ -21,7 +21,7 @@ help:  ## this list
 install: $(INSTALLED)  ## .venv with everything, the native module built
 demo: $(INSTALLED)  ## samples and inverts images; pictures in demo-output/
 	@echo "demo: pictures go to demo-output/"
-	@$(BIN)/deq-ddim demo --output demo-output
+	@$(BIN)/deq-ddim demo --overwrite --output demo-output
 
 report: $(INSTALLED)  ## the paper's figures and tables measured anew; report-output/report.html
 	@echo "report: goes to report-output/, and goes on from there when interrupted"

@@ -29,7 +29,7 @@ from .configuration import (
 from .files import read_header, read_json, read_tensors, write_json, write_tensors
 from .models import INDEX, read_diffusers, read_pipeline
 from .schedule import Schedule
-from .statistics import Statistics, read_statistics
+from .statistics import Statistics, check_stored, read_statistics
 from .weights import build
 
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -142,13 +142,18 @@ def save_checkpoint(
 
 def save_images(folder: str | Path, images: Tensor, levels: int = 255) -> None:
     """Write real images (n, C, H, W) in [−1, 1] beside a checkpoint, rounded to 0 … `levels` ≤ 255, one byte each."""
+    check_images(images, levels)
+    values = ((images + 1) * (levels / 2)).round().to("cpu", torch.uint8)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_tensors(Path(folder) / IMAGES, {"images": values}, {"levels": str(levels)})
+
+
+def check_images(images: Tensor, levels: int) -> None:
+    """Raises ValueError for what `save_images` cannot write."""
     if images.ndim != 4 or not bool((images.abs() <= 1).all()):
         raise ValueError(f"images: (n, C, H, W) in [-1, 1] is required, got {tuple(images.shape)}")
     if not 1 <= levels <= 255:
         raise ValueError(f"levels: 1 … 255 is required, got {levels}")
-    values = ((images + 1) * (levels / 2)).round().to("cpu", torch.uint8)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_tensors(Path(folder) / IMAGES, {"images": values}, {"levels": str(levels)})
 
 
 def add_statistics(folder: str | Path, images: Tensor) -> None:
@@ -161,6 +166,7 @@ def add_statistics(folder: str | Path, images: Tensor) -> None:
         ValueError: the file is malformed, or its mean differs from that of the images.
     """
     path, statistics = Path(folder) / WEIGHTS, Statistics.of(images)
+    check_stored(read_header(path)[0], tuple(images.shape[1:]), path)
     tensors, metadata = read_tensors(path)
     mean = tensors.get("data.mean", statistics.mean)
     if mean.shape != statistics.mean.shape or not torch.allclose(mean, statistics.mean, rtol=0, atol=1e-4):
@@ -188,7 +194,7 @@ def load_checkpoint(
     """
     shipped = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
     folder = SHIPPED / name_or_folder if str(name_or_folder) in shipped else Path(name_or_folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder, nor a shipped checkpoint ({', '.join(shipped) or 'none'})")
     if (folder / INDEX).is_file():
         found = read_pipeline(folder, dtype)

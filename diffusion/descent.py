@@ -63,8 +63,7 @@ class Descent:
                 "history": torch.empty(0, B, dtype=torch.float64), "evaluations": torch.zeros(B, dtype=torch.int64),
                 "rounds": torch.zeros((), dtype=torch.int64), "N": torch.zeros(B, T, D, dtype=torch.float64),
             }  # fmt: skip
-        if state["x_T"].shape != (B, D) or state["N"].shape != (B, T, D):
-            raise ValueError(f"state: belongs to {tuple(state['N'].shape)} images × steps × pixels, not {(B, T, D)}")
+        check_state(state, B, T, D, named_moments=make is None)
         at = {name: value.clone().to(device) for name, value in state.items()}
         x_T = at["x_T"].requires_grad_()
         optimizer = make([x_T]) if make is not None else torch.optim.Adam([x_T], lr=lr)
@@ -140,3 +139,30 @@ class Descent:
         (grad,) = torch.autograd.grad(loss.sum(), self.x_T)
         self.x_T.grad = torch.where(grad.isfinite(), grad, 0.0)
         self.optimizer.step()
+
+
+def check_state(state: Mapping[str, Tensor], B: int, T: int, D: int, named_moments: bool) -> None:
+    """Raises ValueError unless a state to resume from has every part, no other, and is of B images, T steps, D pixels.
+
+    named_moments: the optimiser is Adam, whose moments are known by name; another one keeps what it likes as "adam.…".
+    """
+    epochs = len(state["history"]) if "history" in state and state["history"].dim() else 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_T": (B, D), "best": (B, D), "best_loss": (B,), "history": (epochs, B), "evaluations": (B,), "rounds": (),
+        "N": (B, T, D),
+    }  # fmt: skip
+    moments = {"adam.step": (), "adam.exp_avg": (B, D), "adam.exp_avg_sq": (B, D)}
+    shapes |= moments if epochs and named_moments else {}
+    for name in sorted(shapes.keys() | state.keys()):
+        if name not in state:
+            raise ValueError(f"state: {name} is missing")
+        if name not in shapes and (named_moments or not name.startswith("adam.")):
+            raise ValueError(f"state: {name} is not known")
+        value = state[name]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state: {name}: a tensor is required, got {type(value).__name__}")
+        dtype = torch.int64 if name in ("evaluations", "rounds") else torch.float64
+        if name in shapes and tuple(value.shape) != shapes[name]:
+            raise ValueError(f"state: {name} of shape {shapes[name]} is required, got {tuple(value.shape)}")
+        if not name.startswith("adam.") and value.dtype != dtype:
+            raise ValueError(f"state: {name} of {dtype} is required, got {value.dtype}")

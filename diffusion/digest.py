@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, type(None), n
 def digest(value: Any) -> int:
     """A signed integer of 64 bits that depends on every bit of an argument.
 
-    Tensors count by shape, dtype, values and whether a gradient with respect to them is asked for, wherever they are;
+    Tensors and arrays count by shape, dtype, values and whether a gradient is asked for, wherever they are;
     generators by their state; dataclasses, sequences and mappings by their parts; plain values by themselves. Of a
     module count its class, dtype and mode, of a function or any other object its name or class: their weights and code
     are not read.
@@ -40,6 +41,11 @@ def _parts(value: Any) -> Iterator[Any]:
         yield f"{type(value).__qualname__} {value!r}".encode()
     elif isinstance(value, torch.Generator):
         yield from _tensor(value.get_state())
+    elif isinstance(value, np.ndarray):
+        yield f"{value.shape} {value.dtype}".encode()
+        yield value.tobytes()
+    elif isinstance(value, partial):
+        yield from _parts([value.func, value.args, value.keywords])
     elif isinstance(value, nn.Module):
         yield _module(value).encode()
     elif isinstance(value, Mapping):

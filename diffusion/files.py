@@ -9,7 +9,7 @@ import stat
 import struct
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +141,20 @@ def _stored(name: str, entry: Any) -> Stored:
     if len(entry["data_offsets"]) != 2 or len(entry["shape"]) > MOST_DIMENSIONS:
         raise ValueError(f"{name}: two data_offsets and at most {MOST_DIMENSIONS} dimensions are required")
     return Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+
+def check_parts(stored: Mapping[str, Stored], required: Mapping[str, Stored], path: Path | str) -> None:
+    """Raises ValueError unless a file holds what is required of it, and nothing else; names the first that differs."""
+    for name in sorted(stored.keys() | required.keys()):
+        if name not in stored:
+            raise ValueError(f"{path}: no tensor {name}")
+        if name not in required:
+            raise ValueError(f"{path}: tensor {name} is not known")
+        want, got = required[name], stored[name]
+        if want != got:
+            raise ValueError(
+                f"{path}: {name} of shape {want.shape}, {want.dtype}, is required, got {got.shape}, {got.dtype}"
+            )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

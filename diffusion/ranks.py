@@ -49,7 +49,9 @@ def agree(group: Any, settings: Mapping[str, Any]) -> Callable[..., bool] | None
     compared = {name: value for name, value in settings.items() if name not in PRIVATE}
     compared |= {"generator": _drawn_from(settings), "autocast": _autocast()}
     names, own = sorted(compared), settings.get("callback")
-    words = [digest(names), *(_safe_digest(compared[name]) for name in names)]
+    # what asks for gradients matters where one is taken
+    with torch.set_grad_enabled(torch.is_grad_enabled() and settings.get("gradient") is not None):
+        words = [digest(names), *(_safe_digest(compared[name]) for name in names)]
     words += [0] * (SLOTS - 1 - len(words)) + [int(own is not None)]
     table = _gather(group, torch.tensor(words, device=_device(group))).cpu()
     odd = (table[:, :-1] != table[0, :-1]).any(0).tolist()

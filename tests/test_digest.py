@@ -1,5 +1,8 @@
 """Digests of arguments: equal for equal ones, wherever they are kept, and different for whatever differs."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -36,6 +39,8 @@ UNLIKE = {
     "class": (Picard(), Anderson()),
     "nested": (Implicit(stop=Stop(1e-5)), Implicit(stop=Stop(1e-6))),
     "function": (torch.sin, torch.cos),
+    "partial": (partial(torch.clamp, max=1), partial(torch.clamp, max=2)),
+    "array": (np.zeros(3), np.zeros(3, dtype=np.float32)),
     "module": (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).double()),
     "mode": (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).eval()),
 }

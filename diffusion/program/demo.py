@@ -26,6 +26,7 @@ from .output import finite, say, writable
 from .timing import compare, relative_errors, thread_counts
 
 MODELS = ("digits", "fashion")
+PICTURES = ("samples", "latents", "convergence", "inversion", "losses")
 LONG = {"digits": 1000}  # T of sampling, where it is not 100
 AGREEMENT = 1e-3  # relative error at most, parallel against sequential
 REPEATS = 5  # latents that are timed one at a time
@@ -43,7 +44,8 @@ def run_demo(args: Namespace) -> dict[str, Any]:
         if checkpoint.images is None:
             raise ValueError(f"--model {checkpoint.name}: a checkpoint with real images is required")
         _chains(args, checkpoint)
-    with writable(args.output) as folder:
+    files = [f"{checkpoint.name}-{what}.png" for checkpoint in checkpoints for what in PICTURES]
+    with writable(args.output, [*files, "summary.json"], args.overwrite) as folder:
         start = time.perf_counter()
         models = [_demonstrate(args, checkpoint, folder, device) for checkpoint in checkpoints]
         summary = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -23,23 +24,25 @@ from . import pictures
 from .commands import load, options_of
 from .machine import device_of
 from .output import finite, say, writable
-from .record import SETTINGS, TENSORS, Record
+from .record import SETTINGS, TENSORS, Record, under_way
 
 SHOWN = 16  # images in the picture of the reconstructions, at most
 GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}
 
 
-def read_images(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor:
-    """Return the picture, or the pictures of a folder in the order of their names, as (n, C, H, W) in [−1, 1].
+def read_images(path: str, shape: tuple[int, int, int], resize: bool, count: int) -> Tensor:
+    """Return the picture, or the first `count` of a folder in the order of their names, as (n, C, H, W) in [−1, 1].
 
     Raises:
         FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
     """
     place, size = Path(path), (shape[2], shape[1])
-    if not place.exists():
+    if not os.path.exists(place):
         raise FileNotFoundError(f"--images {path}: no such file or folder")
+    if not place.is_file() and not place.is_dir():
+        raise ValueError(f"--images {path}: a picture or a folder is required")
     images = []
-    for file in [place] if place.is_file() else picture_files(place):
+    for file in [place] if place.is_file() else picture_files(place)[:count]:
         image, found = read_picture(file, shape)
         if found != size and not resize:
             raise ValueError(
@@ -57,7 +60,7 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     checkpoint = load(args.model, device)
     chain = checkpoint.schedule.chain(args.steps, args.spacing)
     if args.images is not None:
-        images = read_images(args.images, checkpoint.shape, args.resize)
+        images = read_images(args.images, checkpoint.shape, args.resize, args.count)
     elif checkpoint.images is not None:
         images = checkpoint.images.cpu()
     else:
@@ -65,8 +68,10 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     images = images[: args.count]
     if args.pictures:
         pictures.require_matplotlib()
-    with writable(args.output) as folder:
-        record = Record.open(folder, _settings(args, checkpoint, images, device), args.restart)
+    files = [TENSORS, SETTINGS, "reconstruction.png", "history.png"]
+    own = args.restart or under_way(Path(args.output))
+    with writable(args.output, files, own, "--restart replaces it") as folder:
+        record = Record.open(folder, _settings(args, checkpoint, images, device), images, args.restart)
         if record.done or record.state:
             say(f"deq-ddim: goes on after {len(record)} of {len(images)} images and {record.epochs} epochs")
         try:

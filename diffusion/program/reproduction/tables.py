@@ -113,7 +113,7 @@ def _invert(subject: Subject, steps: int, method: str, ledger: Ledger) -> Record
     settings = {**subject.identity, "method": method, "steps": steps, **descent}
     place = ledger.place(f"{subject.name}-inversion-T{steps}-{method}", settings)
     place.mkdir(parents=True, exist_ok=True)
-    record = Record.open(place, settings)
+    record = Record.open(place, settings, subject.images)
     if len(record) < len(subject.images):
         say(f"measuring {place.name.rpartition('-')[0]}")
 

@@ -90,7 +90,9 @@ class DiffusersModel(nn.Module):
             required = "one or two are" if self.conditional else "at most one is"
             raise ValueError(f"inputs: {required} required by {self.name}, got {len(inputs)}")
         if self.classes is not None and len(inputs) < most:
-            raise ValueError(f"inputs: class labels ({len(x)},) are required by {self.name}, which has classes")
+            raise ValueError(
+                f"inputs: class labels, one for each image, are required by {self.name}, which has classes"
+            )
         if self.channels is not None and x.shape[1:2] != (self.channels,):
             raise ValueError(f"x: {self.channels} channels are required by {self.name}, got shape {tuple(x.shape)}")
         names = ("encoder_hidden_states", "class_labels") if self.conditional else ("class_labels",)
@@ -171,7 +173,9 @@ def read_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> Found:
     places = [place for place in (folder, folder.parent / "scheduler") if (place / SCHEDULER).is_file()]
     schedule = read_schedule(places[0]) if places else Schedule.linear()
     try:
-        unet = UNet2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        unet = UNet2DModel.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: diffusers cannot read it ({error})") from error
     side = unet.config.sample_size

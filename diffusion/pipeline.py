@@ -187,8 +187,8 @@ class DEQDDIMPipeline(DiffusionPipeline):
         self._interrupt = False
         with self.progress_bar(total=len(chain)) as bar:
             hooks = self._hooks(chain, bar, callback_on_step_end, method, options.pop("edit", None))
-            fixed = {"inputs": inputs, "noises": noises, "prediction": chain.prediction or "epsilon"}
-            out = sample(model, x_T, chain, method=method, **fixed, **hooks, **options)
+            predicted = chain.prediction or "epsilon"
+            out = sample(model, x_T, chain, predicted, method, inputs=inputs, noises=noises, **hooks, **options)
         images = out.x_0 if output_type == "latent" else self._decode(out.x_0, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

@@ -59,8 +59,8 @@ arm-check: $(INSTALLED)  ## the CPU kernels on emulated processors: Arm, and x86
 emulate: $(INSTALLED)  ## the CUDA kernels run on the CPU
 	@$(BIN)/python -m pytest -q tests/test_cuda_emulation.py
 
-defects: $(INSTALLED)  ## plants defects one by one; each must fail its test (a few minutes)
-	@$(BIN)/python tests/planted_defects.py
+defects: $(INSTALLED)  ## plants defects one by one, each must fail its test (two minutes); ARGS=ridge chooses
+	@$(BIN)/python tests/planted_defects.py $(ARGS)
 
 fuzz: $(INSTALLED)  ## 100,000 random steps of the CPU kernels under sanitizers
 	@FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py

@@ -101,6 +101,10 @@ DEFECTS = [
     # Arguments and buffers.
     # Sampling and inversion.
     # Schedules and pipelines.
+    Defect("a scheduler is replaced in silence", "diffusion/pipeline.py",
+           "self.register_modules(unet=unet, scheduler=scheduler,",
+           "self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config),",
+           "test_pipeline.py::test_another_scheduler_is_refused_by_name_however_it_comes_in"),
     # Files and programs.
 ]  # fmt: skip
 

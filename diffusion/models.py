@@ -246,4 +246,6 @@ def check_parts(place: str, index: dict[str, Any], own: set[str], given: dict[st
                 "prompt_embeds"
             )
         if name == "scheduler" and name not in given:
-            known_class(kind, f"{place}: scheduler")
+            file = Path(place) / name / SCHEDULER  # which may say another class than the index
+            for said in {kind, str(read_json(file).get("_class_name", kind)) if file.is_file() else kind}:
+                known_class(said, f"{place}: scheduler")

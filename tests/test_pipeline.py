@@ -487,6 +487,25 @@ def test_a_part_of_a_folder_that_is_not_used_is_refused_unless_left_out_by_name(
         load_checkpoint(tmp_path)
 
 
+def test_a_scheduler_under_the_name_of_another_is_refused(network, tmp_path):
+    DEQDDIMPipeline(network, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    diffusers.PNDMScheduler().save_pretrained(tmp_path / "scheduler")
+    for load in (DEQDDIMPipeline.from_pretrained, load_checkpoint):
+        with pytest.raises(TypeError, match="PNDMScheduler is not reproduced"):
+            load(tmp_path)
+
+
+def test_an_autoencoder_that_is_changed_later_is_the_one_that_decodes(network):
+    first, later = (diffusers.AutoencoderKL(**AUTOENCODER, scaling_factor=s).eval() for s in (1.0, 0.5))
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler(), first)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae = later
+    given = {"latents": torch.zeros(1, 1, 8, 8), "num_inference_steps": 1}
+    latent, image = (pipe(output_type=kind, **given).images for kind in ("latent", "pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(image, (later.decode(latent / 0.5).sample / 2 + 0.5).clamp(0, 1))
+
+
 def test_a_network_with_variances_is_refused_when_the_pipeline_is_made():
     torch.manual_seed(0)
     learned = diffusers.UNet2DModel(

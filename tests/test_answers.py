@@ -218,6 +218,17 @@ def test_a_network_says_what_it_lacks(options, inputs, words):
         model(torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long))
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_images_of_other_channels_are_refused_under_the_name_they_were_given(guided):
+    model = DiffusersModel(UNet2DModel(in_channels=3, out_channels=3)).eval()
+    model, inputs = (Guided(model, 2.0, torch.tensor(0)), (torch.tensor([1, 2, 0]),)) if guided else (model, ())
+    words = r"images of 3 channels, the model's, are required, got \(2, 4, 4\)"
+    with pytest.raises(ValueError, match=f"x_T: {words}"):
+        sample(model, X, CHAIN, inputs=inputs)
+    with pytest.raises(ValueError, match=f"x_0: {words}"):
+        invert(model, X, CHAIN, inputs=inputs)
+
+
 @pytest.mark.parametrize(
     "option",
     [{"addition_embed_type": "text_time"}, {"time_cond_proj_dim": 8}, {"encoder_hid_dim_type": "ip_image_proj"}],

@@ -54,7 +54,7 @@ class DiffusersModel(nn.Module):
         self.channels, out = (getattr(options, name, None) for name in ("in_channels", "out_channels"))
         self.classes = getattr(options, "num_class_embeds", None) or getattr(options, "class_embed_type", None)
         arguments = list(inspect.signature(network.forward).parameters)
-        if len(arguments) < 2 or arguments[1] not in TIME:
+        if arguments[1:2] and arguments[1] not in TIME and set(TIME) & set(arguments):
             raise TypeError(
                 f"unet: a network called as (x, timestep, …) is required, {self.name} takes ({', '.join(arguments)}); "
                 "wrap it: model = lambda x, t, *inputs: net(…).sample"

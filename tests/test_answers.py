@@ -246,3 +246,11 @@ def test_a_network_that_takes_something_else_second_is_refused():
     words = r"called as \(x, timestep, …\) is required, SD3Transformer2DModel takes \(hidden_states, encoder_hidden"
     with pytest.raises(TypeError, match=words):
         DiffusersModel(SD3Transformer2DModel())
+
+
+def test_a_network_that_names_no_time_is_taken_as_it_is():
+    class Passing(nn.Module):
+        def forward(self, *args, **options):
+            return SimpleNamespace(sample=args[0] + args[1][:, None])
+
+    assert DiffusersModel(Passing())(torch.zeros(2, 1), torch.tensor([3, 4])).flatten().tolist() == [3, 4]

@@ -519,3 +519,20 @@ def test_a_network_with_variances_is_refused_when_the_pipeline_is_made():
 def test_a_wrapped_network_is_refused_with_the_one_inside(network):
     with pytest.raises(TypeError, match=r"unet: the network inside DataParallel is required: unet\.module"):
         DEQDDIMPipeline(torch.nn.DataParallel(network), diffusers.DDIMScheduler())
+
+
+@pytest.mark.filterwarnings("ignore:chain. it clips")
+def test_a_ddpm_pipeline_is_inverted_without_its_noise_and_its_clipping():
+    unet = small_unet()
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.1)
+    pipe = DEQDDIMPipeline(unet, diffusers.DDPMScheduler(prediction_type="v_prediction", clip_sample_range=0.1))
+    pipe.set_progress_bar_config(disable=True)
+    x_T = 0.2 * torch.randn(1, 1, 8, 8, generator=seeded(5))
+    given = {"num_inference_steps": 20, "eta": 0.0, "method": "sequential", "output_type": "pt"}
+    images = pipe(latents=x_T, clip_sample=False, **given).images
+    clipped = pipe(latents=x_T, **given).images
+    assert (clipped - images).abs().max() > 0.05
+    found = pipe.invert(images, 20, clip_sample=False)
+    assert relative(found.x_T.numpy(), x_T.numpy()) < 1e-2
+    assert pipe.invert(images, 20, "ddim").loss.item() > 10 * found.loss.item()

@@ -83,7 +83,7 @@ def warn_of_training(model: Any) -> None:
         warnings.warn(
             "model: it is in training mode, where dropout and batch statistics make every call another network's: "
             "call model.eval()",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

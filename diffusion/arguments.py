@@ -25,6 +25,9 @@ def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, 
     shape = getattr(model, "shape", None)
     if isinstance(model, nn.Module) and isinstance(shape, tuple) and tuple(x.shape[1:]) != shape:
         raise ValueError(f"{name}: images of shape {shape}, the model's, are required, got {tuple(x.shape[1:])}")
+    channels = getattr(getattr(model, "model", model), "channels", None)  # of a DiffusersModel, guided or not
+    if isinstance(model, nn.Module) and isinstance(channels, int) and x.shape[1] != channels:
+        raise ValueError(f"{name}: images of {channels} channels, the model's, are required, got {tuple(x.shape[1:])}")
     if not isinstance(chain, Chain):
         raise TypeError(f"chain: a Chain from Schedule.chain is required, got {type(chain).__name__}")
     chain.check_prediction(prediction)

@@ -54,7 +54,7 @@ class DiffusersModel(nn.Module):
         self.channels, out = (getattr(options, name, None) for name in ("in_channels", "out_channels"))
         self.classes = getattr(options, "num_class_embeds", None) or getattr(options, "class_embed_type", None)
         arguments = list(inspect.signature(network.forward).parameters)
-        if len(arguments) < 2 or arguments[1] not in TIME:
+        if arguments[1:2] and arguments[1] not in TIME and set(TIME) & set(arguments):
             raise TypeError(
                 f"unet: a network called as (x, timestep, …) is required, {self.name} takes ({', '.join(arguments)}); "
                 "wrap it: model = lambda x, t, *inputs: net(…).sample"
@@ -90,7 +90,9 @@ class DiffusersModel(nn.Module):
             required = "one or two are" if self.conditional else "at most one is"
             raise ValueError(f"inputs: {required} required by {self.name}, got {len(inputs)}")
         if self.classes is not None and len(inputs) < most:
-            raise ValueError(f"inputs: class labels ({len(x)},) are required by {self.name}, which has classes")
+            raise ValueError(
+                f"inputs: class labels, one for each image, are required by {self.name}, which has classes"
+            )
         if self.channels is not None and x.shape[1:2] != (self.channels,):
             raise ValueError(f"x: {self.channels} channels are required by {self.name}, got shape {tuple(x.shape)}")
         names = ("encoder_hidden_states", "class_labels") if self.conditional else ("class_labels",)
@@ -171,7 +173,9 @@ def read_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> Found:
     places = [place for place in (folder, folder.parent / "scheduler") if (place / SCHEDULER).is_file()]
     schedule = read_schedule(places[0]) if places else Schedule.linear()
     try:
-        unet = UNet2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        unet = UNet2DModel.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: diffusers cannot read it ({error})") from error
     side = unet.config.sample_size
@@ -242,4 +246,6 @@ def check_parts(place: str, index: dict[str, Any], own: set[str], given: dict[st
                 "prompt_embeds"
             )
         if name == "scheduler" and name not in given:
-            known_class(kind, f"{place}: scheduler")
+            file = Path(place) / name / SCHEDULER  # which may say another class than the index
+            for said in {kind, str(read_json(file).get("_class_name", kind)) if file.is_file() else kind}:
+                known_class(said, f"{place}: scheduler")

@@ -72,8 +72,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         vqvae: the same, under the name that an LDMPipeline has for it.
 
     Raises:
-        TypeError: a part of another class, or a scheduler with an option that is not reproduced, by name; also when
-            pipe.scheduler is changed later.
+        TypeError: a scheduler that is not reproduced, by class or option, also when it is changed later; another vae.
         ValueError: parts that do not fit together.
     """
 
@@ -87,13 +86,10 @@ class DEQDDIMPipeline(DiffusionPipeline):
         super().__init__()
         if isinstance(unet, WRAPPERS):
             raise TypeError(f"unet: the network inside {type(unet).__name__} is required: unet.module")
-        model = DiffusersModel(unet)
-        if vae is not None and vqvae is not None:
-            raise ValueError("vqvae: only one autoencoder is used, and vae is given too")
-        coder = vae if vae is not None else vqvae
-        self._autoencoder = None if coder is None else Autoencoder(coder, model.config.in_channels)
+        DiffusersModel(unet)  # raises for a network that it cannot wrap
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, vqvae=vqvae)
-        factor = 1 if coder is None else 2 ** (len(coder.config.block_out_channels) - 1)
+        coder = self._autoencoder
+        factor = 1 if coder is None else 2 ** (len(coder.vae.config.block_out_channels) - 1)
         # By default it would take images of four channels for latents and leave them as they are.
         self.image_processor = VaeImageProcessor(do_resize=False, vae_scale_factor=factor, vae_latent_channels=0)
         self._interrupt = False
@@ -107,8 +103,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> DEQDDIMPipeline:
         """The pipeline of a folder or repository of diffusers; `options` are those of DiffusionPipeline.
 
-        A part that this pipeline has no use for is refused by name, unless it is left out by name, as in
-        text_encoder=None.
+        A part that it has no use for is refused by name, unless it is left out by name: text_encoder=None.
 
         Raises:
             TypeError: a scheduler that is not reproduced, by name.
@@ -222,13 +217,20 @@ class DEQDDIMPipeline(DiffusionPipeline):
         model, inputs = self._model(labels, prompt, no_prompt, no_labels, scale)
         x_0 = self.image_processor.preprocess(image).to(self._execution_device, self.unet.dtype)
         warn_of_range(x_0)
-        if self._autoencoder is not None:
+        if (autoencoder := self._autoencoder) is not None:
             with torch.no_grad():
-                x_0 = self._autoencoder.encode(x_0).to(self.unet.dtype)
+                x_0 = autoencoder.encode(x_0).to(self.unet.dtype)
         chain, given = chain_of(self.scheduler, num_inference_steps, 0.0, clip_sample), {"inputs": inputs, **options}
         found = find_latents(model, x_0, chain, method, prediction=chain.prediction or "epsilon", **given)
         self.maybe_free_model_hooks()
         return found
+
+    @property
+    def _autoencoder(self) -> Autoencoder | None:
+        if self.vae is not None and self.vqvae is not None:
+            raise ValueError("vqvae: only one autoencoder is used, and vae is given too")
+        vae = self.vae if self.vae is not None else self.vqvae
+        return None if vae is None else Autoencoder(vae, self.unet.config.in_channels)
 
     def _shape(self, count: int) -> tuple[int, ...]:
         side = self.unet.config.sample_size
@@ -291,8 +293,8 @@ class DEQDDIMPipeline(DiffusionPipeline):
         return {"edit": edit, "callback": None if quiet else after_round}
 
     def _decode(self, x_0: Tensor, output_type: str) -> Any:
-        if self._autoencoder is not None:
-            x_0 = self._autoencoder.decode(x_0)
+        if (autoencoder := self._autoencoder) is not None:
+            x_0 = autoencoder.decode(x_0)
         # numpy and PIL have no bfloat16
         x_0 = x_0 if output_type == "pt" or x_0.dtype != torch.bfloat16 else x_0.float()
         return self.image_processor.postprocess(x_0, output_type)

@@ -42,6 +42,7 @@ class Network:
 
     def __post_init__(self) -> None:
         warn_of_training(self.model.model if isinstance(self.model, Rotated) else self.model)
+
     @contextmanager
     def portions(self, most: int | None) -> Iterator[None]:
         """Calls of at most so many rows inside; None changes nothing."""

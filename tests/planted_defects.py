@@ -112,6 +112,10 @@ DEFECTS = [
     # Arguments and buffers.
     # Sampling and inversion.
     # Schedules and pipelines.
+    Defect("a scheduler is replaced in silence", "diffusion/pipeline.py",
+           "self.register_modules(unet=unet, scheduler=scheduler,",
+           "self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config),",
+           "test_pipeline.py::test_another_scheduler_is_refused_by_name_however_it_comes_in"),
     # Files and programs.
     Defect("fsync dropped", "diffusion/files.py", "os.fsync(file.fileno())", "file.fileno()",
            "test_files.py::test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_writer_returns"),

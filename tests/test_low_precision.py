@@ -28,6 +28,7 @@ class Gaussian(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4, dtype=dtype))
         self.seen = set()
+        self.eval()
 
     def forward(self, x, t):
         self.seen.add(x.dtype)

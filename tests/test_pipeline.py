@@ -500,6 +500,25 @@ def test_a_part_of_a_folder_that_is_not_used_is_refused_unless_left_out_by_name(
         load_checkpoint(tmp_path)
 
 
+def test_a_scheduler_under_the_name_of_another_is_refused(network, tmp_path):
+    DEQDDIMPipeline(network, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    diffusers.PNDMScheduler().save_pretrained(tmp_path / "scheduler")
+    for load in (DEQDDIMPipeline.from_pretrained, load_checkpoint):
+        with pytest.raises(TypeError, match="PNDMScheduler is not reproduced"):
+            load(tmp_path)
+
+
+def test_an_autoencoder_that_is_changed_later_is_the_one_that_decodes(network):
+    first, later = (diffusers.AutoencoderKL(**AUTOENCODER, scaling_factor=s).eval() for s in (1.0, 0.5))
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler(), first)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae = later
+    given = {"latents": torch.zeros(1, 1, 8, 8), "num_inference_steps": 1}
+    latent, image = (pipe(output_type=kind, **given).images for kind in ("latent", "pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(image, (later.decode(latent / 0.5).sample / 2 + 0.5).clamp(0, 1))
+
+
 def test_a_network_with_variances_is_refused_when_the_pipeline_is_made():
     torch.manual_seed(0)
     learned = diffusers.UNet2DModel(
@@ -513,3 +532,20 @@ def test_a_network_with_variances_is_refused_when_the_pipeline_is_made():
 def test_a_wrapped_network_is_refused_with_the_one_inside(network):
     with pytest.raises(TypeError, match=r"unet: the network inside DataParallel is required: unet\.module"):
         DEQDDIMPipeline(torch.nn.DataParallel(network), diffusers.DDIMScheduler())
+
+
+@pytest.mark.filterwarnings("ignore:chain. it clips")
+def test_a_ddpm_pipeline_is_inverted_without_its_noise_and_its_clipping():
+    unet = small_unet()
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.1)
+    pipe = DEQDDIMPipeline(unet, diffusers.DDPMScheduler(prediction_type="v_prediction", clip_sample_range=0.1))
+    pipe.set_progress_bar_config(disable=True)
+    x_T = 0.2 * torch.randn(1, 1, 8, 8, generator=seeded(5))
+    given = {"num_inference_steps": 20, "eta": 0.0, "method": "sequential", "output_type": "pt"}
+    images = pipe(latents=x_T, clip_sample=False, **given).images
+    clipped = pipe(latents=x_T, **given).images
+    assert (clipped - images).abs().max() > 0.05
+    found = pipe.invert(images, 20, clip_sample=False)
+    assert relative(found.x_T.numpy(), x_T.numpy()) < 1e-2
+    assert pipe.invert(images, 20, "ddim").loss.item() > 10 * found.loss.item()

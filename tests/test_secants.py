@@ -69,7 +69,7 @@ class Linear(torch.nn.Module):
 
 @torch.no_grad()
 def test_a_chain_affine_in_one_entry_is_right_after_two_rounds_where_plain_iteration_takes_many():
-    run, grid = grid_of(2, model=Linear(), D=1)
+    run, grid = grid_of(2, model=Linear().eval(), D=1)
     base, everyone = run.base()[:, grid.at], torch.arange(2)
     secants = Secants(grid, 2, 1)
     N = M = torch.zeros_like(base)

@@ -85,7 +85,7 @@ def run_sample(args: Namespace) -> dict[str, Any]:
 
 
 def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> list[Sample]:
-    generator = torch.Generator().manual_seed(args.seed + 1) if args.eta else None
+    generator = torch.Generator().manual_seed(args.seed + 1) if chain.eta else None
     parts: list[Sample] = []
     for part in x_T.split(args.batch):
         out = sample(

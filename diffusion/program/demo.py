@@ -61,7 +61,7 @@ def run_demo(args: Namespace) -> dict[str, Any]:
 def _chains(args: Namespace, checkpoint: Checkpoint) -> tuple[Chain, Chain]:
     """Return the chains of sampling and of inversion."""
     steps = LONG.get(checkpoint.name, 100) if args.steps is None else args.steps
-    return checkpoint.schedule.chain(steps), checkpoint.schedule.chain(args.invert_steps)
+    return checkpoint.schedule.chain(steps, eta=0.0), checkpoint.schedule.chain(args.invert_steps, eta=0.0)
 
 
 def _describe(device: torch.device) -> str:

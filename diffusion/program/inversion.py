@@ -58,7 +58,7 @@ def run_invert(args: Namespace) -> dict[str, Any]:
         raise ValueError(f"--method: one of {', '.join(METHODS)} is required, got {args.method!r}")
     device = device_of(args.device)
     checkpoint = load(args.model, device)
-    chain = checkpoint.schedule.chain(args.steps, args.spacing)
+    chain = checkpoint.schedule.chain(args.steps, args.spacing, eta=0.0)
     if args.images is not None:
         images = read_images(args.images, checkpoint.shape, args.resize, args.count)
     elif checkpoint.images is not None:
@@ -88,7 +88,7 @@ def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: t
     return {
         "model": checkpoint.name, "weights": fingerprint(checkpoint.model.state_dict().values()), "images": len(images),
         "pixels": fingerprint([images]),
-        "method": args.method, "steps": args.steps, "spacing": args.spacing,
+        "method": args.method, "steps": args.steps, "spacing": args.spacing or checkpoint.schedule.spacing,
         "splitting": options_of(checkpoint, args.splitting)["splitting"], "batch": args.batch, "device": device.type,
         "epochs": (EPOCHS[args.method] if args.epochs is None else args.epochs) if iterated else None,
         "lr": (LEARNING_RATES[args.method] if args.lr is None else args.lr) if iterated else None,

@@ -114,14 +114,15 @@ def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> arg
 
 
 def _add_chain(add: Callable[..., Any], steps: int) -> None:
-    add("--model", default="digits", metavar="NAME", help="digits, fashion or a checkpoint's folder (default digits)")
-    add("--steps", type=int, default=steps, help="T, the length of the chain (default %(default)s)")
     add(
-        "--spacing",
-        default="linspace",
+        "--model",
+        default="digits",
         metavar="NAME",
-        help="of the time steps: linspace, leading, trailing or quadratic (default %(default)s)",
+        help="digits, fashion, or the folder of a checkpoint or of a pipeline of diffusers (default digits)",
     )
+    add("--steps", type=int, default=steps, help="T, the length of the chain (default %(default)s)")
+    add("--spacing", metavar="NAME", help="of the time steps: linspace, leading, trailing or quadratic "
+        "(default: the scheduler's in a folder of diffusers, else linspace)")  # fmt: skip
     add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
         "(default: gaussian if the checkpoint carries mean and variance of its data, else v)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -149,7 +150,7 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="parallel, sequential, or auto: whichever should be faster (default parallel)",
     )
-    add("--eta", type=float, default=0.0, help="share of fresh noise: 0 is DDIM, 1 DDPM (default 0)")
+    add("--eta", type=float, help="share of fresh noise: 0 is DDIM, 1 DDPM (default: the scheduler's, else 0)")
     add(
         "--levels",
         type=step_counts,

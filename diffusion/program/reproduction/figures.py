@@ -51,7 +51,7 @@ def chain_residual(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> 
 def convergence(subject: Subject, steps: int, solver: str, ledger: Ledger) -> Tensor:
     """Return the residual (rounds, runs) of the chain of `steps` after each solver step."""
     plan, checkpoint = subject.plan, subject.checkpoint
-    chain = checkpoint.schedule.chain(steps)
+    chain = checkpoint.schedule.chain(steps, eta=0.0)
     rounds = min(plan.rounds, steps)
 
     def one_batch(number: int, count: int) -> Measurement:
@@ -103,7 +103,7 @@ def figure1(subject: Subject, folder: Path, ledger: Ledger) -> list[dict[str, An
 def figure2(subject: Subject, folder: Path, ledger: Ledger) -> dict[str, Any]:
     """Write Figure 2, the states x_t after the solver steps of the plan; return what it shows."""
     steps, checkpoint = max(subject.plan.steps), subject.checkpoint
-    chain = checkpoint.schedule.chain(steps)
+    chain = checkpoint.schedule.chain(steps, eta=0.0)
     rounds = min(subject.plan.rounds, steps)
 
     def solve() -> Measurement:

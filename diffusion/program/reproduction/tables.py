@@ -108,7 +108,7 @@ def table3(subject: Subject, folder: Path, ledger: Ledger) -> tuple[list[dict[st
 def _invert(subject: Subject, steps: int, method: str, ledger: Ledger) -> Record:
     """Return the record of all images inverted by a method, going on where an earlier run stopped."""
     plan, checkpoint = subject.plan, subject.checkpoint
-    chain = checkpoint.schedule.chain(steps)
+    chain = checkpoint.schedule.chain(steps, eta=0.0)
     descent: dict[str, Any] = {"epochs": plan.epochs, "lr": plan.lr} if method in DESCENTS else {}
     settings = {**subject.identity, "method": method, "steps": steps, **descent}
     place = ledger.place(f"{subject.name}-inversion-T{steps}-{method}", settings)

@@ -99,11 +99,26 @@ def carried(
     slope = filled(slope)[..., None]
     trials = (slope, torch.zeros_like(slope), slope.clamp_max(0))
     if isinstance(linear, EditedChain):
-        moved = [linear.moved(base, N, x, delta, J, image) for J in trials]
+        moved = [edited(linear, base, N, x, delta, J, image) for J in trials]
     else:
         moved = [summed(linear.A + linear.c * J, linear.c * delta) for J in trials]
     worst, size = torch.stack([e.norm(dim=1) for e in moved]).amax(0), x[:, -1].norm(dim=1)
     return torch.where(worst == 0, worst, SAFETY * worst / size)
+
+
+def rounding(m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, precision: float) -> Tensor:
+    """The relative error (n,) of x_0 that rounding alone leaves: of ε by the network, of the states in float64.
+
+    As `carried` with J = slope, of defects that are independent from step to step: squares add.
+    """
+    A = (m.linear.A + m.linear.c * filled(slope)[..., None]).square().amax(2, keepdim=True)
+    eps = N + m.splitting.kappa * x[:, :-1]
+    eps = eps if m.splitting.offset is None else eps + m.splitting.offset
+    made = (precision * m.linear.c * eps).square() + (
+        torch.finfo(torch.float64).eps * (x.abs() + base.abs())[:, 1:]
+    ).square()
+    squares = summed(A, made.sum(2, keepdim=True))[:, 0]
+    return (squares / x[:, -1].square().sum(1)).sqrt().nan_to_num(0.0)
 
 
 def summed(A: Tensor, b: Tensor) -> Tensor:
@@ -114,3 +129,11 @@ def summed(A: Tensor, b: Tensor) -> Tensor:
         b = A[:, 1::2] * b[:, ::2] + b[:, 1::2]
         A = A[:, 1::2] * A[:, ::2]
     return b[:, 0]
+
+
+def edited(linear: EditedChain, base: Tensor, N: Tensor, x: Tensor, delta: Tensor, J: Tensor, image: Tensor) -> Tensor:
+    """How far (n, D) x_T moves when N becomes N + δ + J·(move of the states x), step by step through the edit."""
+    y, added = base[:, 0], base[:, 1:] + linear.c * (N + delta)
+    for k in range(N.shape[1]):
+        y = linear.after(linear.A[k] * y + added[:, k] + linear.c[k] * J[:, k] * (y - x[:, k]), k, image)
+    return y - x[:, -1]

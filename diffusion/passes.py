@@ -19,18 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import Front, Picard, Stop, solve
+from pydeqsolve import Front, Picard, Status, Stop, solve
 
 from .arguments import Silent
 from .chain import interpolation
-from .defects import carried, filled
+from .defects import carried, filled, rounding
 from .goal import Found, Goal
 from .nodes import Nodes, between
 from .sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
 from .secants import Secants, rows_of
-from .together import Together
+from .together import NEAR_FLOOR, Together
 
-PASSES = 4
+PASSES = 6
+SHARE = 0.004  # of the error that a pass measured: to less the nodes need not be solved, which leave more
+SLOW = 0.3  # a pass that leaves more of the error than this is the last: all steps together do better
 FIRST, CORRECTION = 10.0, 0.3  # tolerances on the nodes, in units of the error asked for
 LOOSEST = 0.2  # the largest tolerance on the nodes: with 16 bits a hundred times rtol would be none at all
 # The tightest tolerance on the nodes, in units of the network's machine epsilon, is that of a front over all steps.
@@ -57,37 +59,44 @@ class Passes:
         self.at, self.spread, self.map, self.scale = grid.at, grid.spread, grid.map, scale[grid.at]
         self.chain, self.secants = grid.chain, Secants(grid, len(x_T), x_T.shape[1])
         self.base = self.run.base()
+        self.before = torch.full_like(self.found.error, torch.inf)  # what the pass before measured
+        self.slow = torch.zeros_like(self.before, dtype=torch.bool)
         self.linear = interpolation(self.at.cpu(), len(m.chain), 1).to(x_T.device)
 
     def solve(self) -> None:
         """Samples all images."""
         found, goal = self.found, self.goal
         everyone = torch.arange(len(found.x), device=found.x.device)
-        good = self._on_nodes(everyone, FIRST) if goal.left > 1 else torch.ones_like(everyone, dtype=torch.bool)
+        good = (
+            self._on_nodes(everyone, FIRST * goal.error)
+            if goal.left > 1
+            else torch.ones_like(everyone, dtype=torch.bool)
+        )
         for _ in range(PASSES):
-            images = everyone[good & (found.error > goal.error)]
+            images = everyone[good & (found.error > goal.error) & ~self.slow]
             if not len(images) or not goal.left:
                 break
             images = self._every_step(images)
             if found.stopped or not len(images):
                 break
-            good[images] = self._on_nodes(images, CORRECTION)
+            enough = torch.maximum(CORRECTION * goal.error[images], SHARE * self.before[images])
+            good[images] = self._on_nodes(images, enough)
             images = images[good[images] & (goal.error[images] >= SAMPLED)]
             for trial in range(TRIALS):
                 if len(images) and goal.left:
                     images = self._sampled(images, trial)
-        left = everyone[~(found.error <= goal.error)]
+        left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
         if len(left) and goal.left and not found.stopped:
             guess = found.N[left].nan_to_num(0.0, 0.0, 0.0)
             Together(self.run, goal, self.solver, None, self.bar, self.callback, found).solve(guess, left)
 
-    def _on_nodes(self, images: Tensor, units: float) -> Tensor:
-        """Solves for what N must change by, on the nodes; (n,) bool: solved."""
+    def _on_nodes(self, images: Tensor, tolerance: Tensor) -> Tensor:
+        """Solves for what N must change by, on the nodes, to a tolerance (n,) of σ ε; (n,) bool: solved."""
         found = self.found
         start = found.N[images[:, None], self.at]
         base = found.x[images[:, None], self.at] - self.chain.response(start)
         least = ROUNDING * self.goal.precision
-        tolerance = (units * self.goal.error[images]).clamp(least, LOOSEST)
+        tolerance = tolerance.clamp(least, LOOSEST)
         stop = block_stop(Stop(tolerance, max_steps=min(2 * len(self.at), self.goal.left - 1)), self.scale, 1.0)
 
         def report(step: int, y: Tensor, residual: Tensor) -> bool:
@@ -111,18 +120,22 @@ class Passes:
         N = self._evaluate(images, x, torch.arange(T, device=images.device))
         delta = N - old
         found.note(images, torch.ones_like(images), torch.full_like(images, T), self._size(delta, slice(None)))
-        before = x[:, self.at]
-        self.secants.note(images, before, N[:, self.at])
+        self.secants.note(images, x[:, self.at], N[:, self.at])
         self._measure(images, x, old, delta)
         if self.callback is not None:
             found.told += 1
             states = found.x.unflatten(2, m.network.shape)
             found.stopped = bool(self.callback(found.told, states, found.residual.clone()))
-        missed = ~(found.error[images] <= self.goal.error[images])
-        if found.stopped or self.goal.left < 2 or not bool(missed.any()):
+        error, before = found.error[images], self.before[images]
+        missed, self.before[images] = ~(error <= self.goal.error[images]), error
+        self.slow[images] = missed & ~(error <= SLOW * before)
+        stalled = self.slow[images] & (error <= NEAR_FLOOR * self.goal.floor[images])
+        found.status[images[stalled]] = int(Status.STALLED)
+        if found.stopped or self.goal.left < 2:
             return images[:0]
+        missed &= ~stalled
         self._correct(images[missed], N[missed])
-        return images[missed]
+        return images[missed & ~self.slow[images]]
 
     def _correct(self, images: Tensor, N: Tensor) -> None:
         """N (n, T, D) instead of what it is, and on top what it changes later by the Jacobians at the nodes."""
@@ -160,8 +173,10 @@ class Passes:
     def _measure(self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor) -> None:
         """The error of states x that N made, from their defects (n, T, D)."""
         slope = filled(self.secants.slope[images]) @ self.linear.T
-        error = carried(self.run.map.linear, rows_of(self.base, images), x, N, delta, slope, images)
-        self.found.error[images] = error.clamp_min(self.goal.floor)
+        base = rows_of(self.base, images)
+        error = carried(self.run.map.linear, base, x, N, delta, slope, images)
+        self.goal.raised(images, rounding(self.run.map, base, x, N, slope, self.goal.precision))
+        self.found.error[images] = torch.maximum(error, self.goal.floor[images])
 
     def _change(self, images: Tensor, N: Tensor) -> None:
         found = self.found

@@ -18,14 +18,14 @@ from pydeqsolve import Solution, Status, Stop
 
 from .arguments import Silent
 from .chain import interpolation
-from .defects import Visits, carried, defects
+from .defects import Visits, carried, defects, rounding
 from .goal import Found, Goal
 from .nodes import START, possible, start
 from .sampler import Sampler, scale_of
 
 ATTEMPTS = 4
 RTOL = 0.1  # rtol of the front for an error asked for of 1
-NEAR_FLOOR = 30.0  # an estimate within so many floors that no longer falls has come to the network's rounding
+NEAR_FLOOR = 5.0  # an estimate within so many floors that no longer falls has come to the network's rounding
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class Together:
             if self.found.stopped:
                 return
             asked, error = self.goal.error[images], self.found.error[images]
-            stalled = (error > 0.5 * before) & (error > asked) & (error <= NEAR_FLOOR * self.goal.floor)
+            stalled = (error > 0.5 * before) & (error > asked) & (error <= NEAR_FLOOR * self.goal.floor[images])
             self.found.status[images[stalled]] = int(Status.STALLED)
             open_ = (error > asked) & ~stalled & error.isfinite()
             share = (share * (asked / error / 2).clamp(1e-3, 0.5))[open_]
@@ -94,7 +94,8 @@ class Together:
             with m.network.portions(None if self.window is None else self.window * len(images)):
                 delta, rows = defects(m, images, x, N, visits, settled, run.conditioning)
             error = carried(m.linear, base, x, N, delta, visits.slope[images], images)
-            found.error[images] = error.clamp_min(goal.floor)
+            goal.raised(images, rounding(m, base, x, N, visits.slope[images], goal.precision))
+            found.error[images] = torch.maximum(error, goal.floor[images])
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())
             self._tell(images, x)
         return delta
@@ -137,4 +138,4 @@ class Together:
         x, _, _, rows = part.sequential(Silent())
         self.found.x[images] = x
         self.found.note(images, torch.full_like(rows, T), rows, torch.zeros_like(self.found.residual[images]))
-        self.found.error[images] = self.goal.floor
+        self.found.error[images] = self.goal.floor[images]

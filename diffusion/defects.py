@@ -32,18 +32,20 @@ class Visits:
     x: Tensor  # (B, T, D), NaN where it was not
     value: Tensor  # (B, T, D)
     slope: Tensor  # (B, T), NaN where unknown
+    least: Tensor  # (B, T), the least slope of all moves
     precision: float  # machine epsilon of the network
 
     @staticmethod
     def none(like: Tensor, precision: float) -> Visits:
         """Before the first round; like (B, T, D)."""
         unknown = torch.full_like(like, torch.nan)
-        return Visits(unknown, torch.zeros_like(like), unknown[..., 0].clone(), precision)
+        return Visits(unknown, torch.zeros_like(like), unknown[..., 0].clone(), unknown[..., 0].clone(), precision)
 
     def note(self, i: Tensor, k: Tensor, x: Tensor, value: Tensor) -> None:
         """N is `value` (n, D) at states x (n, D) of the images i and steps k (n,)."""
         slope, sound = slopes(x - self.x[i, k], value - self.value[i, k], x, self.precision)
         self.slope[i, k] = torch.where(sound, slope, self.slope[i, k])
+        self.least[i, k] = torch.where(sound, torch.fmin(slope, self.least[i, k]), self.least[i, k])
         self.x[i, k], self.value[i, k] = x, value
 
 
@@ -88,16 +90,16 @@ def defects(
 
 
 def carried(
-    linear: LinearChain, base: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, image: Tensor
+    linear: LinearChain, base: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, least: Tensor, image: Tensor
 ) -> Tensor:
     """The estimate (n,) of the relative error of x_0: SAFETY·|e_T|/|x_T|, of states x (n, T+1, D) and their defects.
 
     slope (n, T) stands for J; where it is NaN, the next step's that is known. An error has parts along which N is
     steeper and less steep than along the move that told: so the largest is taken of the errors with J = slope, with
-    J = 0, and with J = min(slope, 0), which keeps what expands and drops what contracts.
+    J = 0, and with J the least slope that was seen at all, if that is negative: it keeps what expands.
     """
-    slope = filled(slope)[..., None]
-    trials = (slope, torch.zeros_like(slope), slope.clamp_max(0))
+    slope, least = filled(slope)[..., None], filled(least)[..., None]
+    trials = (slope, torch.zeros_like(slope), torch.minimum(slope, least).clamp_max(0))
     if isinstance(linear, EditedChain):
         moved = [edited(linear, base, N, x, delta, J, image) for J in trials]
     else:

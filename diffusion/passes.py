@@ -23,7 +23,7 @@ from pydeqsolve import Front, Picard, Status, Stop, solve
 
 from .arguments import Silent
 from .chain import interpolation
-from .defects import carried, filled, rounding
+from .defects import carried, filled, rounding, slopes
 from .goal import Found, Goal
 from .nodes import Nodes, between
 from .sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
@@ -61,6 +61,10 @@ class Passes:
         self.base = self.run.base()
         self.before = torch.full_like(self.found.error, torch.inf)  # what the pass before measured
         self.slow = torch.zeros_like(self.before, dtype=torch.bool)
+        self.seen_x = torch.full_like(self.found.N, torch.nan)  # states of the pass before, and the values there
+        self.seen_N = torch.zeros_like(self.found.N)
+        self.image = torch.full_like(x_T, torch.nan)  # the x_0 measured before, and the error expected of it
+        self.expected = torch.full_like(self.before, torch.nan)
         self.linear = interpolation(self.at.cpu(), len(m.chain), 1).to(x_T.device)
 
     def solve(self) -> None:
@@ -115,16 +119,18 @@ class Passes:
 
     def _every_step(self, images: Tensor) -> Tensor:
         """One evaluation of all T steps of some images, which measures their error; those that miss it, changed."""
-        m, found, T = self.run.map, self.found, self.found.N.shape[1]
+        found, T = self.found, self.found.N.shape[1]
         x, old = rows_of(found.x, images), rows_of(found.N, images)
         N = self._evaluate(images, x, torch.arange(T, device=images.device))
-        delta = N - old
-        found.note(images, torch.ones_like(images), torch.full_like(images, T), self._size(delta, slice(None)))
+        found.note(images, torch.ones_like(images), torch.full_like(images, T), self._size(N - old, slice(None)))
         self.secants.note(images, x[:, self.at], N[:, self.at])
-        self._measure(images, x, old, delta)
+        slope, told = slopes(x[:, :T] - self.seen_x[images], N - self.seen_N[images], x[:, :T], self.goal.precision)
+        own = filled(self.secants.slope[images]) @ self.linear.T
+        self._measure(images, x, old, N - old, torch.where(told, slope, own))
+        self.seen_x[images], self.seen_N[images] = x[:, :T], N
         if self.callback is not None:
             found.told += 1
-            states = found.x.unflatten(2, m.network.shape)
+            states = found.x.unflatten(2, self.run.map.network.shape)
             found.stopped = bool(self.callback(found.told, states, found.residual.clone()))
         error, before = found.error[images], self.before[images]
         missed, self.before[images] = ~(error <= self.goal.error[images]), error
@@ -137,28 +143,33 @@ class Passes:
         self._correct(images[missed], N[missed])
         return images[missed & ~self.slow[images]]
 
+    def _sampled(self, images: Tensor, trial: int) -> Tensor:
+        """Measures the error at the nodes and between them; those that miss it, changed by what was seen."""
+        found, device = self.found, images.device
+        at = torch.cat([self.at, between(self.at.cpu(), trial).to(device)]).unique()
+        x, N, T = rows_of(found.x, images), rows_of(found.N, images), found.N.shape[1]
+        value = self._evaluate(images, x, at)
+        delta = value - N[:, at]
+        found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
+        seen_x, seen_N = rows_of(self.seen_x, images), rows_of(self.seen_N, images)
+        moved = x[:, :T] - seen_x
+        slope, told = slopes(moved[:, at], value - seen_N[:, at], x[:, at], self.goal.precision)
+        slope = filled(torch.where(told, slope, torch.nan)) @ interpolation(at.cpu(), T, 1).to(device).T
+        expected = seen_N + slope[..., None] * moved - N
+        delta = expected + interpolation(at.cpu(), T).to(device) @ (delta - expected[:, at])
+        self._measure(images, x, N, delta, slope)
+        missed = ~(found.error[images] <= self.goal.error[images])
+        if trial + 1 == TRIALS or not self.goal.left:
+            return images[:0]
+        self._correct(images[missed], (N + delta)[missed])
+        return images[missed]
+
     def _correct(self, images: Tensor, N: Tensor) -> None:
         """N (n, T, D) instead of what it is, and on top what it changes later by the Jacobians at the nodes."""
         if len(images):
             x = self.run.map.linear.trajectory(rows_of(self.base, images), N)
             moved = (x - rows_of(self.found.x, images))[:, self.at]
             self._change(images, N + self.spread @ self.secants.change(images, moved))
-
-    def _sampled(self, images: Tensor, trial: int) -> Tensor:
-        """Measures the error at the nodes and between them; those that miss it, changed by what was seen."""
-        found, device = self.found, images.device
-        at = torch.cat([self.at, between(self.at.cpu(), trial).to(device)]).unique()
-        x, N = rows_of(found.x, images), rows_of(found.N, images)
-        value = self._evaluate(images, x, at)
-        delta = value - N[:, at]
-        found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
-        delta = interpolation(at.cpu(), N.shape[1]).to(device) @ delta
-        self._measure(images, x, N, delta)
-        missed = ~(found.error[images] <= self.goal.error[images])
-        if trial + 1 == TRIALS or not self.goal.left:
-            return images[:0]
-        self._correct(images[missed], (N + delta)[missed])
-        return images[missed]
 
     def _evaluate(self, images: Tensor, x: Tensor, at: Tensor) -> Tensor:
         """N' (n, len(at), D) at steps `at` of the states x (n, T+1, D)."""
@@ -170,11 +181,18 @@ class Passes:
     def _size(self, delta: Tensor, at: Tensor | slice) -> Tensor:
         return (delta * scale_of(self.run.map.chain)[at]).square().mean((1, 2)).sqrt()
 
-    def _measure(self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor) -> None:
-        """The error of states x that N made, from their defects (n, T, D)."""
-        slope = filled(self.secants.slope[images]) @ self.linear.T
-        base = rows_of(self.base, images)
-        error = carried(self.run.map.linear, base, x, N, delta, slope, images)
+    def _measure(self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor) -> None:
+        """The error of states x that N made, from their defects (n, T, D).
+
+        What the states found since moved x_0 by is, but for what is left now, the error of the states measured before:
+        where it was underestimated, this estimate is raised by as much.
+        """
+        base, image, size = rows_of(self.base, images), x[:, -1], x[:, -1].norm(dim=1)
+        least = filled(self.secants.steepest[images]) @ self.linear.T
+        error = carried(self.run.map.linear, base, x, N, delta, slope, least, images)
+        missed = (image - self.image[images]).norm(dim=1) / (self.expected[images] * size)
+        error = error * missed.nan_to_num(1.0, 1.0).clamp_min(1.0)
+        self.image[images], self.expected[images] = image, error
         self.goal.raised(images, rounding(self.run.map, base, x, N, slope, self.goal.precision))
         self.found.error[images] = torch.maximum(error, self.goal.floor[images])
 

@@ -93,7 +93,7 @@ class Together:
         if not found.stopped:
             with m.network.portions(None if self.window is None else self.window * len(images)):
                 delta, rows = defects(m, images, x, N, visits, settled, run.conditioning)
-            error = carried(m.linear, base, x, N, delta, visits.slope[images], images)
+            error = carried(m.linear, base, x, N, delta, visits.slope[images], visits.least[images], images)
             goal.raised(images, rounding(m, base, x, N, visits.slope[images], goal.precision))
             found.error[images] = torch.maximum(error, goal.floor[images])
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())

@@ -70,22 +70,25 @@ def filled(slope: Tensor) -> Tensor:
 
 
 def defects(
-    m: Remainders, image: Tensor, x: Tensor, N: Tensor, visits: Visits, settled: Tensor, conditioning: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+    m: Remainders, image: Tensor, x: Tensor, N: Tensor, visits: Visits, settled: Tensor, conditioning: Sequence[Tensor],
+    most: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """δ (n, T, D) at every step of the states x (n, T+1, D), and the rows (n,) that it took; notes the visits.
 
     settled (n,): whether every N_k is the network's value where step k was visited last: then a step whose state has
-    not moved since has no defect, and is not asked again.
+    not moved since has no defect, and is not asked again. Rounds of at most so many time steps.
     """
     x, before = x[:, : N.shape[1]], visits.x[image]
     still = (x - before).square().sum(2) <= (SAME * visits.precision) ** 2 * x.square().sum(2)  # never, where NaN
     wanted = x.isfinite().all(2) & ~(still & settled[:, None])
-    i, k = wanted.nonzero(as_tuple=True)
     delta = torch.zeros_like(N)
-    if len(i):
-        value = m.remainder(x[i, k], k, [c[i] for c in conditioning])
-        delta[i, k] = value - N[i, k]
-        visits.note(image[i], k, x[i, k], value)
+    for first in range(0, N.shape[1], most):
+        i, k = wanted[:, first : first + most].nonzero(as_tuple=True)
+        if len(i):
+            k = k + first
+            value = m.remainder(x[i, k], k, [c[i] for c in conditioning])
+            delta[i, k] = value - N[i, k]
+            visits.note(image[i], k, x[i, k], value)
     return delta, wanted.sum(1)
 
 

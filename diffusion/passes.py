@@ -92,7 +92,7 @@ class Passes:
         left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
         if len(left) and goal.left and not found.stopped:
             guess = found.N[left].nan_to_num(0.0, 0.0, 0.0)
-            Together(self.run, goal, self.solver, None, self.bar, self.callback, found).solve(guess, left)
+            Together(self.run, goal, self.solver, None, None, self.bar, self.callback, found).solve(guess, left)
 
     def _on_nodes(self, images: Tensor, tolerance: Tensor) -> Tensor:
         """Solves for what N must change by, on the nodes, to a tolerance (n,) of σ ε; (n,) bool: solved."""

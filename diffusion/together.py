@@ -36,6 +36,7 @@ class Together:
     goal: Goal
     solver: Any
     window: int | None
+    portion: int | None  # time steps evaluated at once, at most, when the error is measured
     bar: Any
     callback: Any
     found: Found
@@ -83,16 +84,19 @@ class Together:
         run, found, goal = self.run.pick(images), self.found, self.goal
         m, base = run.map, run.base()
         x, N, settled = m.linear.trajectory(base, guess, images), guess, torch.zeros_like(images, dtype=torch.bool)
-        if goal.left > 1:
-            stop = Stop(RTOL * share * goal.error[images], max_steps=min(guess.shape[1], goal.left - 1))
+        T, most = guess.shape[1], self.portion or guess.shape[1]
+        measuring = -(-T // most)  # rounds that it may take
+        measured = goal.left >= measuring
+        if goal.left > measuring or not measured:
+            rounds = min(T, goal.left - measuring if measured else goal.left)
+            stop = Stop(RTOL * share * goal.error[images], max_steps=rounds)
             x, solution, rows = self._front(run, guess, stop, visits)
             N, settled = solution.z, solution.converged
             found.note(images, solution.evaluations, rows, solution.residual)
         found.x[images], found.N[images] = x, N
         delta = torch.zeros_like(N)
-        if not found.stopped:
-            with m.network.portions(None if self.window is None else self.window * len(images)):
-                delta, rows = defects(m, images, x, N, visits, settled, run.conditioning)
+        if measured and not found.stopped:
+            delta, rows = defects(m, images, x, N, visits, settled, run.conditioning, most)
             error = carried(m.linear, base, x, N, delta, visits.slope[images], visits.least[images], images)
             goal.raised(images, rounding(m, base, x, N, visits.slope[images], goal.precision))
             found.error[images] = torch.maximum(error, goal.floor[images])

@@ -116,14 +116,31 @@ def rounding(m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, p
 
     As `carried` with J = slope, of defects that are independent from step to step: squares add.
     """
-    A = (m.linear.A + m.linear.c * filled(slope)[..., None]).square().amax(2, keepdim=True)
     eps = N + m.splitting.kappa * x[:, :-1]
     eps = eps if m.splitting.offset is None else eps + m.splitting.offset
     made = (precision * m.linear.c * eps).square() + (
         torch.finfo(torch.float64).eps * (x.abs() + base.abs())[:, 1:]
     ).square()
-    squares = summed(A, made.sum(2, keepdim=True))[:, 0]
-    return (squares / x[:, -1].square().sum(1)).sqrt().nan_to_num(0.0)
+    return _independent(m.linear, x, filled(slope), made)
+
+
+def spread_of(linear: LinearChain, x: Tensor, slope: Tensor, doubt: Tensor) -> Tensor:
+    """The same (n,), of defects known but for an independent error of the size of `doubt` (n, T, D)."""
+    return _independent(linear, x, slope, (linear.c * doubt).square())
+
+
+def _independent(linear: LinearChain, x: Tensor, slope: Tensor, squares: Tensor) -> Tensor:
+    A = (linear.A + linear.c * slope[..., None]).square().amax(2, keepdim=True)
+    total = summed(A, squares.sum(2, keepdim=True))[:, 0]
+    return (total / x[:, -1].square().sum(1)).sqrt().nan_to_num(0.0)
+
+
+def scatter(at: Tensor, values: Tensor) -> Tensor:
+    """By how much values (n, m) at positions `at` (m,) differ from the line between their neighbours (n, m)."""
+    share = (at[1:-1] - at[:-2]) / (at[2:] - at[:-2])
+    between = values[:, :-2] + share * (values[:, 2:] - values[:, :-2])
+    inner = (values[:, 1:-1] - between).abs() / (1 + share.square() + (1 - share).square()).sqrt()
+    return torch.cat([inner[:, :1], inner, inner[:, -1:]], 1)
 
 
 def summed(A: Tensor, b: Tensor) -> Tensor:

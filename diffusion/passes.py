@@ -23,7 +23,7 @@ from pydeqsolve import Front, Picard, Status, Stop, solve
 
 from .arguments import Silent
 from .chain import interpolation
-from .defects import carried, filled, rounding, slopes
+from .defects import carried, filled, rounding, scatter, slopes, spread_of
 from .goal import Found, Goal
 from .nodes import Nodes, between
 from .sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
@@ -38,6 +38,7 @@ LOOSEST = 0.2  # the largest tolerance on the nodes: with 16 bits a hundred time
 # The tightest tolerance on the nodes, in units of the network's machine epsilon, is that of a front over all steps.
 ROUNDING = MARGIN * UNITS_PER_RTOL / 2
 SAMPLED = 3e-4  # the least error asked for that is measured at a sample of the steps
+DOUBT = 2.0  # standard deviations of what the steps that are not sampled may differ by
 TRIALS = 3  # samples after a pass, each at other steps: what one shows is corrected before the next
 
 
@@ -154,10 +155,13 @@ class Passes:
         seen_x, seen_N = rows_of(self.seen_x, images), rows_of(self.seen_N, images)
         moved = x[:, :T] - seen_x
         slope, told = slopes(moved[:, at], value - seen_N[:, at], x[:, at], self.goal.precision)
-        slope = filled(torch.where(told, slope, torch.nan)) @ interpolation(at.cpu(), T, 1).to(device).T
+        slope = filled(torch.where(told, slope, torch.nan))
+        across = interpolation(at.cpu(), T, 1).to(device)
+        doubt = scatter(at, slope) @ across.T
+        slope = slope @ across.T
         expected = seen_N + slope[..., None] * moved - N
         delta = expected + interpolation(at.cpu(), T).to(device) @ (delta - expected[:, at])
-        self._measure(images, x, N, delta, slope)
+        self._measure(images, x, N, delta, slope, doubt[..., None] * moved)
         missed = ~(found.error[images] <= self.goal.error[images])
         if trial + 1 == TRIALS or not self.goal.left:
             return images[:0]
@@ -181,7 +185,9 @@ class Passes:
     def _size(self, delta: Tensor, at: Tensor | slice) -> Tensor:
         return (delta * scale_of(self.run.map.chain)[at]).square().mean((1, 2)).sqrt()
 
-    def _measure(self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor) -> None:
+    def _measure(
+        self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, doubt: Tensor | None = None
+    ) -> None:
         """The error of states x that N made, from their defects (n, T, D).
 
         What the states found since moved x_0 by is, but for what is left now, the error of the states measured before:
@@ -190,6 +196,8 @@ class Passes:
         base, image, size = rows_of(self.base, images), x[:, -1], x[:, -1].norm(dim=1)
         least = filled(self.secants.steepest[images]) @ self.linear.T
         error = carried(self.run.map.linear, base, x, N, delta, slope, least, images)
+        if doubt is not None:
+            error = error + DOUBT * spread_of(self.run.map.linear, x, slope, doubt)
         missed = (image - self.image[images]).norm(dim=1) / (self.expected[images] * size)
         error = error * missed.nan_to_num(1.0, 1.0).clamp_min(1.0)
         self.image[images], self.expected[images] = image, error

@@ -65,7 +65,7 @@ def test_a_network_as_easy_as_a_tenth_of_x_is_not_said_to_have_converged_before_
         true = true_errors(got, expected)
         assert got.converged.all()
         assert (true <= error).all()
-        assert (true <= got.error).all()
+        assert (true <= 3 * got.error).all()
 
 
 @torch.no_grad()

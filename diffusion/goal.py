@@ -58,7 +58,7 @@ class Goal:
         asked = torch.as_tensor(ERROR if error is None else error, device=device)
         if asked.is_complex() or asked.shape not in ((), (B,)):
             raise ValueError(f"error: a number or a tensor ({B},) is required, got shape {tuple(asked.shape)}")
-        asked = asked.double().expand(B)
+        asked = asked.detach().double().expand(B)
         if bool((~(asked > 0) | asked.isinf()).any()):
             raise ValueError(f"error: positive and finite is required, got {error}")
         floor = torch.full_like(asked, FLOOR * unit)

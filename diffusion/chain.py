@@ -217,13 +217,6 @@ class EditedChain(LinearChain):
             out.append(x)
         return torch.stack(out, 1)
 
-    def moved(self, base: Tensor, N: Tensor, x: Tensor, delta: Tensor, slope: Tensor, image: Tensor | None) -> Tensor:
-        """How far (B, D) x_T moves when N becomes N + δ + slope·(move of the states x); all (B, T, …)."""
-        y, added = base[:, 0], base[:, 1:] + self.c * (N + delta)
-        for k in range(N.shape[1]):
-            y = self.after(self.A[k] * y + added[:, k] + self.c[k] * slope[:, k] * (y - x[:, k]), k, image)
-        return y - x[:, -1]
-
     def after(self, x: Tensor, k: int, image: Tensor | None) -> Tensor:
         """The state (B, D) that step k leaves."""
         images = x.reshape(-1, *self.shape)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ERROR = 1e-3  # asked for by default
 FLOOR = 5.0  # a network that computes with machine epsilon u is asked for no less than FLOOR·u
+ROUNDING = 2.0  # nor for less than so many times what rounding is estimated to leave in x_0
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> float:
@@ -31,15 +32,17 @@ class Goal:
 
     Attributes:
         asked: (B,) float64, the relative error of x_0 asked for.
-        floor: the least that the network's precision allows.
+        floor: (B,) the least that the network's precision allows: FLOOR roundings, or what they grow to over the chain.
         max_rounds: of all model calls together; None is no limit.
     """
 
     asked: Tensor
-    floor: float
+    floor: Tensor
+    precision: float  # machine epsilon of the network
     max_rounds: int | None
     run: Sampler
     before: int  # calls of the network when the call of `sample` began
+    loose: bool  # nothing was asked for: what precision allows will do
 
     @staticmethod
     def of(run: Sampler, error: float | Tensor | None, max_rounds: int | None) -> Goal:
@@ -51,24 +54,24 @@ class Goal:
             raise TypeError(f"max_rounds: an integer or None is required, got {type(max_rounds).__name__}")
         if max_rounds is not None and max_rounds < 1:
             raise ValueError(f"max_rounds: at least 1 is required, got {max_rounds}")
-        floor = FLOOR * precision(network.dtype, device)
-        asked = torch.as_tensor(max(ERROR, floor) if error is None else error, device=device)
+        unit = precision(network.dtype, device)
+        asked = torch.as_tensor(ERROR if error is None else error, device=device)
         if asked.is_complex() or asked.shape not in ((), (B,)):
             raise ValueError(f"error: a number or a tensor ({B},) is required, got shape {tuple(asked.shape)}")
-        asked = asked.double().expand(B)
+        asked = asked.detach().double().expand(B)
         if bool((~(asked > 0) | asked.isinf()).any()):
             raise ValueError(f"error: positive and finite is required, got {error}")
-        return Goal(asked, floor, max_rounds, run, network.calls)
+        floor = torch.full_like(asked, FLOOR * unit)
+        return Goal(asked, floor, unit, max_rounds, run, network.calls, error is None)
 
-    @property
-    def precision(self) -> float:
-        """Machine epsilon of the network."""
-        return self.floor / FLOOR
+    def raised(self, images: Tensor, rounding: Tensor) -> None:
+        """What rounding leaves (n,) in some images is no less than their floor."""
+        self.floor[images] = torch.maximum(self.floor[images], ROUNDING * rounding)
 
     @property
     def error(self) -> Tensor:
         """(B,) the error pursued: the one asked for, or the floor where that is more."""
-        return self.asked.clamp_min(self.floor)
+        return torch.maximum(self.asked, self.floor)
 
     @property
     def left(self) -> int:
@@ -118,7 +121,8 @@ class Found:
         finite = self.x.isfinite().flatten(1).all(1) & self.N.isfinite().flatten(1).all(1)
         measured = self.error <= goal.error
         self.status[measured] = int(Status.CONVERGED)
-        self.status[measured & (goal.asked < goal.floor)] = int(Status.STALLED)
+        if not goal.loose:
+            self.status[measured & (goal.asked < goal.floor)] = int(Status.STALLED)
         self.status[~finite] = int(Status.NONFINITE)
         self.error[~finite] = torch.nan
 

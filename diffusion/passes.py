@@ -19,23 +19,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import Front, Picard, Stop, solve
+from pydeqsolve import Front, Picard, Status, Stop, solve
 
 from .arguments import Silent
 from .chain import interpolation
-from .defects import carried, filled
+from .defects import carried, filled, rounding, scatter, slopes, spread_of
 from .goal import Found, Goal
 from .nodes import Nodes, between
 from .sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
 from .secants import Secants, rows_of
-from .together import Together
+from .together import NEAR_FLOOR, Together
 
-PASSES = 4
+PASSES = 6
+SHARE = 0.004  # of the error that a pass measured: to less the nodes need not be solved, which leave more
+SLOW = 0.3  # a pass that leaves more of the error than this is the last: all steps together do better
 FIRST, CORRECTION = 10.0, 0.3  # tolerances on the nodes, in units of the error asked for
 LOOSEST = 0.2  # the largest tolerance on the nodes: with 16 bits a hundred times rtol would be none at all
 # The tightest tolerance on the nodes, in units of the network's machine epsilon, is that of a front over all steps.
 ROUNDING = MARGIN * UNITS_PER_RTOL / 2
 SAMPLED = 3e-4  # the least error asked for that is measured at a sample of the steps
+DOUBT = 2.0  # standard deviations of what the steps that are not sampled may differ by
 TRIALS = 3  # samples after a pass, each at other steps: what one shows is corrected before the next
 
 
@@ -57,37 +60,48 @@ class Passes:
         self.at, self.spread, self.map, self.scale = grid.at, grid.spread, grid.map, scale[grid.at]
         self.chain, self.secants = grid.chain, Secants(grid, len(x_T), x_T.shape[1])
         self.base = self.run.base()
+        self.before = torch.full_like(self.found.error, torch.inf)  # what the pass before measured
+        self.slow = torch.zeros_like(self.before, dtype=torch.bool)
+        self.seen_x = torch.full_like(self.found.N, torch.nan)  # states of the pass before, and the values there
+        self.seen_N = torch.zeros_like(self.found.N)
+        self.image = torch.full_like(x_T, torch.nan)  # the x_0 measured before, and the error expected of it
+        self.expected = torch.full_like(self.before, torch.nan)
         self.linear = interpolation(self.at.cpu(), len(m.chain), 1).to(x_T.device)
 
     def solve(self) -> None:
         """Samples all images."""
         found, goal = self.found, self.goal
         everyone = torch.arange(len(found.x), device=found.x.device)
-        good = self._on_nodes(everyone, FIRST) if goal.left > 1 else torch.ones_like(everyone, dtype=torch.bool)
+        good = (
+            self._on_nodes(everyone, FIRST * goal.error)
+            if goal.left > 1
+            else torch.ones_like(everyone, dtype=torch.bool)
+        )
         for _ in range(PASSES):
-            images = everyone[good & (found.error > goal.error)]
+            images = everyone[good & (found.error > goal.error) & ~self.slow]
             if not len(images) or not goal.left:
                 break
             images = self._every_step(images)
             if found.stopped or not len(images):
                 break
-            good[images] = self._on_nodes(images, CORRECTION)
+            enough = torch.maximum(CORRECTION * goal.error[images], SHARE * self.before[images])
+            good[images] = self._on_nodes(images, enough)
             images = images[good[images] & (goal.error[images] >= SAMPLED)]
             for trial in range(TRIALS):
                 if len(images) and goal.left:
                     images = self._sampled(images, trial)
-        left = everyone[~(found.error <= goal.error)]
+        left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
         if len(left) and goal.left and not found.stopped:
             guess = found.N[left].nan_to_num(0.0, 0.0, 0.0)
-            Together(self.run, goal, self.solver, None, self.bar, self.callback, found).solve(guess, left)
+            Together(self.run, goal, self.solver, None, None, self.bar, self.callback, found).solve(guess, left)
 
-    def _on_nodes(self, images: Tensor, units: float) -> Tensor:
-        """Solves for what N must change by, on the nodes; (n,) bool: solved."""
+    def _on_nodes(self, images: Tensor, tolerance: Tensor) -> Tensor:
+        """Solves for what N must change by, on the nodes, to a tolerance (n,) of σ ε; (n,) bool: solved."""
         found = self.found
         start = found.N[images[:, None], self.at]
         base = found.x[images[:, None], self.at] - self.chain.response(start)
         least = ROUNDING * self.goal.precision
-        tolerance = (units * self.goal.error[images]).clamp(least, LOOSEST)
+        tolerance = tolerance.clamp(least, LOOSEST)
         stop = block_stop(Stop(tolerance, max_steps=min(2 * len(self.at), self.goal.left - 1)), self.scale, 1.0)
 
         def report(step: int, y: Tensor, residual: Tensor) -> bool:
@@ -106,22 +120,52 @@ class Passes:
 
     def _every_step(self, images: Tensor) -> Tensor:
         """One evaluation of all T steps of some images, which measures their error; those that miss it, changed."""
-        m, found, T = self.run.map, self.found, self.found.N.shape[1]
+        found, T = self.found, self.found.N.shape[1]
         x, old = rows_of(found.x, images), rows_of(found.N, images)
         N = self._evaluate(images, x, torch.arange(T, device=images.device))
-        delta = N - old
-        found.note(images, torch.ones_like(images), torch.full_like(images, T), self._size(delta, slice(None)))
-        before = x[:, self.at]
-        self.secants.note(images, before, N[:, self.at])
-        self._measure(images, x, old, delta)
+        found.note(images, torch.ones_like(images), torch.full_like(images, T), self._size(N - old, slice(None)))
+        self.secants.note(images, x[:, self.at], N[:, self.at])
+        slope, told = slopes(x[:, :T] - self.seen_x[images], N - self.seen_N[images], x[:, :T], self.goal.precision)
+        own = filled(self.secants.slope[images]) @ self.linear.T
+        self._measure(images, x, old, N - old, torch.where(told, slope, own))
+        self.seen_x[images], self.seen_N[images] = x[:, :T], N
         if self.callback is not None:
             found.told += 1
-            states = found.x.unflatten(2, m.network.shape)
+            states = found.x.unflatten(2, self.run.map.network.shape)
             found.stopped = bool(self.callback(found.told, states, found.residual.clone()))
-        missed = ~(found.error[images] <= self.goal.error[images])
-        if found.stopped or self.goal.left < 2 or not bool(missed.any()):
+        error, before = found.error[images], self.before[images]
+        missed, self.before[images] = ~(error <= self.goal.error[images]), error
+        self.slow[images] = missed & ~(error <= SLOW * before)
+        stalled = self.slow[images] & (error <= NEAR_FLOOR * self.goal.floor[images])
+        found.status[images[stalled]] = int(Status.STALLED)
+        if found.stopped or self.goal.left < 2:
             return images[:0]
+        missed &= ~stalled
         self._correct(images[missed], N[missed])
+        return images[missed & ~self.slow[images]]
+
+    def _sampled(self, images: Tensor, trial: int) -> Tensor:
+        """Measures the error at the nodes and between them; those that miss it, changed by what was seen."""
+        found, device = self.found, images.device
+        at = torch.cat([self.at, between(self.at.cpu(), trial).to(device)]).unique()
+        x, N, T = rows_of(found.x, images), rows_of(found.N, images), found.N.shape[1]
+        value = self._evaluate(images, x, at)
+        delta = value - N[:, at]
+        found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
+        seen_x, seen_N = rows_of(self.seen_x, images), rows_of(self.seen_N, images)
+        moved = x[:, :T] - seen_x
+        slope, told = slopes(moved[:, at], value - seen_N[:, at], x[:, at], self.goal.precision)
+        slope = filled(torch.where(told, slope, torch.nan))
+        across = interpolation(at.cpu(), T, 1).to(device)
+        doubt = scatter(at, slope) @ across.T
+        slope = slope @ across.T
+        expected = seen_N + slope[..., None] * moved - N
+        delta = expected + interpolation(at.cpu(), T).to(device) @ (delta - expected[:, at])
+        self._measure(images, x, N, delta, slope, doubt[..., None] * moved)
+        missed = ~(found.error[images] <= self.goal.error[images])
+        if trial + 1 == TRIALS or not self.goal.left:
+            return images[:0]
+        self._correct(images[missed], (N + delta)[missed])
         return images[missed]
 
     def _correct(self, images: Tensor, N: Tensor) -> None:
@@ -130,22 +174,6 @@ class Passes:
             x = self.run.map.linear.trajectory(rows_of(self.base, images), N)
             moved = (x - rows_of(self.found.x, images))[:, self.at]
             self._change(images, N + self.spread @ self.secants.change(images, moved))
-
-    def _sampled(self, images: Tensor, trial: int) -> Tensor:
-        """Measures the error at the nodes and between them; those that miss it, changed by what was seen."""
-        found, device = self.found, images.device
-        at = torch.cat([self.at, between(self.at.cpu(), trial).to(device)]).unique()
-        x, N = rows_of(found.x, images), rows_of(found.N, images)
-        value = self._evaluate(images, x, at)
-        delta = value - N[:, at]
-        found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
-        delta = interpolation(at.cpu(), N.shape[1]).to(device) @ delta
-        self._measure(images, x, N, delta)
-        missed = ~(found.error[images] <= self.goal.error[images])
-        if trial + 1 == TRIALS or not self.goal.left:
-            return images[:0]
-        self._correct(images[missed], (N + delta)[missed])
-        return images[missed]
 
     def _evaluate(self, images: Tensor, x: Tensor, at: Tensor) -> Tensor:
         """N' (n, len(at), D) at steps `at` of the states x (n, T+1, D)."""
@@ -157,11 +185,24 @@ class Passes:
     def _size(self, delta: Tensor, at: Tensor | slice) -> Tensor:
         return (delta * scale_of(self.run.map.chain)[at]).square().mean((1, 2)).sqrt()
 
-    def _measure(self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor) -> None:
-        """The error of states x that N made, from their defects (n, T, D)."""
-        slope = filled(self.secants.slope[images]) @ self.linear.T
-        error = carried(self.run.map.linear, rows_of(self.base, images), x, N, delta, slope, images)
-        self.found.error[images] = error.clamp_min(self.goal.floor)
+    def _measure(
+        self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, doubt: Tensor | None = None
+    ) -> None:
+        """The error of states x that N made, from their defects (n, T, D).
+
+        What the states found since moved x_0 by is, but for what is left now, the error of the states measured before:
+        where it was underestimated, this estimate is raised by as much.
+        """
+        base, image, size = rows_of(self.base, images), x[:, -1], x[:, -1].norm(dim=1)
+        least = filled(self.secants.steepest[images]) @ self.linear.T
+        error = carried(self.run.map.linear, base, x, N, delta, slope, least, images)
+        if doubt is not None:
+            error = error + DOUBT * spread_of(self.run.map.linear, x, slope, doubt)
+        missed = (image - self.image[images]).norm(dim=1) / (self.expected[images] * size)
+        error = error * missed.nan_to_num(1.0, 1.0).clamp_min(1.0)
+        self.image[images], self.expected[images] = image, error
+        self.goal.raised(images, rounding(self.run.map, base, x, N, slope, self.goal.precision))
+        self.found.error[images] = torch.maximum(error, self.goal.floor[images])
 
     def _change(self, images: Tensor, N: Tensor) -> None:
         found = self.found

@@ -7,8 +7,7 @@ depends on the earlier N_j alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,16 +41,6 @@ class Network:
 
     def __post_init__(self) -> None:
         warn_of_training(self.model.model if isinstance(self.model, Rotated) else self.model)
-
-    @contextmanager
-    def portions(self, most: int | None) -> Iterator[None]:
-        """Calls of at most so many rows inside; None changes nothing."""
-        usual = self.rows
-        self.rows = usual if most is None else min(most, usual or most)
-        try:
-            yield
-        finally:
-            self.rows = usual
 
     def epsilon(self, x: Tensor, t: Tensor, alpha: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """ε (n, D) in the dtype of x (n, D), v where ᾱ = 0. t, alpha (n,): time steps, ᾱ there; conditioning (n, …)."""

@@ -133,8 +133,8 @@ def sample(
         callback: callback(round, trajectory, residual) after each round that evaluates every step of the full chain; a
             true return stops there, before the error is measured. Of sequential sampling, `edit` sees every state.
         solver: of all steps together; Anderson(2, coupling="causal"). Nodes have their own, `diffusion.secants`.
-        window: time steps evaluated at once, at most, but for the measurement; None is all, or 100 for a chain that
-            clips, whose clipped pixels are stiff: far ahead of the front their remainders are of no use yet.
+        window: time steps evaluated at once, at most; None is all, or 100 in the solve of a chain that clips, whose
+            clipped pixels are stiff: far ahead of the front their remainders are of no use yet.
         levels: step counts of coarser chains solved first, coarsest first; () is none: every step in every round, but
             for the first two, which evaluate a few time steps (`diffusion.nodes`) where "nodes" could be had.
             "nodes": the nonlinear work on a few time steps and every step evaluated once, which saves most of the
@@ -169,7 +169,6 @@ def sample(
     check_gradient(gradient, edit)
     if callback is not None and method != "parallel":
         raise ValueError('callback: of the rounds of method="parallel"; with "sequential" edit= sees every state')
-    window = CLIPPED_WINDOW if window is None and chain.clip is not None else window
     goal = Goal.of(run, error, max_rounds)
     bar = progress_bar(progress, "sampling", "round")
     try:
@@ -195,7 +194,7 @@ def _solve(
     elif way == "nodes":
         Passes(run, goal, solver, bar, callback, found).solve()
     else:
-        together = Together(run, goal, solver, window, bar, callback, found)
+        together = Together(run, goal, solver, _front(run, window), window, bar, callback, found)
         together.solve(together.start(counts), run.image)
     found.judged(goal)
     return found, run.map.network.calls - before
@@ -239,6 +238,11 @@ def _in_basis(
     return replace(out, x_0=trajectory[:, -1], trajectory=trajectory)
 
 
+def _front(run: Sampler, window: int | None) -> int | None:
+    """Time steps that a solve evaluates at once."""
+    return CLIPPED_WINDOW if window is None and run.map.chain.clip is not None else window
+
+
 def _way(
     run: Sampler, method: str, goal: Goal, window: int | None, levels: Sequence[int] | str | None
 ) -> tuple[str, Sequence[int]]:
@@ -248,7 +252,7 @@ def _way(
         raise ValueError(f"method: one of {', '.join(METHODS)} is required, got {method!r}")
     if isinstance(levels, str) and levels != "nodes":
         raise ValueError(f'levels: step counts, "nodes" or None is required, got {levels!r}')
-    able = possible(run, window)
+    able = possible(run, _front(run, window))
     if levels == "nodes" and not able:
         raise ValueError('levels: "nodes" needs eta = 0, no edit, no window and a chain of at least 60 steps')
     if method == "sequential":

@@ -38,6 +38,7 @@ class Secants:
         self.x = torch.full((B, n, D), torch.nan, dtype=torch.float64, device=device)  # where last evaluated
         self.value = torch.zeros_like(self.x)  # N there
         self.slope = torch.full((B, n), torch.nan, dtype=torch.float64, device=device)  # of N along its last move
+        self.steepest = self.slope.clone()  # the least of all moves
         self.rounds = torch.zeros(B, dtype=torch.int64, device=device)
         self.G = grid.chain.G.mean(0).repeat(m, m)  # (m n, m n)
         self.precision = torch.finfo(grid.map.network.dtype).eps
@@ -67,6 +68,8 @@ class Secants:
             sound, seen = sound & wanted, seen & wanted
         slope, told = slopes(s, y, x, self.precision)
         self.slope[image] = torch.where(told & seen, slope, self.slope[image])
+        steepest = torch.fmin(slope, self.steepest[image])
+        self.steepest[image] = torch.where(told & seen, steepest, self.steepest[image])
         at = self.rounds[image] % MEMORY
         self.U[image, at] = torch.where(sound[..., None], u, 0.0)
         self.V[image, at] = torch.where(sound[..., None], s / moved[..., None], 0.0)

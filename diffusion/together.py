@@ -18,14 +18,14 @@ from pydeqsolve import Solution, Status, Stop
 
 from .arguments import Silent
 from .chain import interpolation
-from .defects import Visits, carried, defects
+from .defects import Visits, carried, defects, rounding
 from .goal import Found, Goal
 from .nodes import START, possible, start
 from .sampler import Sampler, scale_of
 
 ATTEMPTS = 4
 RTOL = 0.1  # rtol of the front for an error asked for of 1
-NEAR_FLOOR = 30.0  # an estimate within so many floors that no longer falls has come to the network's rounding
+NEAR_FLOOR = 5.0  # an estimate within so many floors that no longer falls has come to the network's rounding
 
 
 @dataclass(eq=False)
@@ -36,6 +36,7 @@ class Together:
     goal: Goal
     solver: Any
     window: int | None
+    portion: int | None  # time steps evaluated at once, at most, when the error is measured
     bar: Any
     callback: Any
     found: Found
@@ -71,7 +72,7 @@ class Together:
             if self.found.stopped:
                 return
             asked, error = self.goal.error[images], self.found.error[images]
-            stalled = (error > 0.5 * before) & (error > asked) & (error <= NEAR_FLOOR * self.goal.floor)
+            stalled = (error > 0.5 * before) & (error > asked) & (error <= NEAR_FLOOR * self.goal.floor[images])
             self.found.status[images[stalled]] = int(Status.STALLED)
             open_ = (error > asked) & ~stalled & error.isfinite()
             share = (share * (asked / error / 2).clamp(1e-3, 0.5))[open_]
@@ -83,18 +84,22 @@ class Together:
         run, found, goal = self.run.pick(images), self.found, self.goal
         m, base = run.map, run.base()
         x, N, settled = m.linear.trajectory(base, guess, images), guess, torch.zeros_like(images, dtype=torch.bool)
-        if goal.left > 1:
-            stop = Stop(RTOL * share * goal.error[images], max_steps=min(guess.shape[1], goal.left - 1))
+        T, most = guess.shape[1], self.portion or guess.shape[1]
+        measuring = -(-T // most)  # rounds that it may take
+        measured = goal.left >= measuring
+        if goal.left > measuring or not measured:
+            rounds = min(T, goal.left - measuring if measured else goal.left)
+            stop = Stop(RTOL * share * goal.error[images], max_steps=rounds)
             x, solution, rows = self._front(run, guess, stop, visits)
             N, settled = solution.z, solution.converged
             found.note(images, solution.evaluations, rows, solution.residual)
         found.x[images], found.N[images] = x, N
         delta = torch.zeros_like(N)
-        if not found.stopped:
-            with m.network.portions(None if self.window is None else self.window * len(images)):
-                delta, rows = defects(m, images, x, N, visits, settled, run.conditioning)
-            error = carried(m.linear, base, x, N, delta, visits.slope[images], images)
-            found.error[images] = error.clamp_min(goal.floor)
+        if measured and not found.stopped:
+            delta, rows = defects(m, images, x, N, visits, settled, run.conditioning, most)
+            error = carried(m.linear, base, x, N, delta, visits.slope[images], visits.least[images], images)
+            goal.raised(images, rounding(m, base, x, N, visits.slope[images], goal.precision))
+            found.error[images] = torch.maximum(error, goal.floor[images])
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())
             self._tell(images, x)
         return delta
@@ -137,4 +142,4 @@ class Together:
         x, _, _, rows = part.sequential(Silent())
         self.found.x[images] = x
         self.found.note(images, torch.full_like(rows, T), rows, torch.zeros_like(self.found.residual[images]))
-        self.found.error[images] = self.goal.floor
+        self.found.error[images] = self.goal.floor[images]

@@ -21,6 +21,7 @@ from .remainder import Remainders, rounding
 from .sampler import Sampler
 
 NOISE = 64.0  # residuals within so many units of the network's rounding are taken for its doing where they stay
+SPARE = 10  # of the evaluations allowed to an image, what a solve leaves to each of the steps after it
 SMALLEST_UNIT = 1e-6  # of |c_k|: a step that does nothing has no unit of its own
 
 
@@ -63,6 +64,7 @@ class Patient:
     noise: float | Tensor
     patience: tuple[int, int]
     allowance: Tensor  # (B,) evaluations that each may still have
+    spare: int  # of them, those to be left
 
     def __call__(self, z: Tensor, image: Tensor, *inputs: Tensor) -> Tensor:
         value: Tensor = self.map(z, image, *inputs)
@@ -81,7 +83,7 @@ class Patient:
         few, many = self.patience
         self.allowance[image] -= 1
         late = self.waited[image] >= torch.where(self.least[image] <= self.noise, few, many)
-        self.ended[image] = late | (self.allowance[image] <= 0)
+        self.ended[image] = late | (self.allowance[image] <= self.spare)
         return torch.where(self.ended[image][:, None, None], z, value)
 
 
@@ -166,7 +168,7 @@ class Backwards:
         # A network rounds its answer at least; more of a floor than that loses digits of the image (docs/inversion.md).
         floor = rounding(self.sampler.map.network.dtype) * unit.square().mean().sqrt()
         stop = Stop(0.0, torch.maximum(atol, floor), max(0, rounds - node_rounds))
-        patient = Patient(backward, NOISE * floor, patience, self.allowance)
+        patient = Patient(backward, NOISE * floor, patience, self.allowance, SPARE * first)
         solution = solve(
             patient, start, inputs, solver=solver, stop=stop, gradient=None, trace=True, callback=self._tick
         )

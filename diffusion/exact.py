@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Broyden, Picard
 
-from .backwards import Backwards, removing, stiff_steps
+from .backwards import SPARE, Backwards, removing, stiff_steps
 from .chain import Splitting
 from .loss import Best
 from .sampler import Sampler
@@ -47,11 +47,13 @@ STIFF_ROUNDS, JOINT_ROUNDS, STEP_ROUNDS = 400, 24, 400  # the most of each
 NODE_ROUNDS, ALL_ROUNDS = 4, 5  # of the joint ones: at most so many on nodes, and at least so many on all steps
 # Evaluations in which the residual must halve, while it is as small as the network's rounding, and before.
 STEP_PATIENCE, JOINT_PATIENCE = (10, 200), (3, 8)
-ALLOWED, ALLOWED_PER_STEP = 1000, 20  # evaluations one after the other of an image
+ALLOWED, ALLOWED_PER_STEP = 1500, 20  # evaluations one after the other of an image
 FORCING = 0.1  # the tolerance of the others, as part of the error which the stiff steps have left in the image
-# What is tried on a step that Broyden's method does not solve: plain iteration, which converges where guidance makes ε
-# steep but the step is still a contraction.
-RESCUES = ((lambda chain: Splitting.named("epsilon", chain), Picard()),)
+# What is tried on a step left unsolved: with more of the noise removed, then plain iteration.
+RESCUES = (
+    (lambda chain: removing(chain, 0.9, RESOLUTION), STIFF_SOLVER),
+    (lambda chain: Splitting.named("epsilon", chain), Picard()),
+)
 VISIBLE = 0.03  # root mean square error of a pixel, of a range of 2, from which one-pass inversion may be better
 FELL = 0.5  # another pass is made where the last has brought the error down to this part of what it was
 
@@ -110,9 +112,9 @@ def exact(
         way.join(again, images)
         now, reached = best.error[images], (again.left <= asked) | (again.left <= FELL * left[images])
         left[images] = again.left
-        going = (now > error) & (now <= FELL * before[images]) & reached & (again.allowance > 0)
+        going = (now > error) & (now <= FELL * before[images]) & reached & (again.allowance > SPARE * T)
         images, before = images[going], best.error.clone()
-    exhausted = (way.allowance <= 0) | (network.calls >= spared)
+    exhausted = (way.allowance <= SPARE * T) | (network.calls >= spared)
     doubted = ((best.error > VISIBLE) & target.isfinite().all(1)).nonzero()[:, 0]
     if len(doubted) and network.calls + T <= limit:
         rough = one_pass(sampler.pick(doubted), target[doubted])

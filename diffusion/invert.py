@@ -118,7 +118,7 @@ def invert(
             float32, half the machine epsilon in 16 bits. "exact" goes on until it is measured, or no longer comes
             nearer; "ddim" and the descents do what they do, and are judged by it.
         max_rounds: the most model calls one after the other until x_T is found (`rounds`); the sampling that measures
-            its loss comes on top (`check`). None is no bound: "exact" then allows each image 1000 + 20·T evaluations
+            its loss comes on top (`check`). None is no bound: "exact" then allows each image 1500 + 20·T evaluations
             one after the other, which few need. A descent begins no epoch that might exceed max_rounds.
         generator: of the first x_T of "naive" and "deq".
         state: `Inversion.state` or an epoch's snapshot; the run goes on from there, bit for bit.

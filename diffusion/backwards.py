@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import Solution, Status, Stop, solve
+from pydeqsolve import Status, Stop, solve
 
 from .chain import Chain, LinearChain, Splitting, interpolation
 from .remainder import Remainders, rounding
 from .sampler import Sampler
 
+NOISE = 64.0  # residuals within so many units of the network's rounding are taken for its doing where they stay
+SPARE = 10  # of the evaluations allowed to an image, what a solve leaves to each of the steps after it
 SMALLEST_UNIT = 1e-6  # of |c_k|: a step that does nothing has no unit of its own
 
 
@@ -45,7 +47,43 @@ class Found:
 
     eps: Tensor
     residual: Tensor
-    converged: Tensor
+    settled: Tensor  # (n,) bool: within the tolerance, or at what the network's rounding lets through
+
+
+@dataclass(eq=False)
+class Patient:
+    """A map that ends the solve of an image whose residual no longer halves, by answering z itself.
+
+    patience: evaluations without, of a residual that the network's rounding may explain, and of any other. Attributes,
+    over all images: least, the least residual; z where it was measured; mark, the last one that had halved; since then
+    `waited` evaluations; ended.
+    """
+
+    map: Any
+    noise: float | Tensor
+    patience: tuple[int, int]
+    allowance: Tensor  # (B,) evaluations that each may still have
+    spare: int  # of them, those to be left
+
+    def __call__(self, z: Tensor, image: Tensor, *inputs: Tensor) -> Tensor:
+        value: Tensor = self.map(z, image, *inputs)
+        residual = (value - z).square().mean((1, 2)).sqrt()
+        if not hasattr(self, "least"):
+            B = len(self.allowance)
+            self.least, self.mark = residual.new_full((2, B), torch.inf)
+            self.waited = torch.zeros_like(self.allowance)
+            self.ended = torch.zeros(B, dtype=torch.bool, device=z.device)
+            self.z = z.new_zeros(B, *z.shape[1:])
+        better, halved = residual < self.least[image], residual <= 0.5 * self.mark[image]
+        self.least[image] = torch.where(better, residual, self.least[image])
+        self.z[image] = torch.where(better[:, None, None], z, self.z[image])
+        self.mark[image] = torch.where(halved, residual, self.mark[image])
+        self.waited[image] = torch.where(halved, 0, self.waited[image] + 1)
+        few, many = self.patience
+        self.allowance[image] -= 1
+        late = self.waited[image] >= torch.where(self.least[image] <= self.noise, few, many)
+        self.ended[image] = late | (self.allowance[image] <= self.spare)
+        return torch.where(self.ended[image][:, None, None], z, value)
 
 
 @dataclass(eq=False)
@@ -81,11 +119,12 @@ class Backwards:
         last: (B, D) of that the one at x; zero at the image.
         left: (B,) root of the summed squares of all residuals so far: the error of the image if nothing damped them.
         evaluations: (B,).
+        allowance: (B,) evaluations one after the other that each image may still have.
         traces: residuals (rounds, B) of every solve, NaN where an image took no part.
     """
 
-    def __init__(self, sampler: Sampler, target: Tensor, limit: int, bar: Any) -> None:
-        self.sampler, self.bar, self.x, self.limit = sampler, bar, target, limit
+    def __init__(self, sampler: Sampler, target: Tensor, limit: float, allowance: Tensor, bar: Any) -> None:
+        self.sampler, self.bar, self.x, self.limit, self.allowance = sampler, bar, target, limit, allowance
         B, D = target.shape
         self.last = torch.zeros_like(target)
         self.eps = target.new_zeros(B, len(sampler.map.chain), D)
@@ -94,24 +133,24 @@ class Backwards:
         self.traces: list[Tensor] = []
 
     @property
-    def rounds_left(self) -> int:
+    def rounds_left(self) -> float:
         """Of the budget, which the network's calls use up."""
         return max(0, self.limit - self.sampler.map.network.calls)
 
     def solve(
         self, first: int, last: int, splitting: Splitting, solver: Any, atol: Tensor, rounds: int, *,
-        node_rounds: int = 0, guess: Tensor | None = None, images: Tensor | None = None,
+        patience: tuple[int, int], node_rounds: int = 0, guess: Tensor | None = None, images: Tensor | None = None,
     ) -> Found:  # fmt: skip
         """ε at x_first … x_last − 1 from x_last, all steps at once, to atol (n,); x stays where it is.
 
-        rounds: the most, those on nodes included. guess: ε (n, steps, D), by default the last one found for all.
+        rounds: the most, those on nodes included. patience: of `Patient`. guess: ε (n, steps, D) or the last found.
         images: (n,) those to be solved, None is all.
         """
         image = torch.arange(len(self.x), device=self.x.device) if images is None else images
         backward = reversed_map(self.sampler.map, first, last, splitting)
         split, unit = backward.splitting, backward.unit
         backward.evaluations = self.evaluations
-        x, rounds = self.x[image], min(rounds, self.rounds_left)
+        x, rounds = self.x[image], int(min(rounds, self.rounds_left))
         drift = None if split.offset is None else (backward.linear.c * split.offset)[None]
         base = backward.linear.base(x, drift).expand(len(x), -1, -1)
         inputs = (image, base, *[c[image] for c in self.sampler.conditioning])
@@ -124,18 +163,27 @@ class Backwards:
                 on_nodes, start, inputs, solver=solver, stop=Stop(0.0, 0.0, node_rounds), gradient=None, trace=True,
                 callback=self._tick, keep_history=True,
             )  # fmt: skip
-            self._keep(start, image)
+            self._keep(start.trace, image)
         # A network rounds its answer at least; more of a floor than that loses digits of the image (docs/inversion.md).
         floor = rounding(self.sampler.map.network.dtype) * unit.square().mean().sqrt()
         stop = Stop(0.0, torch.maximum(atol, floor), max(0, rounds - node_rounds))
+        patient = Patient(backward, NOISE * floor, patience, self.allowance, SPARE * first)
         solution = solve(
-            backward, start, inputs, solver=solver, stop=stop, gradient=None, trace=True, callback=self._tick
+            patient, start, inputs, solver=solver, stop=stop, gradient=None, trace=True, callback=self._tick
         )
-        self._keep(solution, image)
-        N = solution.z / unit
+        N, residual, settled = solution.z, solution.residual, solution.status == Status.CONVERGED
+        if solution.steps:
+            ended = patient.ended[image]
+            N = torch.where(ended[:, None, None], patient.z[image], N)
+            residual = torch.where(ended, patient.least[image], residual)
+            settled = torch.where(ended, residual <= NOISE * floor, settled)
+            assert solution.trace is not None
+            solution.trace = torch.where(ended & (solution.trace == 0), residual, solution.trace)
+        self._keep(solution.trace, image)
+        N = N / unit
         states = backward.linear.trajectory(base, N)[:, 1:]
         eps = N + split.kappa * states if split.offset is None else N + split.kappa * states + split.offset
-        return Found(eps.flip(1), solution.residual, solution.status == Status.CONVERGED)
+        return Found(eps.flip(1), residual, settled)
 
     def take(self, first: int, last: int, found: Found) -> None:
         """Moves on to x_first by what was found for all images."""
@@ -144,17 +192,24 @@ class Backwards:
         self.x = _straight(chain, self.x, found.eps.flip(1))[:, -1]
         self.left = (self.left.square() + found.residual.square()).sqrt()
 
+    def join(self, other: Backwards, images: Tensor) -> None:
+        """Takes in what another way of some images (n,) has found and spent; x stays."""
+        self.eps[images], self.allowance[images] = other.eps, other.allowance
+        self.evaluations[images] += other.evaluations
+        for trace in other.traces:
+            self._keep(trace, images)
+
     def remainders(self, target: Tensor) -> Tensor:
         """N (B, T, D) of the sampler's own splitting along the whole way from the image."""
         chain = reversed_map(self.sampler.map, 0, self.eps.shape[1], self.sampler.map.splitting).chain
         states = _straight(chain, target, self.eps.flip(1)).flip(1)
         return remainders(self.eps, states, self.sampler.map.splitting)
 
-    def _keep(self, solution: Solution, image: Tensor) -> None:
-        assert solution.trace is not None
-        trace = solution.trace.new_full((len(solution.trace), len(self.x)), torch.nan)
-        trace[:, image] = solution.trace
-        self.traces.append(trace)
+    def _keep(self, trace: Tensor | None, images: Tensor) -> None:
+        assert trace is not None
+        whole = trace.new_full((len(trace), len(self.evaluations)), torch.nan)
+        whole[:, images] = trace
+        self.traces.append(whole)
 
     def _tick(self, step: int, N: Tensor, residual: Tensor) -> bool:
         self.bar.update()

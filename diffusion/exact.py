@@ -29,8 +29,8 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Broyden, Picard
 
-from .backwards import Backwards, removing, stiff_steps
-from .chain import Chain, Splitting
+from .backwards import SPARE, Backwards, removing, stiff_steps
+from .chain import Splitting
 from .loss import Best
 from .sampler import Sampler
 
@@ -43,12 +43,17 @@ STIFF_SOLVER = Broyden(memory=24)
 SOLVER = Anderson(memory=10, coupling="joint")
 # Of the error asked for: what a stiff step may use, all others together, and all that are solved one by one.
 STIFF_PART, JOINT_PART, STEP_PART = 0.3, 0.5, 0.5
-STIFF_ROUNDS, JOINT_ROUNDS, STEP_ROUNDS = 200, 24, 200  # the most of each
+STIFF_ROUNDS, JOINT_ROUNDS, STEP_ROUNDS = 400, 24, 400  # the most of each
 NODE_ROUNDS, ALL_ROUNDS = 4, 5  # of the joint ones: at most so many on nodes, and at least so many on all steps
+# Evaluations in which the residual must halve, while it is as small as the network's rounding, and before.
+STEP_PATIENCE, JOINT_PATIENCE = (10, 200), (3, 8)
+ALLOWED, ALLOWED_PER_STEP = 1500, 20  # evaluations one after the other of an image
 FORCING = 0.1  # the tolerance of the others, as part of the error which the stiff steps have left in the image
-# What is tried on a step that Broyden's method does not solve: plain iteration, which converges where guidance makes ε
-# steep but the step is still a contraction.
-RESCUES = ((lambda chain: Splitting.named("epsilon", chain), Picard()),)
+# What is tried on a step left unsolved: with more of the noise removed, then plain iteration.
+RESCUES = (
+    (lambda chain: removing(chain, 0.9, RESOLUTION), STIFF_SOLVER),
+    (lambda chain: Splitting.named("epsilon", chain), Picard()),
+)
 VISIBLE = 0.03  # root mean square error of a pixel, of a range of 2, from which one-pass inversion may be better
 FELL = 0.5  # another pass is made where the last has brought the error down to this part of what it was
 
@@ -57,7 +62,7 @@ FELL = 0.5  # another pass is made where the last has brought the error down to 
 class Outcome:
     """Latents as the methods find them.
 
-    stalled: the method ended of itself where it missed the error, before its rounds were over.
+    exhausted: (B,) bool, the rounds or evaluations were over; where not, the method ended of itself. None is all.
     """
 
     x_T: Tensor  # (B, D)
@@ -65,7 +70,7 @@ class Outcome:
     evaluations: Tensor  # (B,)
     rounds: int
     state: dict[str, Tensor] = field(default_factory=dict)
-    stalled: bool = False
+    exhausted: Tensor | None = None
 
 
 def one_pass(sampler: Sampler, target: Tensor) -> Outcome:
@@ -84,13 +89,8 @@ def one_pass(sampler: Sampler, target: Tensor) -> Outcome:
     return Outcome(x, x.new_empty(0, len(x)), torch.full((len(x),), T, device=x.device), T)
 
 
-def default_rounds(chain: Chain) -> int:
-    """The budget of an exact inversion that is given none."""
-    return 600 + 20 * len(chain)
-
-
 def exact(
-    sampler: Sampler, target: Tensor, splitting: Splitting | None, solver: Any, error: float, limit: int, best: Best,
+    sampler: Sampler, target: Tensor, splitting: Splitting | None, solver: Any, error: float, limit: float, best: Best,
     bar: Any,
 ) -> Outcome:  # fmt: skip
     """Latents whose images are off by `error`, as far as `limit` rounds go; `best` has them.
@@ -99,31 +99,31 @@ def exact(
     """
     network, B, T = sampler.map.network, len(target), len(sampler.map.chain)
     spared = limit - 2 * T if limit >= 3 * T else limit  # what is left is for one-pass inversion, if it comes to that
-    way = Backwards(sampler, target, spared, bar)
+    allowance = torch.full((B,), ALLOWED + ALLOWED_PER_STEP * T, device=target.device)
+    way = Backwards(sampler, target, spared, allowance, bar)
     together(way, splitting, solver, error)
     images = torch.arange(B, device=target.device)
     best.offer(way.x, way.remainders(target), images)
-    traces, evaluations, eps = way.traces, way.evaluations, way.eps
-    asked, before = target.new_full((B,), error), best.error.clone()
+    left, before = way.left, best.error.clone()
     images = images[(before > error) & target.isfinite().all(1)]
     while len(images) and network.calls < spared:
-        # As many times finer as the last way has left more than was asked: guidance makes small errors large.
-        asked[images] *= (STEP_PART * error / best.error[images]).clamp(1e-3, 1.0)
-        again = Backwards(sampler.pick(images), target[images], spared, bar)
-        one_by_one(again, eps[images], asked[images] / T**0.5)
+        # Guidance makes what is left on the way larger in the image: less may be left by as much.
+        asked = STEP_PART * error * (left[images] / before[images]).nan_to_num(1.0).clamp(1e-3, 1.0)
+        again = Backwards(sampler.pick(images), target[images], spared, allowance[images], bar)
+        one_by_one(again, way.eps[images], asked / T**0.5)
         best.offer(again.x, again.remainders(target[images]), images)
-        evaluations[images] += again.evaluations
-        eps[images] = again.eps
-        traces += [_spread(trace, images, B) for trace in again.traces]
-        now = best.error[images]
-        images, before = images[(now > error) & (now <= FELL * before[images])], best.error.clone()
-    stalled = network.calls < spared
+        way.join(again, images)
+        now, reached = best.error[images], (again.left <= asked) | (again.left <= FELL * left[images])
+        left[images] = again.left
+        going = (now > error) & (now <= FELL * before[images]) & reached & (again.allowance > SPARE * T)
+        images, before = images[going], best.error.clone()
+    exhausted = (way.allowance <= SPARE * T) | (network.calls >= spared)
     doubted = ((best.error > VISIBLE) & target.isfinite().all(1)).nonzero()[:, 0]
     if len(doubted) and network.calls + T <= limit:
         rough = one_pass(sampler.pick(doubted), target[doubted])
-        evaluations[doubted] += rough.evaluations
+        way.evaluations[doubted] += rough.evaluations
         best.offer(rough.x_T, None, doubted)
-    return Outcome(best.x_T, torch.cat(traces), evaluations, network.calls - best.check, stalled=stalled)
+    return Outcome(best.x_T, torch.cat(way.traces), way.evaluations, network.calls - best.check, exhausted=exhausted)
 
 
 def together(way: Backwards, splitting: Splitting | None, solver: Any, error: float) -> None:
@@ -134,16 +134,17 @@ def together(way: Backwards, splitting: Splitting | None, solver: Any, error: fl
     kept = min(JOINT_ROUNDS, way.rounds_left // 4) if k > stiff else 0
     for _ in range(stiff):
         k -= 1
-        rounds = min(STIFF_ROUNDS, max(0, way.rounds_left - kept))
-        way.take(k, k + 1, way.solve(k, k + 1, own, STIFF_SOLVER, STIFF_PART * asked, rounds))
+        rounds = int(min(STIFF_ROUNDS, max(0, way.rounds_left - kept)))
+        way.take(k, k + 1, way.solve(k, k + 1, own, STIFF_SOLVER, STIFF_PART * asked, rounds, patience=STEP_PATIENCE))
     if k > 0:
         split = removing(chain, JOINT_SHARE, JOINT_RESOLUTION) if splitting is None else splitting
-        rounds = min(JOINT_ROUNDS, way.rounds_left)
+        rounds = int(min(JOINT_ROUNDS, way.rounds_left))
         able = k > 2 and not getattr(solver, "line_search", 0)  # a line search keeps no history
         nodes = max(0, min(NODE_ROUNDS, rounds - ALL_ROUNDS)) if able else 0
         left = way.left.nan_to_num(0.0, 0.0, 0.0)
         atol = torch.maximum(JOINT_PART * asked, FORCING * left)
-        way.take(0, k, way.solve(0, k, split, solver, atol, rounds, node_rounds=nodes))
+        found = way.solve(0, k, split, solver, atol, rounds, patience=JOINT_PATIENCE, node_rounds=nodes)
+        way.take(0, k, found)
 
 
 def one_by_one(way: Backwards, eps: Tensor, atol: Tensor) -> None:
@@ -151,21 +152,17 @@ def one_by_one(way: Backwards, eps: Tensor, atol: Tensor) -> None:
     chain = way.sampler.map.chain
     own = removing(chain, SHARE, RESOLUTION)
     for k in range(len(chain) - 1, -1, -1):
-        found = way.solve(k, k + 1, own, STIFF_SOLVER, atol, STEP_ROUNDS, guess=eps[:, k : k + 1])
+        guess = eps[:, k : k + 1]
+        found = way.solve(k, k + 1, own, STIFF_SOLVER, atol, STEP_ROUNDS, patience=STEP_PATIENCE, guess=guess)
         for splitting, solver in RESCUES:
-            missed = (~found.converged).nonzero()[:, 0]
+            missed = (~found.settled).nonzero()[:, 0]
             if not len(missed) or not way.rounds_left:
                 break
-            other = way.solve(k, k + 1, splitting(chain), solver, atol[missed], STEP_ROUNDS, images=missed)
+            other = way.solve(
+                k, k + 1, splitting(chain), solver, atol[missed], STEP_ROUNDS, patience=STEP_PATIENCE, images=missed
+            )
             better = other.residual < found.residual[missed]
             found.eps[missed] = torch.where(better[:, None, None], other.eps, found.eps[missed])
             found.residual[missed] = torch.where(better, other.residual, found.residual[missed])
-            found.converged[missed] |= other.converged
+            found.settled[missed] |= other.settled
         way.take(k, k + 1, found)
-
-
-def _spread(trace: Tensor, images: Tensor, count: int) -> Tensor:
-    """A trace (rounds, n) of some images as one (rounds, count) of all, NaN for the others."""
-    out = trace.new_full((len(trace), count), torch.nan)
-    out[:, images] = trace
-    return out

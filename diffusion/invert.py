@@ -118,8 +118,8 @@ def invert(
             float32, half the machine epsilon in 16 bits. "exact" goes on until it is measured, or no longer comes
             nearer; "ddim" and the descents do what they do, and are judged by it.
         max_rounds: the most model calls one after the other until x_T is found (`rounds`); the sampling that measures
-            its loss comes on top (`check`). None is 600 + 20·T for "exact", which few images need, and no bound for
-            the others. A descent begins no epoch that might exceed it.
+            its loss comes on top (`check`). None is no bound: "exact" then allows each image 1500 + 20·T evaluations
+            one after the other, which few need. A descent begins no epoch that might exceed max_rounds.
         generator: of the first x_T of "naive" and "deq".
         state: `Inversion.state` or an epoch's snapshot; the run goes on from there, bit for bit.
         callback: called with an `Epoch` after each epoch; a true return ends the run.
@@ -185,7 +185,7 @@ def find_latents(
         with torch.no_grad():
             if method == "exact":
                 chosen = None if splitting is None else sampler.map.splitting
-                limit = exactly.default_rounds(chain) if max_rounds is None else max_rounds
+                limit = math.inf if max_rounds is None else max_rounds
                 outcome = exact(sampler, target, chosen, solver or exactly.SOLVER, asked, limit, best, bar)
             else:
                 outcome = one_pass(sampler, target) if method == "ddim" else outcome
@@ -197,8 +197,9 @@ def find_latents(
 
 def _report(best: Best, outcome: Outcome, asked: float, x_0: Tensor) -> Inversion:
     """What was measured, in the shape and dtype of the images."""
-    ended = Status.STALLED if outcome.stalled else Status.MAX_STEPS
-    status = torch.full_like(outcome.evaluations, int(ended))
+    status = torch.full_like(outcome.evaluations, int(Status.MAX_STEPS))
+    if outcome.exhausted is not None:
+        status = torch.where(outcome.exhausted, status, int(Status.STALLED))
     status = torch.where(best.error <= asked, int(Status.CONVERGED), status)
     status = torch.where(best.loss.isfinite(), status, int(Status.NONFINITE))
     return Inversion(

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .adjoint import AdjointSolve, worst
 from .batched import one_by_one
 from .iterate import Problem
-from .leaves import leaves
+from .leaves import leaves, nodes
 from .linearise import Good, Linearised, evaluate
 from .precision import of_graph
 from .solution import Adjoint
@@ -33,7 +33,7 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor) -> Te
     given = list({id(x): x for x in problem.inputs if x.requires_grad}.values())
     reached = [x for x in leaves(at.f) if x is not at.z]
     how = replace(how, eps=max(how.eps, of_graph(at.f, at.z)))
-    step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z))
+    step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z), _reads_a_gate(at.f, problem))
     return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached), z)
 
 
@@ -64,6 +64,7 @@ class _Step:
     z: Tensor  # (B, T, D)
     at: Linearised
     autocast: _Autocast
+    closed: bool  # fn closes over the state or an input of another solve, whose second derivative this is part of
 
     def each(self, act: Callable[[_Step, Tensor], Sequence[Tensor | None]], g: Tensor) -> list[Tensor | None]:
         """act(step, g) for each of the tensors that g stands for; the outcome that is reported is that of all."""
@@ -103,6 +104,11 @@ class _Step:
         The gates keep the first derivative to its own terms, (∂f/∂θ)ᵀ u at fixed z* and fixed inputs; what the second
         one finds at a gate goes on, to z* and from there by its own implicit derivative.
         """
+        if self.closed:
+            raise NotImplementedError(
+                "second derivatives through a solve inside the map of another: what the inner map takes from the state "
+                "or the inputs of the outer one must be in the inner solve's inputs, not closed over"
+            )
         gates = _Gates()
         with self.autocast.again():
             z = gates.put(attach(self.how, self.problem, self.finite, self.z))
@@ -162,12 +168,19 @@ class _Gate(torch.autograd.Function):
         return (grads[0] if ctx.gates.open else None), None
 
 
+def _reads_a_gate(f: Tensor, problem: Problem) -> bool:
+    """A gradient of f passes a gate on another way than through the inputs, of which autograd is told."""
+    known = [x.grad_fn for x in problem.inputs]
+    return any(type(node).__name__ == "_GateBackward" for node in nodes(f, known))
+
+
 class _ImplicitFunction(torch.autograd.Function):
     """Returns z* and, backward, hands u to f, whose own graph leads on; or, differentiably, to the tensors behind f."""
 
     @staticmethod
     def forward(ctx: Any, f: Tensor, z: Tensor, step: _Step, *boundary: Tensor) -> Tensor:
         ctx.step = step
+        ctx.state_leaf = step.at.z  # `leaves` passes it over
         ctx.save_for_backward(*boundary)
         ctx.set_materialize_grads(False)  # nothing, where zeros would cost a solve: from behind a closed gate
         return z.detach().clone()

@@ -26,9 +26,14 @@ def leaves(x: Tensor) -> list[Tensor]:
         raise TypeError(f"x: a tensor is required, got {type(x).__name__}")
     if x.grad_fn is None:
         return [x] if x.requires_grad else []
+    return leaves_before(x, ())
+
+
+def leaves_before(x: Tensor, until: Iterable[Any]) -> list[Tensor]:
+    """The leaves of x, without those that only the nodes `until` lead to."""
     found: dict[int, Tensor] = {}
     passed: set[int] = set()
-    for node in nodes(x):
+    for node in nodes(x, until):
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found.setdefault(id(leaf), leaf)

@@ -31,6 +31,10 @@ class Watch(TorchDispatchMode):
         self.eps = torch.finfo(z.dtype).eps
         self.derived = {_memory(z)}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # telling the compiler to keep out imports it, which takes seconds
+
     def __torch_dispatch__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         result = fn(*args, **kwargs or {})

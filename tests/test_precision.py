@@ -1,5 +1,8 @@
 """Tolerances of the forward solve against the precision that fn computes in."""
 
+import subprocess
+import sys
+
 import problems
 import pytest
 import torch
@@ -103,3 +106,17 @@ def test_a_compiled_map_under_autocast_is_looked_into_too():
         assert solution.converged.all()
         solution.z.sum().backward()
     assert solution.adjoint.status.tolist() == [Status.CONVERGED] * 4
+
+
+def test_looking_into_a_map_does_not_import_the_compiler():
+    script = """
+import sys, torch
+from pydeqsolve import Picard, Stop, solve
+w = torch.ones(1, requires_grad=True) * 0.5
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    solution = solve(lambda z: torch.cos(3.5 * w * z) * 0.7, torch.zeros(2, 3), solver=Picard(), stop=Stop(rtol=1e-7))
+assert solution.steps > 20
+solution.z.sum().backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

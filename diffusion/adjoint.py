@@ -213,6 +213,12 @@ def add(sums: dict[int, Tensor], needed: list[int], products: Sequence[Tensor | 
             sums[i] = sums[i] + product
 
 
+def _is_batched(x: Tensor) -> bool:
+    """x stands for many tensors inside a vmap, torch's older kind or torch.func's."""
+    kinds: Any = getattr(torch._C, "_functorch", None)
+    return kinds is not None and bool(kinds.is_legacy_batchedtensor(x) or kinds.is_batchedtensor(x))
+
+
 class _ChainFunction(torch.autograd.Function):
     """The trajectory, whose backward pass is the adjoint chain."""
 
@@ -226,6 +232,8 @@ class _ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError("second derivatives through sample are not supported")
+        if _is_batched(grads[0]):
+            raise NotImplementedError("cotangents in batches (is_grads_batched, vmap) through sample are not supported")
         trajectory, *rest = ctx.saved_tensors
         needed = [i for i in range(len(rest)) if ctx.needs_input_grad[3 + i]]
         adjoint, sums = ctx.adjoint(grads[0], trajectory, rest, needed)

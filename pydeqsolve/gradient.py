@@ -42,16 +42,23 @@ class Implicit:
     """Exact gradients by the implicit function theorem: u = g + Jᵀ u is solved in the backward pass.
 
     solver: a Krylov method (`GMRES`), a Neumann series of bounded cost (`Neumann`) or any forward solver. stop: the
-    adjoint's tolerance, relative to ‖g‖ per sample, so that a scaled loss gives the scaled gradient. on_failure: what
-    happens when a sample's adjoint does not converge: "warn" (a RuntimeWarning, the best u is used), "raise"
-    (ConvergenceError) or "phantom" (that sample uses u = g).
-    The outcome is left in `Solution.adjoint`. Costs one more evaluation of fn in the forward pass, not counted in
+    adjoint's tolerance, relative to ‖g‖ per sample, so that a scaled loss gives the scaled gradient. None: the
+    forward's rtol per sample (at most .1, and 1e-6 where it is 0), but no less than the rounding of u, eps ‖u‖/‖g‖ up
+    to sqrt(eps), eps that of the precision fn computes in, autocast and casts included; as many products as the forward
+    may take steps, and at least 100. on_failure: what happens when a sample's adjoint does not converge: "warn" (a
+    RuntimeWarning, the best u is used), "raise" (ConvergenceError) or "phantom" (that sample uses u = g).
+
+    The outcome is left in `Solution.adjoint`: its residual is that of the u that is returned, after the cast to its
+    dtype, and known to no less than eps ‖u‖; a sample for which that exceeds a given tolerance is STALLED, as for a
+    singular I − J. A cotangent, slope or adjoint that is not finite makes the gradient of its sample, and of what
+    samples share, not finite. Costs one more evaluation of fn in the forward pass, not counted in
     `Solution.evaluations`, and keeps its graph, whatever the solve took.
 
     Second derivatives (`create_graph=True`) are right: they cost two more evaluations of fn, a solve for u's own
     derivative and an adjoint solve. fn is then evaluated in the backward pass, and a RuntimeError says when it has
-    become another map (new dropout masks, a functional_call that has ended). With create_graph, tensors that fn closes
-    over must be leaves or be passed in `inputs` to receive a gradient themselves. Forward mode by dual numbers
+    become another map (new dropout masks, a functional_call that has ended). Tensors that fn closes
+    over and that are no leaves are found by one more evaluation, in the forward pass; NotImplementedError says when
+    compiled code hides them. Forward mode by dual numbers
     (`torch.autograd.forward_ad`) solves v = ḟ + J v. Third derivatives, and forward mode mixed with reverse mode, raise
     NotImplementedError.
     """

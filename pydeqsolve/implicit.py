@@ -16,25 +16,31 @@ from torch.autograd import forward_ad
 
 from .adjoint import AdjointSolve, worst
 from .batched import one_by_one
+from .closure import Closure, cut
 from .iterate import Problem
-from .leaves import leaves
+from .leaves import leaves, leaves_before, nodes
 from .linearise import Good, Linearised, evaluate
 from .precision import of_graph
 from .solution import Adjoint
 
 
-def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
-    """z (B, T, D), a solution, with its implicit derivative for the samples that are `finite` (B,)."""
+def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closure: Closure | None = None) -> Tensor:
+    """z (B, T, D), a solution, with its implicit derivative for the samples that are `finite` (B,).
+
+    closure: what fn closes over, where that is known.
+    """
     at = Linearised.of(problem, finite, z)
     if at is None:
         return z
     # Autograd must know of every tensor that a second derivative reaches without passing through f: the inputs, and
     # what fn reads besides them, an input among that too.
     given = list({id(x): x for x in problem.inputs if x.requires_grad}.values())
-    reached = [x for x in leaves(at.f) if x is not at.z]
+    closure = closure or Closure.of(problem, at)
+    closed = [x for x in closure.tensors if all(x is not y for y in given)]
+    reached = [x for x in leaves_before(at.f, {x.grad_fn for x in closed}) if x is not at.z]
     how = replace(how, eps=max(how.eps, of_graph(at.f, at.z)))
-    step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z))
-    return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached), z)
+    step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z), Closure(closed, closure.hidden))
+    return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached, *closed), z)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class _Step:
     z: Tensor  # (B, T, D)
     at: Linearised
     autocast: _Autocast
+    closure: Closure
 
     def each(self, act: Callable[[_Step, Tensor], Sequence[Tensor | None]], g: Tensor) -> list[Tensor | None]:
         """act(step, g) for each of the tensors that g stands for; the outcome that is reported is that of all."""
@@ -103,9 +110,14 @@ class _Step:
         The gates keep the first derivative to its own terms, (∂f/∂θ)ᵀ u at fixed z* and fixed inputs; what the second
         one finds at a gate goes on, to z* and from there by its own implicit derivative.
         """
+        if self.closure.hidden:
+            raise NotImplementedError(
+                "create_graph: fn closes over a tensor with a graph of its own (of an outer solve, if this is one "
+                "inside another) that compiled code or torch.ops alone reads: pass it in inputs"
+            )
         gates = _Gates()
         with self.autocast.again():
-            z = gates.put(attach(self.how, self.problem, self.finite, self.z))
+            z = gates.put(attach(self.how, self.problem, self.finite, self.z, self.closure))
             swap = {id(x): gates.put(x) for x in self.problem.inputs if x.requires_grad}
             problem = replace(self.problem, inputs=[swap.get(id(x), x) for x in self.problem.inputs])
             good = Good.of(problem, self.finite)
@@ -114,7 +126,8 @@ class _Step:
         self._check_same(f, boundary[len(swap) :])
         u = self._attached_adjoint(f, start, g)
         wanted = [*swap.values(), *boundary[len(swap) :]]
-        found = torch.autograd.grad(f, wanted, u, create_graph=True, allow_unused=True)
+        with cut(self.closure.tensors):
+            found = torch.autograd.grad(f, wanted, u, create_graph=True, allow_unused=True)
         gates.open = True
         return list(found)
 
@@ -123,7 +136,8 @@ class _Step:
         before, now = self.at.f.detach(), f.detach()
         allowed = torch.finfo(f.dtype).eps ** 0.5 * torch.linalg.vector_norm(before.double())
         same = bool(torch.linalg.vector_norm((now - before).double()) <= allowed) or not bool(before.isfinite().all())
-        known = {id(x) for x in leaves(f)}
+        behind = set(nodes(f))
+        known = {id(x) for x in leaves(f)} | {id(x) for x in self.closure.tensors if x.grad_fn in behind}
         if not same or any(id(x) not in known for x in reached):
             raise RuntimeError(
                 "create_graph evaluates fn again in the backward pass, and it was another map then: take the gradient "
@@ -168,6 +182,7 @@ class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Tensor, z: Tensor, step: _Step, *boundary: Tensor) -> Tensor:
         ctx.step = step
+        ctx.state_leaf = step.at.z  # `leaves` passes it over
         ctx.save_for_backward(*boundary)
         ctx.set_materialize_grads(False)  # nothing, where zeros would cost a solve: from behind a closed gate
         return z.detach().clone()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, precision
 from .history import History
 from .ring import Method
 from .run import Run
@@ -47,6 +47,20 @@ class Problem:
 def call(problem: Problem, z: Any, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Any:
     """fn(z, *inputs): the only place of the library that calls the user's function. wanted (n, T) goes with `Front`."""
     return problem.fn(z, *inputs, **({} if wanted is None else {"wanted": wanted}))
+
+
+def _evaluate(problem: Problem, run: Run, wanted: Tensor | None, steps: int) -> Any:
+    """The value of fn at the current iterate, with a look at the precision that it is computed in."""
+    arguments = run.arguments(wanted)
+    if precision.is_due(steps, run.given.device):
+        with precision.Watch(run.given) as watch:
+            value = call(problem, *arguments)
+        run.computes_in(watch.eps)
+        return value
+    value = call(problem, *arguments)
+    if not steps:
+        run.computes_in(precision.of_value(value, problem.layout.dtype))
+    return value
 
 
 def iterate(problem: Problem, z0: Tensor, **options: Any) -> Solution:
@@ -92,7 +106,7 @@ def loop(
     steps = 0
     while steps < stop.max_steps and run.rows.numel():
         wanted = run.wanted()
-        value = call(problem, *run.arguments(wanted))
+        value = _evaluate(problem, run, wanted, steps)
         steps += 1
         last = steps == stop.max_steps
         mode = run.measure(run.take(value), wanted, last)

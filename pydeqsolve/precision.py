@@ -6,6 +6,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LATE = 20  # evaluations after which a map that casts without autocast is looked into
+
+
+def is_due(steps: int, device: torch.device) -> bool:
+    """A map is looked into at its first evaluation under autocast, and once if it takes long."""
+    return steps == LATE or (not steps and torch.is_autocast_enabled(device.type))
+
+
+def of_value(value: Any, dtype: torch.dtype) -> float:
+    """The largest machine epsilon of `dtype` and of the tensors in `value`."""
+    found = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    return max(torch.finfo(t).eps for t in (dtype, *(x.dtype for x in found if _is_real(x))))
+
+
+class Watch(TorchDispatchMode):
+    """While it is entered: the largest machine epsilon, `eps`, of what is computed from z."""
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__()
+        self.eps = torch.finfo(z.dtype).eps
+        self.derived = {_memory(z)}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # telling the compiler to keep out imports it, which takes seconds
+
+    def __torch_dispatch__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        result = fn(*args, **kwargs or {})
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if self.derived.isdisjoint(given):
+            self.derived.difference_update(map(_memory, made))  # memory that is used again
+        else:
+            self.derived.update(map(_memory, made))
+            self.eps = max(self.eps, *(torch.finfo(x.dtype).eps for x in made if _is_real(x)), 0.0)
+        return result
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def of_graph(f: Tensor, z: Tensor) -> float:

@@ -14,7 +14,7 @@ from .monitor import Monitor
 from .ring import Ring
 from .search import LineSearch
 from .solution import Solution, Status
-from .stop import Front, Stop
+from .stop import RTOL, Front, Stop, is_left_open
 
 if TYPE_CHECKING:
     from .iterate import Problem, Solver
@@ -67,6 +67,16 @@ class Run:
         # Nothing then looks at a sample between its measurement and its move, which may follow each other natively.
         self.at_once = front is None and self.search is None and self.history is None and ops.can_step(self.ring)
         self.next: Tensor | None = None  # (n, T, D): where `advance` will go
+
+    def computes_in(self, eps: float) -> None:
+        """Takes note that fn computes with machine epsilon `eps`, of the state's dtype or coarser."""
+        if isinstance(self.monitor, FrontMonitor):
+            return
+        if is_left_open(self.stop) and eps > RTOL:
+            self.monitor["rtol"] = self.monitor["rtol"].clamp_min(eps)
+        if eps > self.monitor.eps:
+            self.monitor.eps = eps
+            self.at_once = False  # the fused step judges by the state's dtype
 
     def wanted(self) -> Tensor | None:
         """(n, T) bool: blocks to evaluate; None means all."""
@@ -235,11 +245,28 @@ class Run:
         z = torch.where(there[:, None, None], self.z.to(self.full.dtype), self.full[self.rows])
         return self.full.index_copy(0, self.rows, z)
 
+    def _resolved(self, status: Tensor) -> Tensor:
+        """status (B,), with STALLED for samples that have met a tolerance below what a residual can resolve.
+
+        Which was by chance: both f and z are rounded to eps / 2. Equality, a tolerance of zero, can be met.
+        """
+        half, rtol = self.monitor.eps / 2, self.stop.rtol
+        if self.front is not None or is_left_open(self.stop) or (not isinstance(rtol, Tensor) and rtol >= half):
+            return status
+        size = self.full.flatten(1).double()
+        size = size.abs().amax(1) if self.stop.norm == "max" else torch.linalg.vector_norm(size, dim=1)
+        if self.stop.norm == "rms":
+            size = size / self.entries**0.5
+        tolerance = self.result["atol"] + self.result["rtol"] * size
+        finer = (tolerance > 0) & (tolerance < half * size) & (status == int(Status.CONVERGED))
+        return torch.where(finer, int(Status.STALLED), status)
+
     def solution(self, steps: int) -> Solution:
         r = self.result
         evaluations, status, rejections, rank_losses = (
             r[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")
         )
+        status = self._resolved(status)
         history = None if self.history is None else (self.earlier if self.earlier is not None else self.history.seal())
         if history is not None:
             ops.release(history.ring)

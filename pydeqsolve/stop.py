@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 NORMS = ("rms", "l2", "max")
+RTOL = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,12 +16,15 @@ class Stop:
     """Converged, per sample: ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖.
 
     rtol, atol: floats, or tensors (B,), one tolerance per sample; with `Front` also (B, T) or (1, T), one per block.
+    An rtol that is left at its default is raised to the machine epsilon of what fn computes in, where that is more
+    (float16, bfloat16, autocast); one that is given and finer than half of it is pursued as far as that goes, and ends
+    STALLED.
     max_steps: calls of fn, the first included. norm: "rms" (root mean square over the sample's entries), "l2" or "max".
     check_every: steps between two readings of the finished samples by the host; None is 1 on the CPU, where reading is
     free, and 8 on a GPU, where it waits for the device. A sample that finishes in between is frozen at once either way.
     """
 
-    rtol: float | Tensor = 1e-5
+    rtol: float | Tensor = RTOL
     atol: float | Tensor = 0.0
     max_steps: int = 100
     norm: str = "rms"
@@ -45,6 +49,11 @@ class Stop:
     def interval(self, device: torch.device) -> int:
         """Steps between two readings of the stop flags on `device`."""
         return self.check_every if self.check_every is not None else 1 if device.type == "cpu" else 8
+
+
+def is_left_open(stop: Stop) -> bool:
+    """rtol is the default itself, not a number that someone chose."""
+    return stop.rtol is RTOL
 
 
 def check_count(name: str, value: object, least: int) -> None:

@@ -96,6 +96,29 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(out.x_0.sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("gradient", [Implicit(), AT_ONCE], ids=["sweep", "at once"])
+def test_cotangents_in_batches_are_refused_by_name(gradient):
+    model, x, _ = problem()
+    x_0 = sample(model, x, CHAIN, gradient=gradient).x_0
+    with pytest.raises(NotImplementedError, match="cotangents in batches"):
+        torch.autograd.grad(x_0, x, torch.ones(2, 3, 6, dtype=torch.float64), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), AT_ONCE], ids=["sweep", "at once"])
+def test_an_adjoint_of_the_chain_that_is_not_finite_is_told_and_comes_out_so(gradient):
+    model, x, _ = problem()
+    x = x.detach().half().requires_grad_()
+    out = sample(model, x, CHAIN, gradient=gradient)
+    g = torch.ones(3, 6, dtype=torch.float16)
+    g[1, 2] = torch.nan
+    g[2] = 6e4  # times the slope of the chain, which is more than 1.1: beyond float16
+    (found,) = torch.autograd.grad(out.x_0, x, g)
+    assert found[0].isfinite().all()
+    assert not found[1].isfinite().all()
+    assert out.solution.adjoint.status[:2].tolist() == [Status.CONVERGED, Status.NONFINITE]
+    assert (out.solution.adjoint.status[2] == Status.CONVERGED) == bool(found[2].isfinite().all())
+
+
 def test_a_closure_over_trainable_tensors_gets_their_gradient():
     scale = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     model, x, _ = problem()

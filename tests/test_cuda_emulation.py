@@ -416,7 +416,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]
     def build(*flags: str) -> list[Path]:
         folder = tmp_path_factory.mktemp("oracle")
         return [
-            compile_emulated([CSRC / f"{name}.cpp"], folder / f"{name}.o", ["-O1", "-c", *flags])
+            compile_emulated([CSRC / f"{name}.cpp"], folder / f"{name}.o", ["-O0", "-c", *flags])
             for name in ("step_cpu", "dispatch")
         ]
 
@@ -424,7 +424,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]
 
 
 def build_driver(folder: Path, flags: list[str], oracle: Callable[..., list[Path]], csrc: Path = CSRC) -> Path:
-    return compile_emulated([*DRIVER, *oracle(*flags)], folder / "driver", ["-O1", *flags], csrc)
+    return compile_emulated([*DRIVER, *oracle(*flags)], folder / "driver", ["-O0", *flags], csrc)
 
 
 @pytest.mark.parametrize(

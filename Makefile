@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo docs report test lint format types cuda-check arm-check emulate fuzz defects clean
+.PHONY: help install demo docs report test check lint format types cuda-check arm-check emulate fuzz defects clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -21,7 +21,7 @@ help:  ## this list
 install: $(INSTALLED)  ## .venv with everything, the native module built
 demo: $(INSTALLED)  ## samples and inverts images; pictures in demo-output/
 	@echo "demo: pictures go to demo-output/"
-	@$(BIN)/deq-ddim demo --output demo-output
+	@$(BIN)/deq-ddim demo --overwrite --output demo-output
 
 report: $(INSTALLED)  ## the paper's figures and tables measured anew; report-output/report.html
 	@echo "report: goes to report-output/, and goes on from there when interrupted"
@@ -31,8 +31,12 @@ docs: $(INSTALLED)  ## the documentation, warnings as errors; docs/_build/html/i
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs: open docs/_build/html/index.html"
 
-test: $(INSTALLED)  ## all tests; ARGS="-k anderson" chooses
-	@$(BIN)/python -m pytest -q $(ARGS)
+# A test runs on one thread, so two at a time; tests of a file stay together for what they share. ARGS="-n 0" for a debugger.
+test: $(INSTALLED)  ## all tests but the heavy ones; ARGS="-k anderson" chooses
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not check" $(ARGS)
+
+check: $(INSTALLED)  ## heavy tests (sanitizers, emulation, archives), and random cases in full number
+	@RANDOM_CASES=all $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "check or hypothesis" $(ARGS)
 
 lint: $(INSTALLED)  ## style of Python and C++
 	@$(BIN)/ruff check --quiet .
@@ -51,7 +55,7 @@ cuda-check: $(INSTALLED)  ## spills, loads, registers and occupancy of the compi
 	@$(BIN)/python benchmarks/cuda_static.py --check
 
 # What Debian's g++-aarch64-linux-gnu and qemu-user hold.
-arm-check: $(INSTALLED)  ## the CPU kernels on emulated processors: Arm, and x86-64 without AVX2
+arm-check: $(INSTALLED)  ## the CPU kernels on emulated processors, Arm and x86-64 without AVX2
 	@for program in aarch64-linux-gnu-g++ qemu-aarch64 qemu-x86_64; do command -v $$program >/dev/null \
 	  || { echo "$$program is missing: sudo apt-get install -y g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
 	@$(BIN)/python -m pytest -q tests/test_portable.py
@@ -59,8 +63,8 @@ arm-check: $(INSTALLED)  ## the CPU kernels on emulated processors: Arm, and x86
 emulate: $(INSTALLED)  ## the CUDA kernels run on the CPU
 	@$(BIN)/python -m pytest -q tests/test_cuda_emulation.py
 
-defects: $(INSTALLED)  ## plants defects one by one; each must fail its test (a few minutes)
-	@$(BIN)/python tests/planted_defects.py
+defects: $(INSTALLED)  ## plants defects one by one, each must fail its test (two minutes); ARGS=ridge chooses
+	@$(BIN)/python tests/planted_defects.py $(ARGS)
 
 fuzz: $(INSTALLED)  ## 100,000 random steps of the CPU kernels under sanitizers
 	@FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py

@@ -121,7 +121,7 @@ def recovery(checkpoint: Checkpoint, chain: Chain, count: int, seed: int) -> dic
     """Root mean square errors of the latents found for images sampled from known ones."""
     x_T = torch.randn(count, *checkpoint.shape, generator=seeded(seed))
     with torch.no_grad():
-        x_0 = sample(checkpoint.model, x_T, chain, checkpoint.prediction, "sequential").x_0
+        x_0 = sample(checkpoint.model, x_T, chain, "sequential", prediction=checkpoint.prediction).x_0
     result: dict[str, object] = {"steps": len(chain), "images": count}
     for method in ("ddim", "exact"):
         found, _ = timed(checkpoint, x_0, chain, method)

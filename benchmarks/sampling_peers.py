@@ -186,7 +186,7 @@ def compare(checkpoint: Checkpoint, steps: int, latents: list[Tensor], error: fl
     chain = checkpoint.schedule.chain(steps, "trailing")
 
     def ours(x: Tensor, **options: Any) -> tuple[Tensor, int, float]:
-        out = sample(checkpoint.model, x, chain, checkpoint.prediction, mean=checkpoint.mean,
+        out = sample(checkpoint.model, x, chain, prediction=checkpoint.prediction, mean=checkpoint.mean,
                      variance=checkpoint.variance, **options)  # fmt: skip
         return out.x_0, out.rounds, float(out.evaluations)
 

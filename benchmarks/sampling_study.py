@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Chain, Checkpoint, load_checkpoint, nodes, passes, sample, sampler, secants
+from diffusion import Chain, Checkpoint, defects, load_checkpoint, nodes, passes, sample, secants, together
 from diffusion.chain import LinearChain, interpolation
 from pydeqsolve import Anderson, Picard
 
@@ -52,13 +52,12 @@ def try_nodes(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor)
     """
     variants: list[dict[str, float]] = [
         {}, {"TELLING": float("inf")}, {"MEMORY": 1}, {"MEMORY": 2}, {"MEMORY": 4}, {"STEPS_PER_NODE": 7},
-        {"DENSITY": 2.0}, {"FIRST": 50.0}, {"FIRST": 200.0}, {"CORRECTION": 1.0}, {"CORRECTION": 5.0},
-        {"SETTLED": 15.0}, {"SETTLED": 50.0},
+        {"DENSITY": 2.0}, {"FIRST": 5.0}, {"FIRST": 20.0}, {"CORRECTION": 0.1}, {"CORRECTION": 0.5},
+        {"TRIALS": 1}, {"TRIALS": 2}, {"SAMPLED": 1.0}, {"SAFETY": 1.0},
     ]  # fmt: skip
     for variant in variants:
         try_numbers(checkpoint, chain, x, expected, "nodes", variant)
-    for variant in [{}, {"START": 0, "MARGIN_FROM_GUESS": 0.5}, {"START": 1}, {"START": 3}, {"START": 4},
-                    {"MARGIN_FROM_GUESS": 0.5}, {"MARGIN_FROM_GUESS": 0.2}]:  # fmt: skip
+    for variant in [{}, {"START": 0}, {"START": 1}, {"START": 3}, {"START": 4}, {"RTOL": 0.05}, {"RTOL": 0.2}]:
         try_numbers(checkpoint, chain, x, expected, (), variant)
 
 
@@ -66,7 +65,7 @@ def try_numbers(
     checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor, levels: Any, variant: dict[str, float]
 ) -> None:
     """One way of sampling with some of its numbers changed."""
-    homes = {name: next(m for m in (nodes, passes, sampler, secants) if name in vars(m)) for name in variant}
+    homes = {name: next(m for m in (nodes, together, passes, defects, secants) if name in vars(m)) for name in variant}
     usual = {name: getattr(home, name) for name, home in homes.items()}
     for name, value in variant.items():
         setattr(homes[name], name, value)

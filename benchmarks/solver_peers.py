@@ -1,10 +1,12 @@
-"""pydeqsolve beside TorchDEQ and SciPy on the solver problems of the tests: evaluations, residuals, statuses.
+"""pydeqsolve beside TorchDEQ, SciPy, cvxgrp/aa and KINSOL on the solver problems of the tests: evaluations, residuals.
 
+    pip install torchdeq==0.1.0 anderson-acceleration==0.0.3; apt-get install libsundials-dev
     python benchmarks/solver_peers.py
 
 Every solver gets the same map, start and goal ‖f(z) − z‖₂. An evaluation is counted where it happens, inside the map;
-"to goal" is the call at which the residual first met the goal, "-" if it never did. TorchDEQ and SciPy run with their
-own defaults but for memory, tolerance and budget. A peer that is not installed is said to be missing.
+"to goal" is the call at which the residual first met the goal, "-" if it never did. Peers run with their own defaults
+but for memory, tolerance and budget; cvxgrp/aa also begins at once (min_len=1) and, as type I, with the ridge its
+README names. A peer that is not installed is said to be missing.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import problems
+from kinsol import Kinsol
 
 from pydeqsolve import Anderson, Broyden, Implicit, Picard, Status, Stop, build_info, solve
 
@@ -36,7 +40,12 @@ def peer(name: str) -> Any:
         return None
 
 
-torchdeq, scipy_optimize = peer("torchdeq"), peer("scipy.optimize")
+torchdeq, scipy_optimize, aa = peer("torchdeq"), peer("scipy.optimize"), peer("aa")
+PACKAGES = ((torchdeq, "torchdeq==0.1.0"), (scipy_optimize, "scipy"), (aa, "anderson-acceleration==0.0.3"))
+try:
+    sundials: Kinsol | None = Kinsol()
+except OSError:
+    sundials = None
 
 
 @dataclass
@@ -50,6 +59,15 @@ class Counted:
         f = self.problem.fn(z, *(inputs or self.problem.inputs))
         self.residuals.append(float((f - z).detach().double().norm()))
         return f
+
+    def of_array(self, z: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """fn(z) of z (D,), both arrays of NumPy."""
+        return self(torch.from_numpy(z)[None])[0].numpy()
+
+    @property
+    def start(self) -> np.ndarray[Any, Any]:
+        """(D,)"""
+        return self.problem.start[0].double().numpy().copy()
 
     def line(self, goal: float, status: str) -> str:
         first = next((str(k + 1) for k, r in enumerate(self.residuals) if r <= goal), "-")
@@ -81,13 +99,37 @@ def of_scipy(name: str, **options: Any) -> Callable[[Counted, float, int], str]:
         def residual(z: Any) -> Any:
             if len(fn.residuals) >= budget:
                 raise RuntimeError("budget spent")
-            z = torch.from_numpy(z)[None]
-            return (fn(z) - z)[0].numpy()
+            return fn.of_array(z) - z
 
-        start = fn.problem.start[0].double().numpy()
         method = getattr(scipy_optimize, name)
-        method(residual, start, f_tol=goal, maxiter=budget, tol_norm=lambda r: float((r**2).sum() ** 0.5), **options)
+        method(residual, fn.start, f_tol=goal, maxiter=budget, tol_norm=lambda r: float((r**2).sum() ** 0.5), **options)
         return "returned"
+
+    return run
+
+
+def of_aa(memory: int, **options: Any) -> Callable[[Counted, float, int], str]:
+    def run(fn: Counted, goal: float, budget: int) -> str:
+        z = fn.start
+        accelerator = aa.AndersonAccelerator(z.size, min(memory, z.size), min_len=1, **options)
+        for step in range(budget):
+            before = z.copy()
+            z = fn.of_array(before).copy()
+            if not np.isfinite(z).all() or fn.residuals[-1] <= goal:
+                break
+            if step:
+                accelerator.safeguard(z, before)
+            accelerator.apply(z, before)
+        counts = accelerator.stats
+        return f"{sum(counts[c] for c in counts if 'reject' in c)} rejections"
+
+    return run
+
+
+def of_kinsol(memory: int) -> Callable[[Counted, float, int], str]:
+    def run(fn: Counted, goal: float, budget: int) -> str:
+        assert sundials is not None
+        return sundials.solve(fn.of_array, fn.start, memory, goal, budget)
 
     return run
 
@@ -142,6 +184,10 @@ def compare() -> None:
             f"SciPy anderson(M={memory})": of_scipy("anderson", M=memory) if scipy_optimize else None,
             "SciPy broyden1": of_scipy("broyden1") if scipy_optimize else None,
             "SciPy broyden2": of_scipy("broyden2") if scipy_optimize else None,
+            f"cvxgrp/aa({memory})": of_aa(memory, type1=False) if aa else None,
+            f"cvxgrp/aa({memory}, I)": of_aa(memory, type1=True, regularization=1e-8) if aa else None,
+            f"KINSOL anderson({memory})": of_kinsol(memory) if sundials else None,
+            "KINSOL Picard": of_kinsol(0) if sundials else None,
         }
         for label, run in contenders.items():
             if run is not None:
@@ -200,10 +246,12 @@ def compare_adjoints() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    versions = importlib.import_module("importlib.metadata").version
-    print(f"pydeqsolve {build_info()}")
-    print(f"torchdeq {versions('torchdeq') if torchdeq else 'missing: pip install torchdeq==0.1.0'}")
-    print(f"scipy {versions('scipy') if scipy_optimize else 'missing: pip install scipy'}; float64, one thread\n")
+    version = importlib.import_module("importlib.metadata").version
+    print(f"pydeqsolve {build_info()}; float64, one thread")
+    for module, package in PACKAGES:
+        name = package.partition("=")[0]
+        print(f"{name} {version(name)}" if module else f"{name} is missing: pip install {package}")
+    print(f"KINSOL {sundials.version}\n" if sundials else "KINSOL is missing: apt-get install libsundials-dev\n")
     compare()
     print()
     compare_batches()

@@ -33,12 +33,13 @@ def through_chain(
 
     noise (B, T, D): σ_k n_k, or None. latent_alone: the gradient is for x_T only, which saves a row and, with all
     steps at once, T more. gradient.solver: GMRES, the default, stands for the sweep; a forward solver with
-    coupling="causal" solves for all steps at once, to gradient.stop, and images that miss it are swept.
+    coupling="causal" solves for all steps at once, to gradient.stop (None: rtol 1e-6), and images that miss it are
+    swept.
     """
     if not torch.is_grad_enabled() or not len(trajectory):
         return trajectory
     seen = None if solution is None else weakref.ref(solution)
-    backward = ChainAdjoint(chain_map, noise, len(conditioning), gradient, seen)
+    backward = ChainAdjoint(chain_map, noise, len(conditioning), gradient, seen, x_T.dtype)
     parameters = [] if latent_alone else backward.leaves(trajectory, conditioning)
     return _ChainFunction.apply(backward, trajectory, x_T, *conditioning, *parameters)
 
@@ -64,6 +65,7 @@ class ChainAdjoint:
     count: int  # of conditioning tensors
     gradient: Implicit
     solution: weakref.ref[Solution] | None  # where the outcome is left; the graph must not keep it alive
+    dtype: torch.dtype  # of x_T, and so of its gradient
 
     def leaves(self, trajectory: Tensor, conditioning: Sequence[Tensor]) -> list[Tensor]:
         """What the model and the edit read besides their arguments, from one evaluation of the last step."""
@@ -100,14 +102,16 @@ class ChainAdjoint:
             own, *products = torch.autograd.grad(after, [x, *wanted], adjoint, allow_unused=True)
             add(sums, needed, products)
             adjoint = g[:, k] + own
-        self._report(torch.zeros(len(g), dtype=torch.int64), torch.zeros(len(g)), torch.full((len(g),), T))
+        self._report(adjoint, torch.zeros_like(g[:, 0, 0]), torch.full((len(g),), T, device=g.device))
         return adjoint, sums
 
     def _parallel(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
         m, T = self.map, len(self.map.chain)
         conditioning = [c.detach() for c in rest[: self.count]]
-        size = g.square().sum(1).mean(1).sqrt()
-        size = torch.where((size > 0) & size.isfinite(), size, 1.0)[:, None, None]
+        size = g.abs().flatten(1).amax(1)  # no square of an entry overflows or vanishes then
+        size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+        size = (size * (g / size[:, None, None]).square().sum(1).mean(1).sqrt())[:, None, None]
+        size = torch.where((size > 0) & size.isfinite(), size, 1.0)
         linear = LinearChain(m.linear.A.flip(0), m.linear.c.flip(0))
         base = linear.base(g[:, -1] / size[:, 0], g[:, :T].flip(1) / size)
         products = torch.zeros(len(g), dtype=torch.int64, device=g.device)
@@ -121,11 +125,11 @@ class ChainAdjoint:
             out[i, j] = self._products(trajectory[image[i], k], k, u, [c[i] for c in inputs]) - m.splitting.kappa[k] * u
             return out
 
-        goal = self.gradient.stop
+        goal = self.gradient.stop or Stop(rtol=1e-6)
         stop = Stop(0.0, reachable(goal.rtol, m.network.dtype), min(goal.max_steps, T), "rms", 1)
         guess, image = torch.zeros_like(trajectory[:, 1:]), torch.arange(len(g), device=g.device)
         solved = solve(transposed, guess, (image, base, *conditioning), solver=self.gradient.solver, stop=stop,
-                       gradient=None, front=Front(None, latest=True))  # fmt: skip
+                       gradient=None, front=Front())  # fmt: skip
         # λ_0 … λ_T, (B, T+1, D)
         adjoint = linear.trajectory(base, solved.z).flip(1) * size
         missed = (~solved.converged).nonzero()[:, 0]
@@ -134,8 +138,7 @@ class ChainAdjoint:
             own = self._products(trajectory[missed, k], step, adjoint[missed, k + 1], [c[missed] for c in conditioning])
             adjoint[missed, k] = g[missed, k] + m.chain.a[k] * adjoint[missed, k + 1] + m.chain.c[k] * own
         products[missed] += T
-        status = torch.where(adjoint.isfinite().flatten(1).all(1), Status.CONVERGED.value, Status.NONFINITE.value)
-        self._report(status, torch.where(solved.converged, solved.residual, 0.0), products)
+        self._report(adjoint.flatten(1), torch.where(solved.converged, solved.residual, 0.0), products)
         return adjoint[:, 0], self._sums(adjoint, trajectory, rest, needed)
 
     def _products(self, x: Tensor, k: Tensor, u: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
@@ -183,10 +186,18 @@ class ChainAdjoint:
         most = self.map.network.rows or CPU_ROWS
         return [slice(at, min(at + most, rows)) for at in range(0, rows, most)]
 
-    def _report(self, status: Tensor, residual: Tensor, evaluations: Tensor) -> None:
+    def _report(self, adjoint: Tensor, residual: Tensor, evaluations: Tensor) -> None:
+        """Leaves the outcome: adjoint (B, …) as found, residual (B,), zero for what was substituted step by step.
+
+        An image whose adjoint is not finite in the dtype of its gradient is NONFINITE; of the others the residual is
+        known to no less than the rounding of the network's products.
+        """
         solution = self.solution() if self.solution is not None else None
         if solution is not None:
-            solution.adjoint = Adjoint(status, residual.double(), evaluations)
+            finite = adjoint.to(self.dtype).isfinite().flatten(1).all(1)
+            status = torch.where(finite, int(Status.CONVERGED), int(Status.NONFINITE))
+            residual = residual.double().clamp_min(torch.finfo(self.map.network.dtype).eps)
+            solution.adjoint = Adjoint(status, torch.where(finite, residual, torch.inf), evaluations)
 
 
 def zeros(rest: Sequence[Tensor], needed: list[int]) -> dict[int, Tensor]:
@@ -202,6 +213,12 @@ def add(sums: dict[int, Tensor], needed: list[int], products: Sequence[Tensor | 
             sums[i] = sums[i] + product
 
 
+def _is_batched(x: Tensor) -> bool:
+    """x stands for many tensors inside a vmap, torch's older kind or torch.func's."""
+    kinds: Any = getattr(torch._C, "_functorch", None)
+    return kinds is not None and bool(kinds.is_legacy_batchedtensor(x) or kinds.is_batchedtensor(x))
+
+
 class _ChainFunction(torch.autograd.Function):
     """The trajectory, whose backward pass is the adjoint chain."""
 
@@ -215,6 +232,8 @@ class _ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError("second derivatives through sample are not supported")
+        if _is_batched(grads[0]):
+            raise NotImplementedError("cotangents in batches (is_grads_batched, vmap) through sample are not supported")
         trajectory, *rest = ctx.saved_tensors
         needed = [i for i in range(len(rest)) if ctx.needs_input_grad[3 + i]]
         adjoint, sums = ctx.adjoint(grads[0], trajectory, rest, needed)

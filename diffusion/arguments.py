@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .chain import Chain
-from .remainder import PREDICTIONS
 
 
 def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
@@ -25,16 +25,26 @@ def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, 
     shape = getattr(model, "shape", None)
     if isinstance(model, nn.Module) and isinstance(shape, tuple) and tuple(x.shape[1:]) != shape:
         raise ValueError(f"{name}: images of shape {shape}, the model's, are required, got {tuple(x.shape[1:])}")
+    channels = getattr(getattr(model, "model", model), "channels", None)  # of a DiffusersModel, guided or not
+    if isinstance(model, nn.Module) and isinstance(channels, int) and x.shape[1] != channels:
+        raise ValueError(f"{name}: images of {channels} channels, the model's, are required, got {tuple(x.shape[1:])}")
     if not isinstance(chain, Chain):
         raise TypeError(f"chain: a Chain from Schedule.chain is required, got {type(chain).__name__}")
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
+    chain.check_prediction(prediction)
     if isinstance(inputs, Tensor):
         raise TypeError("inputs: a tuple of tensors is required, got a tensor: write inputs=(labels,)")
     for i, c in enumerate(inputs):
         if not isinstance(c, Tensor) or c.dim() == 0 or len(c) != len(x):
             got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
             raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
+
+
+def check_options(options: dict[str, Any], function: Callable[..., Any], given: set[str], name: str) -> None:
+    """Raises for options that the function does not have, or that whoever calls it gives it already."""
+    taken = [option for option in inspect.signature(function).parameters if option not in given]
+    for option in options:
+        if option not in taken:
+            raise TypeError(f"{option}: not an argument of {name}, which takes {', '.join(taken)} besides its own")
 
 
 def model_dtype(model: Any, default: torch.dtype) -> torch.dtype:

@@ -17,60 +17,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .edit import Clip, Edit
+from .edit import Edit
+from .recurrence import Recurrence
+from .spacing import time_steps_of
 
 if TYPE_CHECKING:
     from .schedule import Schedule
 
 VARIANCE_FLOOR = 1e-2  # of the mean variance
-SPACINGS = ("linspace", "leading", "trailing", "quadratic")
 
 
 @dataclass(frozen=True, eq=False)
-class Chain:
-    """T DDIM steps (Song, Meng & Ermon 2021, Eq. 12), noisiest first; tensors are (T,), float64 but for the first.
-
-    timesteps: the model's t, int64. alphas: ᾱ before each step. alphas_next: ᾱ after it. eta: share of fresh noise,
-    0 is DDIM and 1 DDPM's ancestral sampling. clip: keeps the image that each step predicts in range.
-    """
-
-    timesteps: Tensor
-    alphas: Tensor
-    alphas_next: Tensor
-    eta: float = 0.0
-    clip: Clip | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)):
-            raise TypeError(f"eta: a number is required, got {self.eta!r}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta: 0 to 1 is required, got {self.eta}")
-        if self.clip is not None and bool((self.c == 0).any()):
-            raise ValueError("clip: every step must remove noise, but alphas_next equals alphas somewhere")
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    @property
-    def steps(self) -> int:
-        """T, the number of steps."""
-        return len(self)
+class Chain(Recurrence):
+    """T DDIM steps (Song, Meng & Ermon 2021, Eq. 12) of a noise schedule; the fields are those of `Recurrence`."""
 
     @staticmethod
-    def from_schedule(schedule: Schedule, steps: int, spacing: str = "linspace", eta: float = 0.0) -> Chain:
+    def from_schedule(schedule: Schedule, steps: int, spacing: str | None = None, eta: float | None = None) -> Chain:
         """The chain of `steps` of the schedule's N time steps.
 
         spacing: "linspace" (evenly from 0 to N−1), "leading" (k⌊N/T⌋ + steps_offset), "trailing" (N, N − N/T, …,
-        less one) or "quadratic" (denser near the image, made strictly increasing). A chain ends at the schedule's
-        final ᾱ. With `schedule.diffusers_steps` each step ends ⌊N/T⌋ below its own t, as diffusers' DDIMScheduler
-        has it.
+        less one) or "quadratic" (denser near the image, made strictly increasing); None is the schedule's own, and so
+        with eta. A chain ends at the schedule's final ᾱ. With `schedule.diffusers_steps` each step ends ⌊N/T⌋ below
+        its own t, as diffusers' DDIMScheduler has it.
         """
         N = len(schedule)
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"steps: an integer is required, got {steps!r}")
         if not 1 <= steps <= N:
             raise ValueError(f"steps: 1 to {N}, the schedule's length, is required, got {steps}")
-        t = _timesteps(N, steps, spacing, schedule.steps_offset)
+        spacing = schedule.spacing if spacing is None else spacing
+        t = time_steps_of(N, steps, spacing, schedule.steps_offset, schedule.diffusers_steps or schedule.ancestral)
         alphas = schedule.alphas_cumprod
         final = alphas.new_tensor([schedule.final_alpha_cumprod])
         if schedule.diffusers_steps:
@@ -78,50 +54,14 @@ class Chain:
             after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
         else:
             after = torch.cat([alphas[t[1:]], final])
-        return Chain(t, alphas[t], after, eta, schedule.clip)
-
-    @property
-    def sigma(self) -> Tensor:
-        """σ_k = η √((1−ᾱ')/(1−ᾱ)) √(1 − ᾱ/ᾱ'), ᾱ' = alphas_next (Song et al. 2021, Eq. 16)."""
-        variance = (1 - self.alphas_next) / (1 - self.alphas) * (1 - self.alphas / self.alphas_next)
-        return self.eta * variance.clamp_min(0).sqrt()
-
-    @property
-    def a(self) -> Tensor:
-        """a_k = √(ᾱ'/ᾱ)."""
-        return (self.alphas_next / self.alphas).sqrt()
-
-    @property
-    def c(self) -> Tensor:
-        """c_k = √(1 − ᾱ' − σ²) − a √(1 − ᾱ)."""
-        return (1 - self.alphas_next - self.sigma.square()).clamp_min(0).sqrt() - self.a * (1 - self.alphas).sqrt()
+        eta = schedule.eta if eta is None else eta
+        return Chain(t, alphas[t], after, eta, schedule.clip, schedule.variance, schedule.prediction)
 
     def coarsen(self, steps: int) -> tuple[Chain, Tensor]:
         """The chain of `steps` of the time steps, both ends included, and their positions (steps,) in this one."""
         at = torch.from_numpy(np.linspace(0, len(self) - 1, steps)).round().long()
         after = torch.cat([self.alphas[at[1:]], self.alphas_next[-1:]])
         return replace(self, timesteps=self.timesteps[at], alphas=self.alphas[at], alphas_next=after), at
-
-
-def _timesteps(N: int, T: int, spacing: str, offset: int) -> Tensor:
-    """(T,) int64, strictly decreasing."""
-    if spacing == "linspace":
-        t = np.linspace(0, N - 1, T).round() if T > 1 else np.array([N - 1.0])
-    elif spacing == "leading":
-        t = np.arange(T) * (N // T) + offset
-    elif spacing == "trailing":
-        t = np.round(np.arange(N, 0, -N / T))[:T][::-1] - 1
-    elif spacing == "quadratic":
-        t = np.round((N - 1) * (np.linspace(0, 1, T) if T > 1 else np.ones(1)) ** 2)
-        steps = np.arange(T)
-        t = np.maximum.accumulate(t - steps) + steps  # equal neighbours move up until all differ
-        t = np.minimum(t, N - T + steps)
-    else:
-        raise ValueError(f"spacing: one of {', '.join(SPACINGS)} is required, got {spacing!r}")
-    t = t.astype(np.int64)[::-1].copy()
-    if t[0] >= N or t[-1] < 0:
-        raise ValueError(f"steps_offset: {offset} pushes time step {t[0]} out of 0 … {N - 1}")
-    return torch.from_numpy(t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,16 +108,20 @@ class Splitting:
         """
         alpha = chain.alphas[:, None]
         sigma = (1 - alpha).sqrt()
+        odd = (chain.blind | chain.still)[:, None]  # steps whose c stands before something else than ε
         if name == "epsilon":
             return Splitting(torch.zeros_like(alpha))
         if name == "v":
-            return Splitting(sigma)
+            return Splitting(torch.where(odd, 0.0, sigma))
         if name == "gaussian":
             spread = alpha.new_tensor([0.25]) if variance is None else variance.double().cpu()
             # A pixel that never varies would make A_k vanish at the image: its step could not be read backwards.
             spread = spread.clamp_min(VARIANCE_FLOOR * spread.mean().clamp_min(VARIANCE_FLOOR))
-            kappa = sigma / (alpha * spread + sigma.square())
-            return Splitting(kappa, None if mean is None else -kappa * alpha.sqrt() * mean.double().cpu())
+            kappa = torch.where(odd, 0.0, sigma / (alpha * spread + sigma.square()))
+            if mean is None:
+                return Splitting(kappa)
+            mu = mean.double().cpu()  # without signal nothing but the mean is known: v = −μ
+            return Splitting(kappa, torch.where(chain.blind[:, None], -mu, -kappa * alpha.sqrt() * mu))
         raise ValueError(f'splitting: "epsilon", "v", "gaussian" or a tensor κ is required, got {name!r}')
 
     @staticmethod
@@ -285,17 +229,17 @@ class EditedChain(LinearChain):
         return edited.to(x.dtype).reshape(x.shape)
 
 
-def interpolation(positions: Tensor, count: int) -> Tensor:
+def interpolation(positions: Tensor, count: int, degree: int = 3) -> Tensor:
     """(count, n) float64: from values at `positions` (n,) to 0 … count−1, by a cubic spline (n ≥ 4) or linearly."""
-    return _interpolation(tuple(positions.tolist()), count).clone()
+    return _interpolation(tuple(positions.tolist()), count, degree).clone()
 
 
 @lru_cache(maxsize=64)
-def _interpolation(at: tuple[int, ...], count: int) -> Tensor:
+def _interpolation(at: tuple[int, ...], count: int, degree: int) -> Tensor:
     from scipy.interpolate import CubicSpline, make_interp_spline
 
     n = len(at)
     identity = np.eye(n)
     grid = np.arange(count)
-    spline = CubicSpline(at, identity) if n >= 4 else make_interp_spline(at, identity, k=min(1, n - 1))
+    spline = CubicSpline(at, identity) if n >= 4 and degree == 3 else make_interp_spline(at, identity, k=min(1, n - 1))
     return torch.from_numpy(np.ascontiguousarray(spline(grid)))

@@ -6,6 +6,7 @@ config.json. Any other difference means that the files do not belong together, a
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain, Splitting
-from .files import read_json, read_tensors, write_json, write_tensors
-from .models import read_diffusers
+from .configuration import (
+    ARCHITECTURES,
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    agreed,
+    check_timesteps,
+    checked_prediction,
+    checked_shape,
+    described,
+)
+from .files import read_header, read_json, read_tensors, write_json, write_tensors
+from .models import INDEX, read_diffusers, read_pipeline
 from .schedule import Schedule
-from .statistics import Statistics, read_statistics
-from .unet import UNet
+from .statistics import Statistics, check_stored, read_statistics
+from .weights import build
 
-FORMAT = 1
-ARCHITECTURES: dict[str, type[nn.Module]] = {"UNet": UNet}
-PREDICTIONS = ("epsilon", "v", "sample")
 SHIPPED = Path(__file__).parent / "checkpoints"
-WEIGHTS, CONFIG, IMAGES = "model.safetensors", "config.json", "images.safetensors"
+IMAGES = "images.safetensors"
 
 
 @dataclass(frozen=True)
@@ -107,8 +116,9 @@ def save_checkpoint(
     architecture = type(model).__name__
     if ARCHITECTURES.get(architecture) is not type(model):
         raise TypeError(f"model: one of {', '.join(ARCHITECTURES)} is required, got {architecture}")
-    shape = _checked_shape(shape, model)
-    _checked_prediction(prediction)
+    shape = checked_shape(shape, model)
+    checked_prediction(prediction)
+    check_timesteps(model, schedule)
     config = {
         "format": FORMAT,
         "architecture": {"name": architecture, "arguments": model.config},
@@ -132,13 +142,18 @@ def save_checkpoint(
 
 def save_images(folder: str | Path, images: Tensor, levels: int = 255) -> None:
     """Write real images (n, C, H, W) in [−1, 1] beside a checkpoint, rounded to 0 … `levels` ≤ 255, one byte each."""
+    check_images(images, levels)
+    values = ((images + 1) * (levels / 2)).round().to("cpu", torch.uint8)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_tensors(Path(folder) / IMAGES, {"images": values}, {"levels": str(levels)})
+
+
+def check_images(images: Tensor, levels: int) -> None:
+    """Raises ValueError for what `save_images` cannot write."""
     if images.ndim != 4 or not bool((images.abs() <= 1).all()):
         raise ValueError(f"images: (n, C, H, W) in [-1, 1] is required, got {tuple(images.shape)}")
     if not 1 <= levels <= 255:
         raise ValueError(f"levels: 1 … 255 is required, got {levels}")
-    values = ((images + 1) * (levels / 2)).round().to("cpu", torch.uint8)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_tensors(Path(folder) / IMAGES, {"images": values}, {"levels": str(levels)})
 
 
 def add_statistics(folder: str | Path, images: Tensor) -> None:
@@ -151,6 +166,7 @@ def add_statistics(folder: str | Path, images: Tensor) -> None:
         ValueError: the file is malformed, or its mean differs from that of the images.
     """
     path, statistics = Path(folder) / WEIGHTS, Statistics.of(images)
+    check_stored(read_header(path)[0], tuple(images.shape[1:]), path)
     tensors, metadata = read_tensors(path)
     mean = tensors.get("data.mean", statistics.mean)
     if mean.shape != statistics.mean.shape or not torch.allclose(mean, statistics.mean, rtol=0, atol=1e-4):
@@ -163,7 +179,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Return the checkpoint in a folder, or the shipped one of that name ("digits", "fashion").
 
-    A folder whose config.json was written by diffusers ("_class_name": "UNet2DModel") is read with diffusers.
+    A folder whose config.json was written by diffusers ("_class_name": "UNet2DModel") is read with diffusers, and so is
+    one of a whole pipeline that has a unet and a scheduler alone.
 
     Args:
         name_or_folder: a shipped name, or a path; a path that looks like a shipped name is written "./digits".
@@ -177,22 +194,26 @@ def load_checkpoint(
     """
     shipped = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
     folder = SHIPPED / name_or_folder if str(name_or_folder) in shipped else Path(name_or_folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder, nor a shipped checkpoint ({', '.join(shipped) or 'none'})")
+    if (folder / INDEX).is_file():
+        found = read_pipeline(folder, dtype)
+        return Checkpoint(found[0].to(device).eval(), *found[1:], None, None, None, folder.name)
     config = read_json(folder / CONFIG)
-    network: nn.Module
     if "_class_name" in config:
         network, schedule, prediction, shape = read_diffusers(folder, config["_class_name"], dtype)
         return Checkpoint(network.to(device).eval(), schedule, prediction, shape, None, None, None, folder.name)
-    tensors, metadata = read_tensors(folder / WEIGHTS)
-    config = _agreed(folder, config, metadata)
-    network, schedule, prediction, shape = _build(folder / CONFIG, config)
-    _fill(network, tensors, folder / WEIGHTS)
-    statistics = read_statistics(tensors, shape, folder / WEIGHTS)
+    path = folder / WEIGHTS
+    stored, metadata = read_header(path)
+    config = agreed(folder, config, metadata)
+    make, schedule, prediction, shape = described(folder, config, stored)
+    tensors, _ = read_tensors(path)
+    model = build(make, tensors, path, dtype)
+    statistics = read_statistics(tensors, path)
     mean, variance = (None, None) if statistics is None else (statistics.mean, statistics.variance)
     images = _load_images(folder / IMAGES, shape)
     return Checkpoint(
-        model=network.to(device, dtype).eval(),
+        model=model.to(device).eval(),
         schedule=schedule,
         prediction=prediction,
         shape=shape,
@@ -205,89 +226,16 @@ def load_checkpoint(
     )
 
 
-def _agreed(folder: Path, config: dict[str, Any], metadata: dict[str, str]) -> dict[str, Any]:
-    """Return the configuration in the header of the weights, once config.json says the same but for the training."""
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG}: format {FORMAT} is required, got {config.get('format')!r}")
-    if "config" not in metadata:  # weights written by another tool: config.json is all there is
-        return config
-    try:
-        header: dict[str, Any] = json.loads(metadata["config"])
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS}: its configuration is not JSON ({error})") from error
-    different = [key for key in {**header, **config} if key != "training" and header.get(key) != config.get(key)]
-    if different:
-        raise ValueError(f"{folder / CONFIG}: belongs to other weights than {WEIGHTS}: {', '.join(different)} differ")
-    return header
-
-
-def _build(path: Path, config: dict[str, Any]) -> tuple[nn.Module, Schedule, str, tuple[int, int, int]]:
-    """Return model (its weights not yet read), schedule, prediction and shape of the configuration read from `path`."""
-    architecture = config.get("architecture")
-    name = architecture.get("name") if isinstance(architecture, dict) else None
-    if not isinstance(architecture, dict) or name not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
-    try:
-        with torch.random.fork_rng(devices=[]):  # drawing weights only to replace them must not move the caller's seed
-            model = ARCHITECTURES[name](**architecture["arguments"])
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        MemoryError,
-        OverflowError,
-    ) as error:  # sizes beyond all memory
-        raise ValueError(f"{path}: arguments of {name}: {error}") from error
-    try:
-        schedule = Schedule.from_config(config.get("schedule", {}))
-        shape = _checked_shape(config.get("shape"), model)
-        prediction = _checked_prediction(config.get("prediction"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return model, schedule, prediction, shape
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the tensors "model.…" into the model: every one it has, of its shape, finite, and no other."""
-    own = model.state_dict()
-    state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-    for key in own.keys() | state.keys():
-        if key not in state:
-            raise ValueError(f"{path}: no tensor model.{key}")
-        if key not in own:
-            raise ValueError(f"{path}: tensor model.{key} is not of this architecture")
-        if state[key].shape != own[key].shape:
-            raise ValueError(
-                f"{path}: model.{key} of shape {tuple(own[key].shape)} is required, got {tuple(state[key].shape)}"
-            )
-        if not bool(state[key].isfinite().all()):
-            raise ValueError(f"{path}: model.{key} is not finite")
-    model.load_state_dict(state)
-
-
 def _load_images(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    tensors, metadata = read_tensors(path)
-    values, levels = tensors.get("images"), metadata.get("levels", "255")
-    if values is None or values.dtype != torch.uint8 or tuple(values.shape[1:]) != shape:
+    stored, metadata = read_header(path)
+    given, levels = stored.get("images"), metadata.get("levels", "255")
+    if given is None or given.dtype != torch.uint8 or given.shape[1:] != shape or not given.shape[0] or len(stored) > 1:
         raise ValueError(f"{path}: bytes named images, of shape (n, {', '.join(map(str, shape))}), are required")
-    if not levels.isdecimal() or not 1 <= int(levels) <= 255:
-        raise ValueError(f"{path}: levels 1 … 255 are required, got {levels!r}")
+    if not levels.isascii() or not levels.isdecimal() or len(levels) > 3 or not 1 <= int(levels) <= 255:
+        raise ValueError(f"{path}: levels 1 … 255 are required, got {levels!r:.80}")
+    values = read_tensors(path)[0]["images"]
+    if int(values.max()) > int(levels):
+        raise ValueError(f"{path}: bytes up to levels = {levels} are required, got {int(values.max())}")
     return values.float() * (2 / int(levels)) - 1
-
-
-def _checked_shape(shape: Any, model: nn.Module) -> tuple[int, int, int]:
-    whole = isinstance(shape, (list, tuple)) and all(isinstance(n, int) and n > 0 for n in shape)
-    if not whole or len(shape) != 3:
-        raise ValueError(f"shape: three positive integers (C, H, W) are required, got {shape!r}")
-    if tuple(shape) != getattr(model, "shape", None):
-        raise ValueError(f"shape: the model's {getattr(model, 'shape', None)} is required, got {tuple(shape)}")
-    return shape[0], shape[1], shape[2]
-
-
-def _checked_prediction(prediction: Any) -> str:
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is required, got {prediction!r}")
-    return str(prediction)

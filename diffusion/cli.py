@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         code = MISUSED if isinstance(error, MISTAKES) else FAILED
         return _end(f"error: {_line(error)}", code)
+    except Exception as error:  # a fault of the program's own
+        if args.debug:
+            raise
+        return _end(f"error: {type(error).__name__}: {_line(error)} (--debug shows where)", FAILED)
 
 
 def _run(args: argparse.Namespace) -> int:

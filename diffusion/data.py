@@ -1,18 +1,28 @@
 """Images to train on and to invert, scaled to [−1, 1]: handwritten digits, Fashion-MNIST, a folder of pictures."""
 
 import gzip
+import math
+import os
 import struct
+import warnings
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .files import require_file
+
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package puts the files
 FASHION_PACKAGE = "dataset-fashion-mnist"
 DIGITS_TEST = 297
 PICTURES = {".png", ".jpg", ".jpeg"}
+MOST_PIXELS = 2**26  # of a picture: 200 MB of colours
+LARGEST_IDX = 2**30  # values
 HELD_OUT = 10  # every tenth picture of a folder without a split of its own
 
 
@@ -82,76 +92,125 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     The format: two zero bytes, a type (8: unsigned byte), the number of dimensions, each size as a big-endian
     32-bit integer, then the values.
     """
+    header = 4 + 4 * dimensions
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path} is missing: apt-get install {FASHION_PACKAGE}, or name the folder")
+    require_file(path)
     try:
         with gzip.open(path) as file:
-            content = file.read()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: apt-get install {FASHION_PACKAGE}, or name the folder") from error
-    except (OSError, EOFError) as error:
+            start = file.read(header)
+            if len(start) < header or start[:4] != bytes((0, 0, 8, dimensions)):
+                raise ValueError(f"not an IDX file of {dimensions}-dimensional unsigned bytes")
+            sizes = struct.unpack(f">{dimensions}I", start[4:])
+            count = math.prod(sizes)
+            if count > LARGEST_IDX:
+                raise ValueError(f"at most {LARGEST_IDX:,} values are read, its header announces {count:,}")
+            content = file.read(count + 1)  # not all of it, which may unpack to any size
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error})") from error
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise ValueError(f"{path}: not an IDX file of {dimensions}-dimensional unsigned bytes")
-    sizes = struct.unpack(f">{dimensions}I", content[4:header])
-    count = int(np.prod(sizes, dtype=np.int64))
-    if len(content) - header != count:
-        raise ValueError(f"{path}: {count} values announced by its header, {len(content) - header} found")
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes).copy()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if len(content) != count:
+        found = len(content) if len(content) < count else "more"
+        raise ValueError(f"{path}: {count} values announced by its header, {found} found")
+    return np.frombuffer(content, dtype=np.uint8).reshape(sizes).copy()
 
 
 def picture_files(folder: str | Path, deep: bool = False) -> list[Path]:
     """Return the PNG and JPEG files of a folder, with `deep` those of its subfolders too, sorted by path.
 
+    Links are followed, and each folder is read once. What is named like a picture and is no file (a folder, a FIFO, a
+    socket, a device, a link to nothing) is passed over.
+
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or no picture in it.
+        PermissionError: a subfolder may not be read.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = folder.rglob("*") if deep else folder.iterdir()
-    files = sorted(file for file in found if file.suffix.lower() in PICTURES)
+    files = sorted(_pictures(folder, deep, set()))
     if not files:
         raise ValueError(f"{folder}: holds no file named .png, .jpg or .jpeg")
     return files
+
+
+def _pictures(folder: Path, deep: bool, seen: set[str]) -> Iterator[Path]:
+    here = os.path.realpath(folder)
+    if here in seen:
+        return
+    seen.add(here)
+    for path in sorted(folder.iterdir()):
+        if deep and path.is_dir():
+            yield from _pictures(path, deep, seen)
+        elif path.suffix.lower() in PICTURES and path.is_file():
+            yield path
 
 
 def read_picture(file: Path, shape: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int]]:
     """Return a picture as (C, H, W) float32 in [−1, 1], and its own (width, height).
 
     It is turned as its EXIF record says, cut to the largest centred rectangle of the wanted proportions, then resized.
-    What is transparent becomes white; 16 bits per pixel become 8.
+    What is transparent becomes white; 16 bits per pixel become 8; palettes and CMYK become colours; of several frames
+    the first is taken.
 
     Args:
-        file: of a format that Pillow reads.
-        shape: (C, H, W); C is 1 (grey) or 3 (colour).
+        file: of a format that Pillow reads, of at most 2²⁶ pixels (8192×8192).
+        shape: (C, H, W); C is 1 (grey) or 3 (colour), H·W at most 2²⁶.
 
     Raises:
         ImportError: Pillow is not installed.
-        ValueError: the file cannot be read as a picture, or another number of channels.
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read as a picture, has more pixels, or another number of channels is asked for.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise ImportError("pictures are read by Pillow: pip install 'pydeqsolve[data]'") from error
     channels, height, width = shape
     if channels not in (1, 3):
         raise ValueError(f"shape: pictures have 1 or 3 channels, shape asks for {channels}")
+    if min(height, width) < 1 or height * width > MOST_PIXELS:
+        raise ValueError(f"shape: 1 to {MOST_PIXELS:,} pixels are required, got {width}x{height}")
+    require_file(file)
     try:
-        with Image.open(file) as opened:
-            picture: Image.Image = ImageOps.exif_transpose(opened)
-            size = picture.size
-            if picture.mode in ("F", "I"):
-                raise ValueError(f"8 or 16 bits per pixel are required, got mode {picture.mode}")
-            if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
-                picture = Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", size, "white"), picture)
-            fitted = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: cannot be read as a picture ({error})") from error
-    values = torch.from_numpy(np.array(fitted, dtype=np.float32)).reshape(height, width, channels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # fewer pixels are refused here by name
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged records; damaged pixels are errors
+            with Image.open(file) as opened:
+                picture, size = _upright(opened)
+                fitted = _fitted(picture, channels, width, height)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file Pillow says struct.error, zlib.error, EOFError, IndexError, …
+        raise ValueError(f"{file}: cannot be read as a picture ({error or type(error).__name__})") from error
+    values = torch.from_numpy(fitted).reshape(height, width, channels)
     return values.permute(2, 0, 1) * (2 / 255) - 1, size
+
+
+def _upright(opened: Any) -> tuple[Any, tuple[int, int]]:
+    """An opened picture, turned as its EXIF record says, and its size."""
+    from PIL import ImageOps
+
+    width, height = opened.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"at most {MOST_PIXELS:,} pixels are read, got {width}x{height}")
+    if opened.mode in ("F", "I"):
+        raise ValueError(f"8 or 16 bits per pixel are required, got mode {opened.mode}")
+    picture = ImageOps.exif_transpose(opened)
+    return picture, picture.size
+
+
+def _fitted(picture: Any, channels: int, width: int, height: int) -> np.ndarray:
+    """Its pixels (H, W) or (H, W, 3) float32 0 … 255, cut and scaled."""
+    from PIL import Image, ImageOps
+
+    if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip, not scale
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height)), dtype=np.float32)
 
 
 def image_folder(path: str | Path, shape: tuple[int, int, int]) -> Tensor:

@@ -19,6 +19,7 @@ EPOCHS = {"naive": 400, "deq": 400}
 LEARNING_RATES = {"naive": 0.3, "deq": 0.1}
 # The relative error of x_0 that a solve of "deq" may leave, as part of that of the last epoch, and at least.
 FINER, FINEST = 0.03, 1e-7
+EPOCH_STOP = Stop(rtol=1e-3, max_steps=1000)  # of the solve in each epoch of "deq"
 
 
 @dataclass(eq=False)
@@ -62,8 +63,7 @@ class Descent:
                 "history": torch.empty(0, B, dtype=torch.float64), "evaluations": torch.zeros(B, dtype=torch.int64),
                 "rounds": torch.zeros((), dtype=torch.int64), "N": torch.zeros(B, T, D, dtype=torch.float64),
             }  # fmt: skip
-        if state["x_T"].shape != (B, D) or state["N"].shape != (B, T, D):
-            raise ValueError(f"state: belongs to {tuple(state['N'].shape)} images × steps × pixels, not {(B, T, D)}")
+        check_state(state, B, T, D, named_moments=make is None)
         at = {name: value.clone().to(device) for name, value in state.items()}
         x_T = at["x_T"].requires_grad_()
         optimizer = make([x_T]) if make is not None else torch.optim.Adam([x_T], lr=lr)
@@ -87,17 +87,17 @@ class Descent:
         return {name: value.detach().clone().contiguous() for name, value in state.items()}
 
     def run(
-        self, epochs: int, gradient: Phantom | Implicit, stop: Stop, solver: Any, callback: Any, bar: Any
+        self, epochs: int, limit: int | None, gradient: Phantom | Implicit, solver: Any, callback: Any, bar: Any
     ) -> Outcome:
-        """Epochs up to number `epochs`, those of the resumed state included."""
-        while self.epoch < epochs:
+        """Epochs up to number `epochs` and rounds up to `limit`, those of the resumed state included."""
+        while self.epoch < epochs and (limit is None or self.rounds + self._most_rounds(gradient) <= limit):
             sampler = self.sampler.at(self.x_T.detach())
             before, solution = sampler.map.network.calls, None
             if self.method == "naive":
                 x_0, rows = sampler.differentiable_sequential(self.x_T)
             else:
                 x_0, solution, rows = sampler.differentiable_parallel(
-                    self.x_T, self.N, gradient, self._tightened(stop), solver
+                    self.x_T, self.N, gradient, self._tightened(EPOCH_STOP), solver
                 )
                 self.N = solution.z
             loss = (x_0 - self.target).square().sum(1)
@@ -111,7 +111,14 @@ class Descent:
             if callback is not None and callback(seen):
                 break
         history = torch.stack(self.history) if self.history else self.target.new_empty(0, len(self.target))
-        return Outcome(self.best, history, self.rounds, self.evaluations, None, None, self.snapshot())
+        return Outcome(self.best, history, self.evaluations, self.rounds, self.snapshot())
+
+    def _most_rounds(self, gradient: Phantom | Implicit) -> int:
+        """What an epoch may take: a causal chain of T steps is solved after T rounds, and swept back in T more."""
+        T = len(self.sampler.map.chain)
+        if self.method == "naive":
+            return T
+        return T + (T if isinstance(gradient, Implicit) else gradient.steps)
 
     def _tightened(self, stop: Stop) -> Stop:
         """The tolerance of this epoch's solve: as the loss falls, what the solve leaves must fall below it."""
@@ -132,3 +139,30 @@ class Descent:
         (grad,) = torch.autograd.grad(loss.sum(), self.x_T)
         self.x_T.grad = torch.where(grad.isfinite(), grad, 0.0)
         self.optimizer.step()
+
+
+def check_state(state: Mapping[str, Tensor], B: int, T: int, D: int, named_moments: bool) -> None:
+    """Raises ValueError unless a state to resume from has every part, no other, and is of B images, T steps, D pixels.
+
+    named_moments: the optimiser is Adam, whose moments are known by name; another one keeps what it likes as "adam.…".
+    """
+    epochs = len(state["history"]) if "history" in state and state["history"].dim() else 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_T": (B, D), "best": (B, D), "best_loss": (B,), "history": (epochs, B), "evaluations": (B,), "rounds": (),
+        "N": (B, T, D),
+    }  # fmt: skip
+    moments = {"adam.step": (), "adam.exp_avg": (B, D), "adam.exp_avg_sq": (B, D)}
+    shapes |= moments if epochs and named_moments else {}
+    for name in sorted(shapes.keys() | state.keys()):
+        if name not in state:
+            raise ValueError(f"state: {name} is missing")
+        if name not in shapes and (named_moments or not name.startswith("adam.")):
+            raise ValueError(f"state: {name} is not known")
+        value = state[name]
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state: {name}: a tensor is required, got {type(value).__name__}")
+        dtype = torch.int64 if name in ("evaluations", "rounds") else torch.float64
+        if name in shapes and tuple(value.shape) != shapes[name]:
+            raise ValueError(f"state: {name} of shape {shapes[name]} is required, got {tuple(value.shape)}")
+        if not name.startswith("adam.") and value.dtype != dtype:
+            raise ValueError(f"state: {name} of {dtype} is required, got {value.dtype}")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .checks import flag
+
 if TYPE_CHECKING:
     from .chain import Chain
 
@@ -23,17 +25,20 @@ class Clip:
 
     bound: x̂_0 is clipped to ±bound (diffusers' `clip_sample`). quantile: if given, x̂_0 is divided by s after being
     clipped to ±s, s the quantile of its |entries|, no less than 1 and no more than `bound`: dynamic thresholding
-    (Saharia et al. 2022), one s per image.
+    (Saharia et al. 2022), one s per image. consistent: ε is taken anew from the clipped image, (x_t − √ᾱ x̂_0)/√(1−ᾱ),
+    as DDPM's posterior mean does and diffusers' `use_clipped_model_output`.
     """
 
     bound: float = 1.0
     quantile: float | None = None
+    consistent: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bound, bool) or not isinstance(self.bound, (int, float)) or not self.bound > 0:
             raise ValueError(f"bound: a positive number is required, got {self.bound!r}")
         if self.quantile is not None and not 0 < self.quantile <= 1:
             raise ValueError(f"quantile: a number in (0, 1] is required, got {self.quantile!r}")
+        flag("consistent", self.consistent)
         if self.quantile is not None and self.bound < 1:
             raise ValueError(f"bound: at least 1 is required with a quantile, got {self.bound}")
 

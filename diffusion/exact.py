@@ -1,9 +1,9 @@
-"""The chain read from the image to the latent: in one rough pass, or exactly.
+"""Exact inversion: a few parallel rounds, then step by step where the image sampled is not near enough.
 
-Backwards, step k is an equation for x_k: F_k(x_k) = x_{k+1} with F_k(x) = a_k x + c_k ε(x, t_k). In the data's own
-directions F_k is nearly the identity, in all others it shrinks by σ̄_{k+1}/σ̄_k, σ̄ = √((1−ᾱ)/ᾱ), because a denoiser
-forgets what is not like the data. For most of the chain that ratio is near 1, every step is a contraction, and all are
-solved at once. For the one to three steps next to the image it is near 0: these `stiff` steps are solved one by one.
+In the data's own directions a step F_k (`diffusion.backwards`) is nearly the identity, in all others it shrinks by
+σ̄_{k+1}/σ̄_k, σ̄ = √((1−ᾱ)/ᾱ), because a denoiser forgets what is not like the data. For most of the chain that ratio is
+near 1, every step is a contraction, and all are solved at once. For the one to three steps next to the image it is near
+0: these `stiff` steps are solved one by one.
 
 On them ‖F_k(x) − x_{k+1}‖ has minima that are no roots (F_k folds space), where methods that make the residual as small
 as they can, Anderson's of kind II or Gauss-Newton, come to rest at losses from 1e-5 (T = 50) to 1e-3 (T = 10). Roots
@@ -13,21 +13,25 @@ Broyden's method looks for a root of its model instead, may let the residual gro
 The other steps are one fixed point, whose remainders vary slowly over time. Its first rounds evaluate a few nodes and
 take the change of all remainders from a spline through theirs; what Anderson acceleration learns there holds for all
 steps, so those rounds cost few rows and are not lost.
+
+Then the image is sampled from the latent, as it will be returned. Where it is off by more than was asked, all steps are
+solved one after the other, from what is known of them: the deepest way, and the surest, also where guidance makes many
+steps stiff. That is done again while it halves the error.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydeqsolve import Anderson, Broyden, Solution, Status, Stop, solve
+from pydeqsolve import Anderson, Broyden, Picard
 
-from .chain import Chain, LinearChain, Splitting, interpolation
-from .remainder import Remainders, reachable
+from .backwards import SPARE, Backwards, removing, stiff_steps
+from .chain import Splitting
+from .loss import Best
 from .sampler import Sampler
 
 STIFFNESS = 0.7  # 1 − σ̄_{k+1}/σ̄_k from which a step is solved by itself
@@ -37,29 +41,36 @@ SHARE, RESOLUTION = 0.75, 0.03
 JOINT_SHARE, JOINT_RESOLUTION = 0.85, 0.1
 STIFF_SOLVER = Broyden(memory=24)
 SOLVER = Anderson(memory=10, coupling="joint")
-MAX_STEPS = 36
-# Of the first rounds of the others at most NODE_ROUNDS are on nodes, after which what lies between the nodes shows, and
-# ALL_ROUNDS at least are on all steps.
-NODE_ROUNDS, ALL_ROUNDS = 4, 5
+# Of the error asked for: what a stiff step may use, all others together, and all that are solved one by one.
+STIFF_PART, JOINT_PART, STEP_PART = 0.3, 0.5, 0.5
+STIFF_ROUNDS, JOINT_ROUNDS, STEP_ROUNDS = 400, 24, 400  # the most of each
+NODE_ROUNDS, ALL_ROUNDS = 4, 5  # of the joint ones: at most so many on nodes, and at least so many on all steps
+# Evaluations in which the residual must halve, while it is as small as the network's rounding, and before.
+STEP_PATIENCE, JOINT_PATIENCE = (10, 200), (3, 8)
+ALLOWED, ALLOWED_PER_STEP = 1500, 20  # evaluations one after the other of an image
 FORCING = 0.1  # the tolerance of the others, as part of the error which the stiff steps have left in the image
-
-
-def default_stop(dtype: torch.dtype) -> Stop:
-    """For a network computing in `dtype`: a pixel, of a range of 2, is off by 2e-6, or 5e-6 in float32 and less."""
-    return Stop(rtol=0.0, atol=2e-6 if dtype == torch.float64 else 5e-6, max_steps=MAX_STEPS)
+# What is tried on a step left unsolved: with more of the noise removed, then plain iteration.
+RESCUES = (
+    (lambda chain: removing(chain, 0.9, RESOLUTION), STIFF_SOLVER),
+    (lambda chain: Splitting.named("epsilon", chain), Picard()),
+)
+VISIBLE = 0.03  # root mean square error of a pixel, of a range of 2, from which one-pass inversion may be better
+FELL = 0.5  # another pass is made where the last has brought the error down to this part of what it was
 
 
 @dataclass(eq=False)
 class Outcome:
-    """Latents before they are checked by sampling."""
+    """Latents as the methods find them.
+
+    exhausted: (B,) bool, the rounds or evaluations were over; where not, the method ended of itself. None is all.
+    """
 
     x_T: Tensor  # (B, D)
     history: Tensor  # (epochs or rounds, B)
-    rounds: int
     evaluations: Tensor  # (B,)
-    status: Tensor | None = None  # (B,) of a fixed point
-    N: Tensor | None = None  # (B, T, D) the chain's remainders along the way, a guess for the check
+    rounds: int
     state: dict[str, Tensor] = field(default_factory=dict)
+    exhausted: Tensor | None = None
 
 
 def one_pass(sampler: Sampler, target: Tensor) -> Outcome:
@@ -70,173 +81,88 @@ def one_pass(sampler: Sampler, target: Tensor) -> Outcome:
     for k in range(T - 1, -1, -1):
         at = min(k + 1, T - 1)
         t = chain.timesteps[at].expand(len(x))
-        eps = sampler.map.network.epsilon(x, t, chain.alphas[at].expand(len(x)), sampler.conditioning)
+        alpha = chain.alphas[at]
+        eps = sampler.map.network.epsilon(x, t, alpha.expand(len(x)), sampler.conditioning)
+        if at != k and chain.blind[k]:  # step k wants v = −x̂_0
+            eps = ((1 - alpha).sqrt() * eps - x) / alpha.sqrt()
         x = (x - c[k] * eps) / a[k]
-    return Outcome(x, x.new_empty(0, len(x)), T, torch.full((len(x),), T, device=x.device))
+    return Outcome(x, x.new_empty(0, len(x)), torch.full((len(x),), T, device=x.device), T)
 
 
-def stiff_steps(chain: Chain) -> int:
-    """How many steps next to the image shrink what is not like the data to less than 1 − STIFFNESS of its size."""
-    before, after = ((1 - alphas) / alphas for alphas in (chain.alphas, chain.alphas_next))
-    stiff = 1 - (after / before).sqrt() > STIFFNESS
-    return int(stiff.flip(0).cumprod(0).sum())
+def exact(
+    sampler: Sampler, target: Tensor, splitting: Splitting | None, solver: Any, error: float, limit: float, best: Best,
+    bar: Any,
+) -> Outcome:  # fmt: skip
+    """Latents whose images are off by `error`, as far as `limit` rounds go; `best` has them.
 
-
-def reversed_map(forward: Remainders, first: int, last: int, splitting: Splitting) -> Remainders:
-    """Steps first … last − 1 of the chain, read backwards: position j ends at x_k, k = last − 1 − j, where N_k is read.
-
-    splitting: of all the chain's steps.
+    splitting, solver: of the steps that are solved together; None is a splitting that removes most of the noise.
     """
-    chain, cut = forward.chain, slice(first, last)
-    parts = {name: getattr(chain, name)[cut].flip(0) for name in ("timesteps", "alphas", "alphas_next")}
-    flipped = replace(chain, **parts)
-    offset = None if splitting.offset is None else splitting.offset[cut].flip(0)
-    kappa = splitting.kappa[cut].flip(0)
-    a, c = flipped.a[:, None], flipped.c[:, None]
-    A = a + c * kappa
-    return Remainders(forward.network, flipped, Splitting(kappa, offset), LinearChain(1 / A, -c / A), 1)
+    network, B, T = sampler.map.network, len(target), len(sampler.map.chain)
+    spared = limit - 2 * T if limit >= 3 * T else limit  # what is left is for one-pass inversion, if it comes to that
+    allowance = torch.full((B,), ALLOWED + ALLOWED_PER_STEP * T, device=target.device)
+    way = Backwards(sampler, target, spared, allowance, bar)
+    together(way, splitting, solver, error)
+    images = torch.arange(B, device=target.device)
+    best.offer(way.x, way.remainders(target), images)
+    left, before = way.left, best.error.clone()
+    images = images[(before > error) & target.isfinite().all(1)]
+    while len(images) and network.calls < spared:
+        # Guidance makes what is left on the way larger in the image: less may be left by as much.
+        asked = STEP_PART * error * (left[images] / before[images]).nan_to_num(1.0).clamp(1e-3, 1.0)
+        again = Backwards(sampler.pick(images), target[images], spared, allowance[images], bar)
+        one_by_one(again, way.eps[images], asked / T**0.5)
+        best.offer(again.x, again.remainders(target[images]), images)
+        way.join(again, images)
+        now, reached = best.error[images], (again.left <= asked) | (again.left <= FELL * left[images])
+        left[images] = again.left
+        going = (now > error) & (now <= FELL * before[images]) & reached & (again.allowance > SPARE * T)
+        images, before = images[going], best.error.clone()
+    exhausted = (way.allowance <= SPARE * T) | (network.calls >= spared)
+    doubted = ((best.error > VISIBLE) & target.isfinite().all(1)).nonzero()[:, 0]
+    if len(doubted) and network.calls + T <= limit:
+        rough = one_pass(sampler.pick(doubted), target[doubted])
+        way.evaluations[doubted] += rough.evaluations
+        best.offer(rough.x_T, None, doubted)
+    return Outcome(best.x_T, torch.cat(way.traces), way.evaluations, network.calls - best.check, exhausted=exhausted)
 
 
-@dataclass(eq=False)
-class OnNodes:
-    """The same map with only the nodes evaluated: all remainders change by a spline through the nodes' changes."""
-
-    map: Remainders
-    at: Tensor  # (n,) positions, both ends included
-    spread: Tensor  # (steps, n), from nodes to all
-
-    def __call__(self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor) -> Tensor:
-        m, at = self.map, self.at
-        x = m.linear.trajectory(base, N)[:, at + m.shift]  # (n, nodes, D)
-        m.evaluations.index_add_(0, image, torch.full_like(image, len(at)))
-        rows = [c.repeat_interleave(len(at), 0) for c in conditioning]
-        value = m.remainder(x.flatten(0, 1), at.repeat(len(x)), rows).view_as(x)
-        return N + self.spread @ (value - N[:, at])
-
-
-def joint_nodes(steps: int) -> Tensor:
-    """Positions (n,) of steps^0.6 nodes, denser towards the image, where the remainders change most."""
-    n = max(2, round(steps**0.6))
-    return ((steps - 1) * torch.linspace(0, 1, n, dtype=torch.float64).square()).round().long().unique()
-
-
-class _Backwards:
-    """The way from the image to the latent, so far: x_k for the steps that are solved, and what it cost."""
-
-    def __init__(self, sampler: Sampler, target: Tensor, bar: Any) -> None:
-        self.sampler, self.bar, self.x = sampler, bar, target
-        B, D = target.shape
-        self.eps = torch.zeros_like(target)  # (B, D) of the last step solved
-        self.N = target.new_zeros(B, len(sampler.map.chain), D)
-        self.evaluations = torch.zeros(B, dtype=torch.int64, device=target.device)
-        self.status = torch.full((B,), int(Status.CONVERGED), device=target.device)
-        self.traces: list[Tensor] = []
-        self.rounds = 0
-
-    def solve(
-        self, first: int, last: int, splitting: Splitting, solver: Any, stop: Stop, scale: float, node_rounds: int = 0
-    ) -> Tensor:
-        """Moves x from x_last to x_first, all steps between at once; atol of `stop` is for scale·N, as what it returns.
-
-        node_rounds: of the rounds, those on nodes alone. Returns the residual (B,).
-        """
-        backward = reversed_map(self.sampler.map, first, last, splitting)
-        split = backward.splitting
-        backward.evaluations = self.evaluations
-        drift = None if split.offset is None else (backward.linear.c * split.offset)[None]
-        base = backward.linear.base(self.x, drift)
-        image = torch.arange(len(base), device=base.device)
-        inputs = (image, base, *self.sampler.conditioning)
-        guess: Any = self._guess(backward)
-        if node_rounds:
-            at = joint_nodes(last - first).to(base.device)
-            on_nodes = OnNodes(backward, at, interpolation(at.cpu(), last - first).to(base.device))
-            guess = solve(
-                on_nodes, guess, inputs, solver=solver, stop=Stop(0.0, 0.0, node_rounds), gradient=None, trace=True,
-                callback=self._tick, keep_history=True,
-            )  # fmt: skip
-            self._count(guess)
-        # A network rounds its answer at least; more of a floor than that loses digits of the image (docs/inversion.md).
-        asked = torch.as_tensor(stop.atol, dtype=torch.float64, device=base.device) / scale
-        atol = reachable(asked, self.sampler.map.network.dtype)
-        inside = replace(stop, atol=atol, max_steps=stop.max_steps - node_rounds)
-        solution = solve(
-            backward, guess, inputs, solver=solver, stop=inside, gradient=None, trace=True, callback=self._tick,
-        )  # fmt: skip
-        self._count(solution)
-        states = backward.linear.trajectory(base, solution.z)
-        self._take(first, last, split, states[:, 1:], solution)
-        return scale * solution.residual
-
-    def _guess(self, backward: Remainders) -> Tensor:
-        """N (B, steps, D) along the path of the last ε found, which changes slowly; of ε = 0 at the image."""
-        chain, split = backward.chain, backward.splitting
-        a, c = chain.a[:, None], chain.c[:, None]
-        eps = self.eps[:, None].expand(-1, len(chain), -1)
-        straight = LinearChain(1 / a, -c / a)
-        states = straight.trajectory(straight.base(self.x, None), eps)[:, 1:]
-        N = eps - split.kappa * states
-        return N if split.offset is None else N - split.offset
-
-    def _take(self, first: int, last: int, split: Splitting, states: Tensor, solution: Solution) -> None:
-        own = self.sampler.map.splitting
-        eps = solution.z + split.kappa * states
-        eps = eps if split.offset is None else eps + split.offset
-        self.eps = eps[:, -1]
-        eps = eps.flip(1)
-        self.N[:, first:last] = eps - own.kappa[first:last] * states.flip(1)
-        if own.offset is not None:
-            self.N[:, first:last] -= own.offset[first:last]
-        self.x = states[:, -1]
-        self.status = torch.where(self.status == Status.CONVERGED, solution.status, self.status)
-
-    def _count(self, solution: Solution) -> None:
-        assert solution.trace is not None
-        self.traces.append(solution.trace)
-        self.rounds += solution.steps
-
-    def _tick(self, step: int, N: Tensor, residual: Tensor) -> bool:
-        self.bar.update()
-        return False
-
-
-def reserve(steps: int, budget: int) -> int:
-    """Rounds which the stiff ones leave to `steps` others; of the default budget 8, 9, 10 to 8, 18, 48 and more."""
-    return int((6.6 + 0.55 * math.log2(steps)) / MAX_STEPS * budget + 0.5) if steps else 0
-
-
-def removing(chain: Chain, share: float, resolution: float) -> Splitting:
-    """κ = share·σ/(σ² + resolution²), σ² = 1 − ᾱ."""
-    variance = 1 - chain.alphas[:, None]
-    return Splitting(share * variance.sqrt() / (variance + resolution**2))
-
-
-def exact(sampler: Sampler, target: Tensor, splitting: Splitting | None, solver: Any, stop: Stop, bar: Any) -> Outcome:
-    """The stiff steps one by one, each until its image is off by atol, then all the others as one fixed point.
-
-    splitting: of the others, None for the one that removes most of the noise. They are solved no finer than needed
-    beside what the stiff steps have left.
-    """
-    chain = sampler.map.chain
-    way = _Backwards(sampler, target, bar)
-    k = len(chain)
-    own = removing(chain, SHARE, RESOLUTION)
-    stiff, left = stiff_steps(chain), torch.zeros(len(target), dtype=torch.float64, device=target.device)
-    kept = reserve(k - stiff, stop.max_steps)
-    for j in range(stiff):
-        budget = stop.max_steps - way.rounds - kept
-        if j + 1 < stiff:  # the one next to the image is the easiest: the model hardly denoises so near to it
-            budget //= 5
-        if budget <= 0:
-            break
+def together(way: Backwards, splitting: Splitting | None, solver: Any, error: float) -> None:
+    """The stiff steps one by one, then all the others as one fixed point, no finer than what those have left allows."""
+    chain, asked = way.sampler.map.chain, torch.full_like(way.left, error)
+    k, own = len(chain), removing(chain, SHARE, RESOLUTION)
+    stiff = stiff_steps(chain, STIFFNESS)
+    kept = min(JOINT_ROUNDS, way.rounds_left // 4) if k > stiff else 0
+    for _ in range(stiff):
         k -= 1
-        residual = way.solve(k, k + 1, own, STIFF_SOLVER, replace(stop, max_steps=budget), float(chain.c[k].abs()))
-        left = torch.maximum(left, residual.nan_to_num(0.0, 0.0, 0.0))
+        rounds = int(min(STIFF_ROUNDS, max(0, way.rounds_left - kept)))
+        way.take(k, k + 1, way.solve(k, k + 1, own, STIFF_SOLVER, STIFF_PART * asked, rounds, patience=STEP_PATIENCE))
     if k > 0:
-        asked = torch.as_tensor(stop.atol, dtype=torch.float64, device=target.device)
-        rounds = max(0, stop.max_steps - way.rounds)
-        rest = replace(stop, max_steps=rounds, atol=torch.maximum(asked, FORCING * left))
         split = removing(chain, JOINT_SHARE, JOINT_RESOLUTION) if splitting is None else splitting
+        rounds = int(min(JOINT_ROUNDS, way.rounds_left))
         able = k > 2 and not getattr(solver, "line_search", 0)  # a line search keeps no history
-        way.solve(0, k, split, solver, rest, 1.0, max(0, min(NODE_ROUNDS, rounds - ALL_ROUNDS)) if able else 0)
-    return Outcome(way.x, torch.cat(way.traces), way.rounds, way.evaluations, way.status, way.N)
+        nodes = max(0, min(NODE_ROUNDS, rounds - ALL_ROUNDS)) if able else 0
+        left = way.left.nan_to_num(0.0, 0.0, 0.0)
+        atol = torch.maximum(JOINT_PART * asked, FORCING * left)
+        found = way.solve(0, k, split, solver, atol, rounds, patience=JOINT_PATIENCE, node_rounds=nodes)
+        way.take(0, k, found)
+
+
+def one_by_one(way: Backwards, eps: Tensor, atol: Tensor) -> None:
+    """Every step by itself to atol (B,), from what is known of ε (B, T, D)."""
+    chain = way.sampler.map.chain
+    own = removing(chain, SHARE, RESOLUTION)
+    for k in range(len(chain) - 1, -1, -1):
+        guess = eps[:, k : k + 1]
+        found = way.solve(k, k + 1, own, STIFF_SOLVER, atol, STEP_ROUNDS, patience=STEP_PATIENCE, guess=guess)
+        for splitting, solver in RESCUES:
+            missed = (~found.settled).nonzero()[:, 0]
+            if not len(missed) or not way.rounds_left:
+                break
+            other = way.solve(
+                k, k + 1, splitting(chain), solver, atol[missed], STEP_ROUNDS, patience=STEP_PATIENCE, images=missed
+            )
+            better = other.residual < found.residual[missed]
+            found.eps[missed] = torch.where(better[:, None, None], other.eps, found.eps[missed])
+            found.residual[missed] = torch.where(better, other.residual, found.residual[missed])
+            found.settled[missed] |= other.settled
+        way.take(k, k + 1, found)

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import ARCHITECTURES, PREDICTIONS, Checkpoint, add_statistics, load_checkpoint, save_images
+from .checkpoint import IMAGES, Checkpoint, add_statistics, check_images, load_checkpoint, save_images
+from .configuration import ARCHITECTURES, PREDICTIONS, check_timesteps
 from .data import Dataset, digits, fashion
 from .schedule import Schedule
 from .training import Run
 from .unet import UNet
 
+KEPT = 32  # images that were not trained on, beside a checkpoint
+
 
 def fit(
-    images: Tensor,
+    images: Tensor | Dataset,
     folder: str | Path,
     *,
     model: nn.Module | None = None,
@@ -43,7 +46,7 @@ def fit(
     to a run that was done before checkpoints did, the same call adds them and trains no more.
 
     Args:
-        images: (n, C, H, W) in about [−1, 1].
+        images: (n, C, H, W) in about [−1, 1]; or a `Dataset`, of whose test images 32 are kept beside the checkpoint.
         folder: created if need be.
         model: trained in place, on its device; None: a `UNet` of default size, started from `seed`.
         schedule: None: `Schedule.linear()`.
@@ -61,10 +64,15 @@ def fit(
             loss waits for the device.
 
     Raises:
-        ValueError: an argument out of range, a run with other settings in the folder, or a loss that is not finite.
+        ValueError: an argument out of range, a run with other settings or a damaged state in the folder, which is left
+            as it is, or a loss that is not finite.
         KeyboardInterrupt: passed on, after saving.
     """
-    _check(images, steps, batch, lr, ema, save_every, prediction)
+    held_out, levels = None, 255
+    if isinstance(images, Dataset):
+        held_out, levels = images.test[:KEPT], images.levels
+        images = images.train
+    _check(images, held_out, levels, steps, batch, lr, ema, save_every, prediction)
     folder = Path(folder)
     schedule = schedule or Schedule.linear()
     if model is None:
@@ -78,14 +86,23 @@ def fit(
         "images": hashlib.sha256(images.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest(),
     }  # fmt: skip
     run = Run(images, folder, model, schedule, settings, dtype)
-    if resume and run.finished():
+    finished = resume and run.finished()
+    if resume and not finished:
+        run.resume()
+
+    def save() -> None:
+        run.save()
+        if held_out is not None and run.step:
+            save_images(folder, held_out, levels)
+
+    if finished:
+        if held_out is not None and not (folder / IMAGES).is_file():
+            save_images(folder, held_out, levels)
         checkpoint = load_checkpoint(folder)
         if checkpoint.statistics is not None and checkpoint.statistics.frequencies is not None:
             return checkpoint
         add_statistics(folder, images)  # trained before checkpoints carried them
         return load_checkpoint(folder)
-    if resume:
-        run.resume()
     try:
         for step in _counter(run.step, steps, progress):
             loss = run.advance()
@@ -93,12 +110,12 @@ def fit(
             if stop:
                 break
             if run.step % save_every == 0 and run.step < steps:
-                run.save()
+                save()
     except KeyboardInterrupt:
         if not run.torn:  # else the last regular save is what a new call goes on from
-            run.save()
+            save()
         raise
-    run.save()
+    save()
     return load_checkpoint(folder)
 
 
@@ -112,11 +129,19 @@ def _counter(start: int, steps: int, progress: bool) -> Iterable[int]:
     return tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)
 
 
-def _check(images: Tensor, steps: int, batch: int, lr: float, ema: float, save_every: int, prediction: str) -> None:
+def _check(
+    images: Tensor, held_out: Tensor | None, levels: int, steps: int, batch: int, lr: float, ema: float,
+    save_every: int, prediction: str,
+) -> None:  # fmt: skip
     if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
         raise ValueError(f"images: floating point (n, C, H, W) is required, got {tuple(images.shape)}, {images.dtype}")
     if not bool(images.isfinite().all()):
         raise ValueError("images: finite values are required")
+    if held_out is not None:
+        check_images(held_out, levels)
+        if held_out.shape[1:] != images.shape[1:] or not len(held_out):
+            got = tuple(held_out.shape)
+            raise ValueError(f"held_out: (m, {', '.join(map(str, images.shape[1:]))}) is required, got {got}")
     for name, value in {"steps": steps, "batch": batch, "save_every": save_every}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: an integer of at least 1 is required, got {value!r}")
@@ -132,9 +157,7 @@ def _check_model(model: nn.Module, schedule: Schedule) -> None:
     """Refuse before training what could not be loaded after it, or does not know the schedule's last time step."""
     if ARCHITECTURES.get(type(model).__name__) is not type(model):
         raise TypeError(f"model: one of {', '.join(ARCHITECTURES)} is required, got {type(model).__name__}")
-    known = getattr(model, "config", {}).get("timesteps", len(schedule))
-    if known < len(schedule):
-        raise ValueError(f"model: {len(schedule)} timesteps are required, got {known}")
+    check_timesteps(model, schedule)
 
 
 def fit_digits(folder: str | Path, *, steps: int = 20_000, seed: int = 0, **options: Any) -> Checkpoint:
@@ -153,8 +176,7 @@ recipes: dict[str, Callable[..., Checkpoint]] = {"digits": fit_digits, "fashion"
 
 
 def _fit_dataset(data: Dataset, folder: str | Path, network: dict[str, Any], **options: Any) -> Checkpoint:
-    save_images(folder, data.test[:32], data.levels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["seed"])
         model = UNet((data.train.shape[1], data.train.shape[2], data.train.shape[3]), **network)
-    return fit(data.train, folder, model=model, **{"dtype": torch.float16, **options})
+    return fit(data, folder, model=model, **{"dtype": torch.float16, **options})

@@ -6,7 +6,9 @@ It is the quantity that FID is, in other features: figures of the two cannot be 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Dataset
-from .files import read_tensors, write_tensors
+from .files import Stored, parse_json, read_header, read_tensors, write_tensors
+from .weights import FLOATS, build, check_stored, skeleton
 
 FEATURES_FILE = "features.safetensors"
 ROWS = 512  # per call of the classifier
 RESAMPLES = 50
 HELD_OUT_KEPT = 500
 TASKS = ("classes", "rotations")
+LARGEST_SIZE = 2**24  # of a side, a width or a number of classes in a file
 
 
 class Classifier(nn.Module):
@@ -38,7 +42,7 @@ class Classifier(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], classes: int, channels: int = 16, width: int = 32) -> None:
         super().__init__()
-        self.config = {"shape": list(shape), "classes": classes, "channels": channels, "width": width}
+        self.config: dict[str, Any] = {"shape": list(shape), "classes": classes, "channels": channels, "width": width}
         layers: list[nn.Module] = [nn.Conv2d(shape[0], channels, 3, padding=1), nn.SiLU()]
         side, now = min(shape[1:]), channels
         while side > 4:
@@ -204,12 +208,41 @@ def load_features(folder: str | Path) -> FeatureSpace:
         FileNotFoundError, ValueError: there is none, or its file is malformed.
     """
     path = Path(folder) / FEATURES_FILE
-    tensors, header = read_tensors(path)
+    stored, header = read_header(path)
     try:
-        model = Classifier(**json.loads(header["architecture"]))
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        real = (tensors["real.mean"], tensors["real.covariance"], tensors["real.held_out"].double())
-        record = dict(json.loads(header["record"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a feature space ({str(error).splitlines()[0]})") from error
-    return FeatureSpace(model.eval().requires_grad_(False), *real, record)
+        make = partial(Classifier, **_architecture(header.get("architecture", "")))
+        model, record = skeleton(make), parse_json(header.get("record", ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a feature space ({error})") from error
+    check_stored(model, stored, path)
+    for name, shape in _real_shapes(stored, model.config["width"]).items():
+        given = stored.get(f"real.{name}")
+        if given is None or given.shape != shape or given.dtype not in FLOATS:
+            raise ValueError(f"{path}: real.{name} of shape {shape}, floating-point, is required, got {given}")
+    tensors, _ = read_tensors(path)
+    mean, covariance, held_out = (tensors[f"real.{name}"].double() for name in ("mean", "covariance", "held_out"))
+    for name, value in {"mean": mean, "covariance": covariance, "held_out": held_out}.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{path}: real.{name} is not finite")
+    values = torch.linalg.eigvalsh(covariance)
+    if bool(values.min() < -1e-6 * values.abs().max()) or not torch.allclose(covariance, covariance.T):
+        raise ValueError(f"{path}: real.covariance must be symmetric and have no negative eigenvalue")
+    model = build(make, tensors, path, torch.float32)
+    return FeatureSpace(model.eval().requires_grad_(False), mean, covariance, held_out, record)
+
+
+def _architecture(text: str) -> dict[str, Any]:
+    """The arguments of a `Classifier`, of sizes that a picture can have."""
+    arguments = parse_json(text)
+    shape = arguments.get("shape")
+    sizes = [*(shape if isinstance(shape, list) and len(shape) == 3 else [None]), *arguments.values()]
+    sizes = [n for n in sizes if n is not shape]
+    if any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= LARGEST_SIZE for n in sizes):
+        raise ValueError(f"architecture of integers 1 … {LARGEST_SIZE:,} is required, got {arguments!r:.80}")
+    return arguments
+
+
+def _real_shapes(stored: Mapping[str, Stored], width: int) -> dict[str, tuple[int, ...]]:
+    held_out = stored.get("real.held_out")
+    rows = held_out.shape[0] if held_out is not None and held_out.shape else 0
+    return {"mean": (width,), "covariance": (width, width), "held_out": (rows, width)}

@@ -1,5 +1,6 @@
 """Wrappers that make other networks a model(x, t, *inputs) → prediction."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .answers import WRAPPERS
+from .files import read_json
 from .schedule import Schedule
+from .schedulers import known_class
 
-DIFFUSERS_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+INDEX = "model_index.json"
+SCHEDULER = "scheduler_config.json"
+TIME = ("timestep", "timesteps", "time", "t")
+# Options of a UNet2DConditionModel that ask for conditioning besides embeddings and labels.
+FURTHER = {"addition_embed_type": (None,), "time_cond_proj_dim": (None,), "encoder_hid_dim_type": (None, "text_proj")}
+
+
+def unwrapped(network: Any) -> Any:
+    """The network inside DataParallel, DistributedDataParallel and torch.compile."""
+    while isinstance(network, WRAPPERS) or hasattr(network, "_orig_mod"):
+        network = network.module if isinstance(network, WRAPPERS) else network._orig_mod
+    return network
 
 
 class DiffusersModel(nn.Module):
@@ -20,10 +35,11 @@ class DiffusersModel(nn.Module):
     (N,); for a UNet2DModel `class_labels` or nothing.
 
     Args:
-        unet: the network; anything whose call returns an object with a tensor `sample`.
+        unet: the network, in DataParallel or not; anything whose call (x, timestep) returns an object with a tensor
+            `sample`.
 
     Raises:
-        TypeError: `unet` is not a module.
+        TypeError: `unet` is not a module, or its forward does not take a timestep second.
         ValueError: it predicts variances beside its output, or takes further conditioning (`added_cond_kwargs`).
     """
 
@@ -32,30 +48,53 @@ class DiffusersModel(nn.Module):
         if not isinstance(unet, nn.Module):
             raise TypeError(f"unet: a torch.nn.Module is required, got {type(unet).__name__}")
         self.unet = unet
-        self.conditional = hasattr(unet, "encoder_hid_proj") or type(unet).__name__ == "UNet2DConditionModel"
-        config = getattr(unet, "config", None)
-        channels = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
-        if channels[0] != channels[1]:
-            raise ValueError(f"unet: as many channels out as in are required, got {channels[1]} for {channels[0]}")
-        extra = getattr(config, "addition_embed_type", None)
-        if extra is not None:
-            raise ValueError(f"unet: addition_embed_type={extra!r} is not supported")
+        network = unwrapped(unet)
+        self.name, options = type(network).__name__, getattr(network, "config", None)
+        self.conditional = hasattr(network, "encoder_hid_proj") or self.name == "UNet2DConditionModel"
+        self.channels, out = (getattr(options, name, None) for name in ("in_channels", "out_channels"))
+        self.classes = getattr(options, "num_class_embeds", None) or getattr(options, "class_embed_type", None)
+        arguments = list(inspect.signature(network.forward).parameters)
+        if arguments[1:2] and arguments[1] not in TIME and set(TIME) & set(arguments):
+            raise TypeError(
+                f"unet: a network called as (x, timestep, …) is required, {self.name} takes ({', '.join(arguments)}); "
+                "wrap it: model = lambda x, t, *inputs: net(…).sample"
+            )
+        if out == 2 * (self.channels or 0) and out:
+            raise ValueError(
+                f"unet: as many channels out as in are required, got {out} for {self.channels}: it predicts variances "
+                f"too; wrap it: model = lambda x, t, *inputs: unet(x, t).sample[:, :{self.channels}]"
+            )
+        if self.channels != out:
+            raise ValueError(f"unet: as many channels out as in are required, got {out} for {self.channels}")
+        for name, plain in FURTHER.items():
+            value = getattr(options, name, None)
+            if value not in plain:
+                raise ValueError(
+                    f"unet: {name}={value!r} is not supported; wrap it: model = lambda x, t, e, *more: unet(x, t, e, "
+                    "added_cond_kwargs={…}, …).sample, with all conditioning in inputs"
+                )
 
     @property
     def config(self) -> Any:
         """The configuration of the wrapped network."""
-        return self.unet.config
+        return unwrapped(self.unet).config
 
     def forward(self, x: Tensor, t: Tensor, *inputs: Tensor) -> Tensor:
         """Return the prediction (N, C, H, W) for x (N, C, H, W) and t (N,) long.
 
         Raises:
-            ValueError: more inputs than the network takes, or none for a conditional one.
+            ValueError: more inputs than the network takes, or fewer than it needs; images of other channels.
         """
         most = 2 if self.conditional else 1
         if len(inputs) > most or (self.conditional and not inputs):
             required = "one or two are" if self.conditional else "at most one is"
-            raise ValueError(f"inputs: {required} required by {type(self.unet).__name__}, got {len(inputs)}")
+            raise ValueError(f"inputs: {required} required by {self.name}, got {len(inputs)}")
+        if self.classes is not None and len(inputs) < most:
+            raise ValueError(
+                f"inputs: class labels, one for each image, are required by {self.name}, which has classes"
+            )
+        if self.channels is not None and x.shape[1:2] != (self.channels,):
+            raise ValueError(f"x: {self.channels} channels are required by {self.name}, got shape {tuple(x.shape)}")
         names = ("encoder_hidden_states", "class_labels") if self.conditional else ("class_labels",)
         output = self.unet(x, t, **dict(zip(names, inputs, strict=False)))
         prediction: Tensor = output.sample
@@ -86,6 +125,7 @@ class Guided(nn.Module):
         self.model = model
         self.scale = float(scale)
         self.register_buffer("null_input", null_input, persistent=False)
+        self.training = isinstance(model, nn.Module) and model.training
 
     def forward(self, x: Tensor, t: Tensor, *inputs: Tensor) -> Tensor:
         """Return the guided prediction (N, …) for x (N, …), t (N,) long and inputs (N, …) each.
@@ -105,9 +145,10 @@ class Guided(nn.Module):
         return without + self.scale * (with_condition - without)
 
 
-def read_diffusers(
-    folder: Path, kind: str, dtype: torch.dtype
-) -> tuple[DiffusersModel, Schedule, str, tuple[int, int, int]]:
+Found = tuple[DiffusersModel, Schedule, str, tuple[int, int, int]]
+
+
+def read_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> Found:
     """Return model, schedule, prediction and shape of a UNet2DModel saved by diffusers.
 
     A scheduler is read from scheduler_config.json in the folder itself or in "scheduler" beside it, as in a
@@ -120,25 +161,91 @@ def read_diffusers(
 
     Raises:
         ImportError: diffusers is not installed.
-        ValueError: another class, or files that diffusers cannot read.
+        ValueError: another class, or files that diffusers cannot read. A scheduler that is not reproduced is a
+            TypeError too.
     """
     if kind != "UNet2DModel":
-        raise ValueError(f"{folder}: of diffusers' classes UNet2DModel is read, got {kind!r}")
+        raise ValueError(f"{folder}: of diffusers' networks UNet2DModel is read, got {kind!r}")
     try:
-        from diffusers import DDIMScheduler, UNet2DModel
+        from diffusers import UNet2DModel
     except ImportError as error:
         raise ImportError(f"{folder} holds a diffusers model: pip install diffusers") from error
+    places = [place for place in (folder, folder.parent / "scheduler") if (place / SCHEDULER).is_file()]
+    schedule = read_schedule(places[0]) if places else Schedule.linear()
     try:
-        unet = UNet2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        unet = UNet2DModel.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: diffusers cannot read it ({error})") from error
-    schedule, prediction = Schedule.linear(), "epsilon"
-    for place in (folder, folder.parent / "scheduler"):
-        if (place / "scheduler_config.json").is_file():
-            scheduler = DDIMScheduler.from_pretrained(place, local_files_only=True)
-            schedule = Schedule.from_diffusers(scheduler)
-            prediction = DIFFUSERS_PREDICTIONS[scheduler.config.prediction_type]
-            break
     side = unet.config.sample_size
+    if side is None:
+        raise ValueError(f"{folder / 'config.json'}: sample_size, the size of an image, is required, got null")
     height, width = (side, side) if isinstance(side, int) else side
-    return DiffusersModel(unet), schedule, prediction, (unet.config.in_channels, height, width)
+    try:
+        model = DiffusersModel(unet)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return model, schedule, schedule.prediction or "epsilon", (unet.config.in_channels, height, width)
+
+
+def read_schedule(folder: Path) -> Schedule:
+    """Return the schedule of the scheduler that diffusers saved in a folder.
+
+    Raises:
+        ValueError: one that is not reproduced, or a file that diffusers cannot read.
+    """
+    name = read_json(folder / SCHEDULER).get("_class_name")
+    known_class(str(name), str(folder / SCHEDULER))
+    import diffusers
+
+    try:
+        scheduler = getattr(diffusers, str(name)).from_pretrained(folder, local_files_only=True)
+    except (OSError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / SCHEDULER}: diffusers cannot read it ({error})") from error
+    try:
+        return Schedule.from_diffusers(scheduler)
+    except ValueError as error:
+        raise type(error)(f"{folder / SCHEDULER}: {error}") from error
+
+
+def read_pipeline(folder: Path, dtype: torch.dtype) -> Found:
+    """Return model, schedule, prediction and shape of a pipeline of pixels that diffusers saved: unet and scheduler.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `read_diffusers`; or a part of another kind, by name.
+    """
+    parts = components(read_json(folder / INDEX))
+    for name, kind in parts.items():
+        if name not in ("unet", "scheduler"):
+            raise ValueError(
+                f"{folder / INDEX}: {name} ({kind}) is not read: a unet and a scheduler alone are required"
+            )
+    if "unet" not in parts:
+        raise ValueError(f"{folder / INDEX}: a unet is required")
+    return read_diffusers(folder / "unet", parts["unet"], dtype)
+
+
+def components(index: dict[str, Any]) -> dict[str, str]:
+    """Return the classes of a pipeline's parts by name, from its model_index.json; parts left empty left out."""
+    parts = {name: value for name, value in index.items() if not name.startswith("_") and isinstance(value, list)}
+    return {name: str(value[1]) for name, value in parts.items() if len(value) == 2 and value[1] is not None}
+
+
+def check_parts(place: str, index: dict[str, Any], own: set[str], given: dict[str, Any]) -> None:
+    """Raises for parts of a folder that a pipeline of parts `own` has no use for, and that are not given as None.
+
+    Raises:
+        TypeError: a scheduler that is not reproduced.
+        ValueError: any other part, by name.
+    """
+    for name, kind in components(index).items():
+        if name not in own and (name not in given or given[name] is not None):
+            raise ValueError(
+                f"{place}: {name} ({kind}) is not used by DEQDDIMPipeline; {name}=None leaves it out; prompts come as "
+                "prompt_embeds"
+            )
+        if name == "scheduler" and name not in given:
+            file = Path(place) / name / SCHEDULER  # which may say another class than the index
+            for said in {kind, str(read_json(file).get("_class_name", kind)) if file.is_file() else kind}:
+                known_class(said, f"{place}: scheduler")

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pydeqsolve import Stop
-
 from .chain import EditedChain, LinearChain, Splitting, interpolation
 from .remainder import Remainders
 
@@ -64,12 +62,20 @@ def placed(T: int, n: int, power: float) -> Tensor:
     return (T - left).round().long().clamp(max=T - 1).unique()
 
 
-def possible(run: Sampler, stop: Stop, window: int | None) -> bool:
-    """Whether nodes serve: the chain long, in closed form, all of it at hand, its states smooth, errors allowed."""
+def between(at: Tensor, trial: int) -> Tensor:
+    """One step between each two nodes that leave one, drawn at random by position: no period of a network fits them."""
+    generator = torch.Generator().manual_seed(int(at[-1]) + 2**20 * trial)
+    share = torch.rand(len(at) - 1, generator=generator, dtype=torch.float64)
+    steps = at[:-1] + 1 + ((at.diff() - 1) * share).long()
+    return steps[at.diff() > 1]
+
+
+def possible(run: Sampler, window: int | None) -> bool:
+    """Whether nodes serve: the chain long, in closed form, all of it at hand, its states smooth."""
     linear, T = run.map.linear, len(run.map.chain)
     closed = linear.safe and not isinstance(linear, EditedChain) and (window is None or window >= T)
-    tolerant = isinstance(stop.rtol, Tensor) or stop.rtol > 0
-    return closed and tolerant and T >= FEWEST_STEPS and run.map.chain.eta == 0
+    smooth = not bool((run.map.chain.blind | run.map.chain.still).any())  # else N is another quantity at that step
+    return closed and smooth and T >= FEWEST_STEPS and run.map.chain.eta == 0
 
 
 @dataclass(eq=False)

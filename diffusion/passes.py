@@ -4,34 +4,42 @@ The remainders N vary slowly over time, so their large errors can be removed on 
 runs between them as a cubic spline, while the sums of the chain still run over all T steps. What is left is small and
 rough (a network's ε wiggles from step to step), so no spline can give it: one pass evaluates every step at the
 trajectory found, N ← N'(x). What that does to later states is smooth again: it is foretold by the Jacobians that the
-rounds on the nodes have taught (`secants`), and corrected on the nodes, for N + spline(change). A pass leaves a small
-share of the change of x_0 that its correction made: an image is done when that change is small against the error asked
-for; what two passes do not settle is solved for all steps together.
+rounds on the nodes have taught (`secants`), and corrected on the nodes, for N + spline(change).
+
+The error of what that leaves is measured (`defects`): by the next pass, which evaluates every step of it; or, where the
+error asked for is not small, at the nodes and at one step between each two, through which a spline runs. What a few
+passes do not settle is solved for all steps together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydeqsolve import Front, Picard, Solution, Status, Stop, solve
+from pydeqsolve import Front, Picard, Status, Stop, solve
 
 from .arguments import Silent
-from .nodes import MOST_NODES, Nodes
+from .chain import interpolation
+from .defects import carried, filled, rounding, scatter, slopes, spread_of
+from .goal import Found, Goal
+from .nodes import Nodes, between
 from .sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
 from .secants import Secants, rows_of
+from .together import NEAR_FLOOR, Together
 
-PASSES = 2
-FIRST, CORRECTION = 100.0, 3.0  # tolerances on the nodes, in units of rtol
+PASSES = 6
+SHARE = 0.004  # of the error that a pass measured: to less the nodes need not be solved, which leave more
+SLOW = 0.3  # a pass that leaves more of the error than this is the last: all steps together do better
+FIRST, CORRECTION = 10.0, 0.3  # tolerances on the nodes, in units of the error asked for
 LOOSEST = 0.2  # the largest tolerance on the nodes: with 16 bits a hundred times rtol would be none at all
 # The tightest tolerance on the nodes, in units of the network's machine epsilon, is that of a front over all steps.
 ROUNDING = MARGIN * UNITS_PER_RTOL / 2
-# Change of x_0 by the correction, relative, in units of rtol, with MOST_NODES nodes: three times the error asked for.
-# With fewer a spline misses more, and a larger share of the change is left.
-SETTLED = 30.0
+SAMPLED = 3e-4  # the least error asked for that is measured at a sample of the steps
+DOUBT = 2.0  # standard deviations of what the steps that are not sampled may differ by
+TRIALS = 3  # samples after a pass, each at other steps: what one shows is corrected before the next
 
 
 @dataclass(eq=False)
@@ -39,126 +47,168 @@ class Passes:
     """One call of `sample` on its way. All tensors are over the B images."""
 
     run: Sampler
+    goal: Goal
     solver: Any
-    stop: Stop
     bar: Any
     callback: Any
+    found: Found
 
     def __post_init__(self) -> None:
         m, x_T = self.run.map, self.run.x_T
-        B, T = len(x_T), len(m.chain)
         scale = scale_of(m.chain)
         grid = Nodes.of(self.run, scale)
         self.at, self.spread, self.map, self.scale = grid.at, grid.spread, grid.map, scale[grid.at]
-        self.chain, self.secants = grid.chain, Secants(grid, B, x_T.shape[1])
+        self.chain, self.secants = grid.chain, Secants(grid, len(x_T), x_T.shape[1])
         self.base = self.run.base()
-        self.N = x_T.new_zeros(B, T, x_T.shape[1])
-        self.x = self.base.clone()
-        self.steps = torch.zeros_like(self.map.evaluations)
-        self.status = torch.full_like(self.steps, int(Status.MAX_STEPS))
-        self.residual = x_T.new_full((B,), torch.inf)
-        self.stopped = False
+        self.before = torch.full_like(self.found.error, torch.inf)  # what the pass before measured
+        self.slow = torch.zeros_like(self.before, dtype=torch.bool)
+        self.seen_x = torch.full_like(self.found.N, torch.nan)  # states of the pass before, and the values there
+        self.seen_N = torch.zeros_like(self.found.N)
+        self.image = torch.full_like(x_T, torch.nan)  # the x_0 measured before, and the error expected of it
+        self.expected = torch.full_like(self.before, torch.nan)
+        self.linear = interpolation(self.at.cpu(), len(m.chain), 1).to(x_T.device)
 
-    def solve(self) -> tuple[Tensor, Solution, int, Tensor]:
-        """Trajectory (B, T+1, D), solution, rounds and rows (B,)."""
-        network = self.run.map.network
-        before = network.calls
-        everyone = torch.arange(len(self.x), device=self.x.device)
-        good = self._on_nodes(everyone, FIRST)
-        settled, share = torch.zeros_like(good), SETTLED * (len(self.at) / MOST_NODES) ** 2
-        for _ in range(PASSES):
-            images = everyone[good & ~settled]
-            if not len(images):
-                break
-            self._every_step(images)
-            if self.stopped:
-                break
-            start = self.x[images, -1]
-            good[images] = self._on_nodes(images, CORRECTION)
-            end = self.x[images, -1]
-            moved = (end - start).norm(dim=1)
-            settled[images] = good[images] & (moved <= share * _of(self.stop.rtol, images) * end.norm(dim=1))
-        self.status[~settled] = int(Status.MAX_STEPS)
-        rows = self.map.evaluations
-        if not self.stopped and bool((~settled).any()):
-            rows = rows + self._together(everyone[~settled])
-        rounds, none = network.calls - before, torch.zeros_like(self.steps)
-        return (
-            self.x,
-            Solution(self.N, self.residual, self.steps, self.status, rounds, none, none.clone()),
-            rounds,
-            rows,
+    def solve(self) -> None:
+        """Samples all images."""
+        found, goal = self.found, self.goal
+        everyone = torch.arange(len(found.x), device=found.x.device)
+        good = (
+            self._on_nodes(everyone, FIRST * goal.error)
+            if goal.left > 1
+            else torch.ones_like(everyone, dtype=torch.bool)
         )
+        for _ in range(PASSES):
+            images = everyone[good & (found.error > goal.error) & ~self.slow]
+            if not len(images) or not goal.left:
+                break
+            images = self._every_step(images)
+            if found.stopped or not len(images):
+                break
+            enough = torch.maximum(CORRECTION * goal.error[images], SHARE * self.before[images])
+            good[images] = self._on_nodes(images, enough)
+            images = images[good[images] & (goal.error[images] >= SAMPLED)]
+            for trial in range(TRIALS):
+                if len(images) and goal.left:
+                    images = self._sampled(images, trial)
+        left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
+        if len(left) and goal.left and not found.stopped:
+            guess = found.N[left].nan_to_num(0.0, 0.0, 0.0)
+            Together(self.run, goal, self.solver, None, None, self.bar, self.callback, found).solve(guess, left)
 
-    def _on_nodes(self, images: Tensor, units: float) -> Tensor:
-        """Solves for what N must change by, on the nodes; (n,) bool: solved."""
-        start = self.N[images[:, None], self.at]
-        base = self.x[images[:, None], self.at] - self.chain.response(start)
-        chosen = _selected(self.stop, images)
-        least = ROUNDING * torch.finfo(self.run.map.network.dtype).eps
-        stop = block_stop(replace(chosen, rtol=between(units * chosen.rtol, least, LOOSEST)), self.scale, 1.0)
-        cap = min(stop.max_steps, 2 * len(self.at))
+    def _on_nodes(self, images: Tensor, tolerance: Tensor) -> Tensor:
+        """Solves for what N must change by, on the nodes, to a tolerance (n,) of σ ε; (n,) bool: solved."""
+        found = self.found
+        start = found.N[images[:, None], self.at]
+        base = found.x[images[:, None], self.at] - self.chain.response(start)
+        least = ROUNDING * self.goal.precision
+        tolerance = tolerance.clamp(least, LOOSEST)
+        stop = block_stop(Stop(tolerance, max_steps=min(2 * len(self.at), self.goal.left - 1)), self.scale, 1.0)
 
         def report(step: int, y: Tensor, residual: Tensor) -> bool:
             self.bar.update()
             return False
 
+        before = self.map.evaluations.clone()
         solution = solve(
             self.secants, start * self.scale, (images, base, *[c[images] for c in self.run.conditioning]),
-            solver=Picard(), stop=replace(stop, max_steps=cap), gradient=None,
+            solver=Picard(), stop=stop, gradient=None,
             front=Front(None, MARGIN, latest=True), callback=None if isinstance(self.bar, Silent) else report,
         )  # fmt: skip
-        self._change(images, rows_of(self.N, images) + self.spread @ (solution.z / self.scale - start))
-        self.steps[images] += solution.evaluations
-        self.status[images], self.residual[images] = solution.status, solution.residual
+        self._change(images, rows_of(found.N, images) + self.spread @ (solution.z / self.scale - start))
+        found.note(images, solution.evaluations, (self.map.evaluations - before)[images], solution.residual)
         return solution.converged
 
-    def _every_step(self, images: Tensor) -> None:
-        """One evaluation of all T steps of some images."""
-        m, (n, T) = self.run.map, (len(images), self.N.shape[1])
-        k = torch.arange(T, device=images.device)
-        x = rows_of(self.x, images)[:, :T]
-        inputs = [c[images].repeat_interleave(T, 0) for c in self.run.conditioning]
-        N = m.remainder(x.reshape(n * T, -1), k.repeat(n), inputs).view(n, T, -1)
-        self.residual[images] = ((N - rows_of(self.N, images)) * scale_of(m.chain)).square().mean((1, 2)).sqrt()
-        self.map.evaluations[images] += T
-        self.steps[images] += 1
-        before = x[:, self.at]
-        self.secants.note(images, before, N[:, self.at])
-        moved = m.linear.trajectory(rows_of(self.base, images), N)[:, self.at] - before
-        self._change(images, N + self.spread @ self.secants.change(images, moved))
-        self.bar.update()
+    def _every_step(self, images: Tensor) -> Tensor:
+        """One evaluation of all T steps of some images, which measures their error; those that miss it, changed."""
+        found, T = self.found, self.found.N.shape[1]
+        x, old = rows_of(found.x, images), rows_of(found.N, images)
+        N = self._evaluate(images, x, torch.arange(T, device=images.device))
+        found.note(images, torch.ones_like(images), torch.full_like(images, T), self._size(N - old, slice(None)))
+        self.secants.note(images, x[:, self.at], N[:, self.at])
+        slope, told = slopes(x[:, :T] - self.seen_x[images], N - self.seen_N[images], x[:, :T], self.goal.precision)
+        own = filled(self.secants.slope[images]) @ self.linear.T
+        self._measure(images, x, old, N - old, torch.where(told, slope, own))
+        self.seen_x[images], self.seen_N[images] = x[:, :T], N
         if self.callback is not None:
-            seen = self.x.unflatten(2, m.network.shape)
-            self.stopped = bool(self.callback(int(self.steps.max()), seen, self.residual.clone()))
+            found.told += 1
+            states = found.x.unflatten(2, self.run.map.network.shape)
+            found.stopped = bool(self.callback(found.told, states, found.residual.clone()))
+        error, before = found.error[images], self.before[images]
+        missed, self.before[images] = ~(error <= self.goal.error[images]), error
+        self.slow[images] = missed & ~(error <= SLOW * before)
+        stalled = self.slow[images] & (error <= NEAR_FLOOR * self.goal.floor[images])
+        found.status[images[stalled]] = int(Status.STALLED)
+        if found.stopped or self.goal.left < 2:
+            return images[:0]
+        missed &= ~stalled
+        self._correct(images[missed], N[missed])
+        return images[missed & ~self.slow[images]]
+
+    def _sampled(self, images: Tensor, trial: int) -> Tensor:
+        """Measures the error at the nodes and between them; those that miss it, changed by what was seen."""
+        found, device = self.found, images.device
+        at = torch.cat([self.at, between(self.at.cpu(), trial).to(device)]).unique()
+        x, N, T = rows_of(found.x, images), rows_of(found.N, images), found.N.shape[1]
+        value = self._evaluate(images, x, at)
+        delta = value - N[:, at]
+        found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
+        seen_x, seen_N = rows_of(self.seen_x, images), rows_of(self.seen_N, images)
+        moved = x[:, :T] - seen_x
+        slope, told = slopes(moved[:, at], value - seen_N[:, at], x[:, at], self.goal.precision)
+        slope = filled(torch.where(told, slope, torch.nan))
+        across = interpolation(at.cpu(), T, 1).to(device)
+        doubt = scatter(at, slope) @ across.T
+        slope = slope @ across.T
+        expected = seen_N + slope[..., None] * moved - N
+        delta = expected + interpolation(at.cpu(), T).to(device) @ (delta - expected[:, at])
+        self._measure(images, x, N, delta, slope, doubt[..., None] * moved)
+        missed = ~(found.error[images] <= self.goal.error[images])
+        if trial + 1 == TRIALS or not self.goal.left:
+            return images[:0]
+        self._correct(images[missed], (N + delta)[missed])
+        return images[missed]
+
+    def _correct(self, images: Tensor, N: Tensor) -> None:
+        """N (n, T, D) instead of what it is, and on top what it changes later by the Jacobians at the nodes."""
+        if len(images):
+            x = self.run.map.linear.trajectory(rows_of(self.base, images), N)
+            moved = (x - rows_of(self.found.x, images))[:, self.at]
+            self._change(images, N + self.spread @ self.secants.change(images, moved))
+
+    def _evaluate(self, images: Tensor, x: Tensor, at: Tensor) -> Tensor:
+        """N' (n, len(at), D) at steps `at` of the states x (n, T+1, D)."""
+        n, count = len(images), len(at)
+        inputs = [c[images].repeat_interleave(count, 0) for c in self.run.conditioning]
+        self.bar.update()
+        return self.run.map.remainder(x[:, at].flatten(0, 1), at.repeat(n), inputs).view(n, count, -1)
+
+    def _size(self, delta: Tensor, at: Tensor | slice) -> Tensor:
+        return (delta * scale_of(self.run.map.chain)[at]).square().mean((1, 2)).sqrt()
+
+    def _measure(
+        self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, doubt: Tensor | None = None
+    ) -> None:
+        """The error of states x that N made, from their defects (n, T, D).
+
+        What the states found since moved x_0 by is, but for what is left now, the error of the states measured before:
+        where it was underestimated, this estimate is raised by as much.
+        """
+        base, image, size = rows_of(self.base, images), x[:, -1], x[:, -1].norm(dim=1)
+        least = filled(self.secants.steepest[images]) @ self.linear.T
+        error = carried(self.run.map.linear, base, x, N, delta, slope, least, images)
+        if doubt is not None:
+            error = error + DOUBT * spread_of(self.run.map.linear, x, slope, doubt)
+        missed = (image - self.image[images]).norm(dim=1) / (self.expected[images] * size)
+        error = error * missed.nan_to_num(1.0, 1.0).clamp_min(1.0)
+        self.image[images], self.expected[images] = image, error
+        self.goal.raised(images, rounding(self.run.map, base, x, N, slope, self.goal.precision))
+        self.found.error[images] = torch.maximum(error, self.goal.floor[images])
 
     def _change(self, images: Tensor, N: Tensor) -> None:
+        found = self.found
         x = self.run.map.linear.trajectory(rows_of(self.base, images), N)
-        if len(images) == len(self.x):
-            self.N, self.x = N, x
+        if len(images) == len(found.x):
+            found.N, found.x = N, x
         else:
-            self.N[images], self.x[images] = N, x
-
-    def _together(self, images: Tensor) -> Tensor:
-        """Solves all steps of some images at once, from what is known; rows (B,)."""
-        part, stop = self.run.pick(images), _selected(self.stop, images)
-        guess = self.N[images].nan_to_num(0.0, 0.0, 0.0)
-        self.x[images], solution, _, rows = part.solve(guess, self.solver, stop, None, self.bar, self.callback)
-        self.N[images], self.residual[images] = solution.z, solution.residual
-        self.status[images] = solution.status
-        self.steps[images] += solution.evaluations
-        return torch.zeros_like(self.steps).index_put((images,), rows)
-
-
-def _of(tolerance: float | Tensor, images: Tensor) -> float | Tensor:
-    """The tolerance of some images, from one for all or (B,)."""
-    return tolerance[images] if isinstance(tolerance, Tensor) and tolerance.dim() else tolerance
-
-
-def between(tolerance: float | Tensor, least: float, most: float) -> float | Tensor:
-    """The tolerance, raised to `least` or lowered to `most`."""
-    return tolerance.clamp(least, most) if isinstance(tolerance, Tensor) else min(max(tolerance, least), most)
-
-
-def _selected(stop: Stop, images: Tensor) -> Stop:
-    return replace(stop, rtol=_of(stop.rtol, images), atol=_of(stop.atol, images))
+            found.N[images], found.x[images] = N, x
+        found.error[images] = torch.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +11,35 @@ import torch
 from torch import Tensor
 
 try:
-    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DDPMScheduler,
+        DiffusionPipeline,
+        UNet2DConditionModel,
+        UNet2DModel,
+        VQModel,
+    )
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.utils import BaseOutput
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     raise ImportError("DEQDDIMPipeline needs diffusers: pip install pydeqsolve[diffusers]") from error
 
+from .answers import WRAPPERS
+from .arguments import check_options
+from .autoencoder import Autoencoder
 from .chain import Chain
-from .invert import Inversion, invert
-from .models import DIFFUSERS_PREDICTIONS, DiffusersModel, Guided
+from .invert import Inversion, find_latents, warn_of_range
+from .models import DiffusersModel, Guided, check_parts
 from .sample import sample
 from .schedule import Schedule
+from .scheduled import chain_of, noises_of
 
 INPUTS = ("class_labels", "prompt_embeds", "negative_prompt_embeds", "negative_class_labels")
 OUTPUTS = ("pil", "np", "pt", "latent")
+GIVEN = {"model", "x_T", "latent", "x_0", "chain", "prediction", "method", "inputs", "noises"}  # by the pipeline itself
+HUB = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")  # options of a download
 
 
 @dataclass
@@ -42,40 +57,72 @@ class DEQDDIMPipelineOutput(BaseOutput):
 
 
 class DEQDDIMPipeline(DiffusionPipeline):
-    """DDIM sampled with all time steps at once, and inverted, from the folder of any DDIM or DDPM pipeline.
+    """DDIM or DDPM sampled with all time steps at once, and inverted, from the folder of a pipeline of diffusers.
 
         pipe = DEQDDIMPipeline.from_pretrained(folder)
         images = pipe(batch_size=4, num_inference_steps=100, generator=torch.Generator().manual_seed(0)).images
 
-    From the same generator it makes the images of diffusers' DDIMPipeline, to the tolerance of `stop`, for every eta;
-    clipping, thresholding, spacing and prediction type are the scheduler's.
+    From the same generator it makes the images of diffusers' DDIMPipeline, DDPMPipeline or LDMPipeline, to the error
+    asked for, for every eta; time steps, noise, clipping, thresholding and prediction type are the scheduler's.
 
     Args:
         unet: UNet2DModel, with or without classes, or UNet2DConditionModel.
-        scheduler: any whose configuration DDIMScheduler takes.
-        vae: if given, the chain is that of its latents, and images are decoded and encoded.
+        scheduler: DDIMScheduler or DDPMScheduler (`diffusion.schedulers`).
+        vae: AutoencoderKL or VQModel; if given, the chain is that of its latents, and images are decoded and encoded.
+        vqvae: the same, under the name that an LDMPipeline has for it.
+
+    Raises:
+        TypeError: a scheduler that is not reproduced, by class or option, also when it is changed later; another vae.
+        ValueError: parts that do not fit together.
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]  # noqa: RUF012  diffusers reads it off the class
+    _optional_components = ["vae", "vqvae"]  # noqa: RUF012  diffusers reads it off the class
 
     def __init__(
-        self, unet: UNet2DModel | UNet2DConditionModel, scheduler: DDIMScheduler, vae: AutoencoderKL | None = None
-    ) -> None:
+        self, unet: UNet2DModel | UNet2DConditionModel, scheduler: DDIMScheduler | DDPMScheduler,
+        vae: AutoencoderKL | VQModel | None = None, vqvae: VQModel | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        scheduler = DDIMScheduler.from_config(scheduler.config)
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        if isinstance(unet, WRAPPERS):
+            raise TypeError(f"unet: the network inside {type(unet).__name__} is required: unet.module")
+        DiffusersModel(unet)  # raises for a network that it cannot wrap
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, vqvae=vqvae)
+        coder = self._autoencoder
+        factor = 1 if coder is None else 2 ** (len(coder.vae.config.block_out_channels) - 1)
         # By default it would take images of four channels for latents and leave them as they are.
         self.image_processor = VaeImageProcessor(do_resize=False, vae_scale_factor=factor, vae_latent_channels=0)
         self._interrupt = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            Schedule.from_diffusers(value)  # raises for what is not reproduced
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> DEQDDIMPipeline:
+        """The pipeline of a folder or repository of diffusers; `options` are those of DiffusionPipeline.
+
+        A part that it has no use for is refused by name, unless it is left out by name: text_encoder=None.
+
+        Raises:
+            TypeError: a scheduler that is not reproduced, by name.
+            ValueError: a part that is neither used nor left out.
+        """
+        place = {name: options[name] for name in HUB if name in options}
+        index = cls.load_config(pretrained_model_name_or_path, **place)
+        own = set(inspect.signature(cls.__init__).parameters)
+        check_parts(str(pretrained_model_name_or_path), index, own, options)
+        options = {name: value for name, value in options.items() if name in own or name not in index}
+        pipe: DEQDDIMPipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        return pipe
 
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
         num_inference_steps: int = 50,
         latents: Tensor | None = None,
         class_labels: Tensor | None = None,
@@ -87,6 +134,8 @@ class DEQDDIMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         method: str = "parallel",
+        clip_sample: bool | None = None,
+        use_clipped_model_output: bool | None = None,
         **options: Any,
     ) -> DEQDDIMPipelineOutput | tuple[Any]:
         """Images sampled from the latents, which are drawn from `generator` when not given.
@@ -94,7 +143,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         Args:
             batch_size: of the latents; by default as many as there are latents or conditions, else 1.
             generator: one, or a list with one for each image.
-            eta: 0 is DDIM, 1 DDPM's ancestral sampling.
+            eta: 0 is DDIM, 1 DDPM's ancestral sampling; None is the scheduler's: 1 of a DDPMScheduler, else 0.
             latents: (B, C, H, W) standard normal.
             class_labels (B,), prompt_embeds (B, tokens, width): conditioning.
             negative_prompt_embeds, negative_class_labels: the same for "no condition", when guidance_scale is not 1.
@@ -106,11 +155,14 @@ class DEQDDIMPipeline(DiffusionPipeline):
                 method="sequential" it is called after every step, and the latents that it returns are gone on with.
                 Setting `pipe._interrupt = True` in it ends parallel sampling after that round.
             method: "parallel" or "sequential".
-            options: splitting, solver, stop, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
+            clip_sample: False leaves predicted images as they are, whatever the scheduler does; None does as it does.
+            use_clipped_model_output: as in DDIMPipeline: ε is taken anew from each image that is clipped.
+            options: error, splitting, max_rounds, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, by name.
         """
+        check_options(options, sample, GIVEN | {"generator", "callback"}, "DEQDDIMPipeline")
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type: one of {', '.join(OUTPUTS)} is required, got {output_type!r}")
         negative = (negative_prompt_embeds, negative_class_labels)
@@ -121,54 +173,64 @@ class DEQDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"batch_size: {count} is not the number of latents or conditions, {[len(x) for x in given]}"
             )
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"generator: one for each of the {count} images is required, got {len(generator)}")
         draw = {"generator": generator, "device": self._execution_device, "dtype": self.unet.dtype}
         x_T = latents.to(self._execution_device) if latents is not None else randn_tensor(self._shape(count), **draw)
-        chain = self._chain(num_inference_steps, eta)
-        # As DDIMScheduler draws them: one step after the other, in the network's type.
-        noises = torch.stack([randn_tensor(x_T.shape, **draw) for _ in range(len(chain))], 1) if eta > 0 else None
+        chain = chain_of(self.scheduler, num_inference_steps, eta, clip_sample, use_clipped_model_output)
+        noises = noises_of(self.scheduler, chain, x_T, draw)
         self._interrupt = False
         with self.progress_bar(total=len(chain)) as bar:
             hooks = self._hooks(chain, bar, callback_on_step_end, method, options.pop("edit", None))
-            out = sample(model, x_T, chain, self._prediction, method, inputs=inputs, noises=noises, **hooks, **options)
+            fixed: dict[str, Any] = {"inputs": inputs, "noises": noises, "prediction": chain.prediction or "epsilon"}
+            out = sample(model, x_T, chain, method=method, **fixed, **hooks, **options)
         images = out.x_0 if output_type == "latent" else self._decode(out.x_0, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
-        done = torch.ones(count, dtype=torch.bool) if out.solution is None else out.solution.converged
-        return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, done)
+        return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, out.converged)
 
-    def invert(self, image: Any, num_inference_steps: int = 50, method: str = "exact", **options: Any) -> Inversion:
-        """The latents from which the pipeline (eta = 0) samples these images: `pipe(latents=found.x_T)`.
+    def invert(
+        self, image: Any, num_inference_steps: int = 50, method: str = "exact", clip_sample: bool | None = None,
+        **options: Any,
+    ) -> Inversion:  # fmt: skip
+        """The latents from which the pipeline samples these images at eta = 0: `pipe(latents=found.x_T, eta=0.0)`.
 
-        A chain that clips forgets what it cuts off, so it can only be inverted roughly; to edit images, give the
-        pipeline a scheduler without: `DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)`.
+        A chain that clips forgets what it cuts off, so it can only be inverted roughly: to edit images, give
+        clip_sample=False here and to the pipeline, or a scheduler that does not clip.
 
         Args:
             image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
             method: "exact", "ddim", "deq" or "naive", see `diffusion.invert`.
-            options: the conditioning arguments of the pipeline, and epochs, lr, stop, … of `diffusion.invert`.
+            clip_sample: as in the pipeline's call.
+            options: the conditioning arguments of the pipeline, and error, max_rounds, epochs, … of `diffusion.invert`.
 
         Returns:
             Inversion, with x_T, and the loss in pixels (of the latents, where there is a vae) per image.
+
+        Warns:
+            UserWarning: the scheduler clips, or pixels are not in [0, 1].
         """
         scale = options.pop("guidance_scale", 1.0)
         labels, prompt, no_prompt, no_labels = (options.pop(name, None) for name in INPUTS)
+        check_options(options, find_latents, GIVEN, "DEQDDIMPipeline.invert")
         model, inputs = self._model(labels, prompt, no_prompt, no_labels, scale)
         x_0 = self.image_processor.preprocess(image).to(self._execution_device, self.unet.dtype)
-        if self.vae is not None:
+        warn_of_range(x_0)
+        if (autoencoder := self._autoencoder) is not None:
             with torch.no_grad():
-                x_0 = self.vae.encode(x_0.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
-        found = invert(model, x_0, self._chain(num_inference_steps, 0.0), method, prediction=self._prediction,
-                       inputs=inputs, **options)  # fmt: skip
+                x_0 = autoencoder.encode(x_0).to(self.unet.dtype)
+        chain, given = chain_of(self.scheduler, num_inference_steps, 0.0, clip_sample), {"inputs": inputs, **options}
+        found = find_latents(model, x_0, chain, method, prediction=chain.prediction or "epsilon", **given)
         self.maybe_free_model_hooks()
         return found
 
     @property
-    def _prediction(self) -> str:
-        return DIFFUSERS_PREDICTIONS[self.scheduler.config.prediction_type]
-
-    def _chain(self, steps: int, eta: float) -> Chain:
-        return Schedule.from_diffusers(self.scheduler).chain(steps, self.scheduler.config.timestep_spacing, eta)
+    def _autoencoder(self) -> Autoencoder | None:
+        if self.vae is not None and self.vqvae is not None:
+            raise ValueError("vqvae: only one autoencoder is used, and vae is given too")
+        vae = self.vae if self.vae is not None else self.vqvae
+        return None if vae is None else Autoencoder(vae, self.unet.config.in_channels)
 
     def _shape(self, count: int) -> tuple[int, ...]:
         side = self.unet.config.sample_size
@@ -231,8 +293,8 @@ class DEQDDIMPipeline(DiffusionPipeline):
         return {"edit": edit, "callback": None if quiet else after_round}
 
     def _decode(self, x_0: Tensor, output_type: str) -> Any:
-        if self.vae is not None:
-            x_0 = self.vae.decode((x_0 / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        if (autoencoder := self._autoencoder) is not None:
+            x_0 = autoencoder.decode(x_0)
         # numpy and PIL have no bfloat16
         x_0 = x_0 if output_type == "pt" or x_0.dtype != torch.bfloat16 else x_0.float()
         return self.image_processor.postprocess(x_0, output_type)

@@ -1,18 +1,25 @@
-"""Model rows shared between the ranks of a `torch.distributed` process group.
+"""Network evaluations shared between the ranks of a `torch.distributed` process group.
 
-Every rank holds the whole problem and takes the same steps; only the model rows are divided. So every rank must be
-given the same latents, noises and conditioning, which is checked once, and must ask for the same rows in every round,
-which is checked with every exchange: ranks that disagree get an error, not a hang or a wrong image.
+Every rank holds the whole problem and takes the same steps; only the model's rows are divided. So every rank must be
+given the same arguments, which is checked once by digests of fixed size before anything whose shape depends on them is
+exchanged, and must ask for the same rows in every round, which is checked with every exchange: ranks that disagree get
+an error, not a hang or a wrong image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .digest import digest
+
+SLOTS = 64  # words that a rank sends of its settings: their names, one digest each, and whether it has a callback
+PRIVATE = {"group", "progress", "callback"}  # what every rank may have its own of
+GO_ON, STOP, FAILED = 0, 1, 2
 
 
 def check_group(group: Any) -> None:
@@ -23,16 +30,90 @@ def check_group(group: Any) -> None:
         raise ValueError("group: this process is not one of its ranks")
 
 
-def check_alike(group: Any, name: str, x: Tensor, hint: str) -> None:
-    """Raises ValueError on every rank unless all hold the same x, bit for bit. Moves x once."""
-    sizes = _gather(group, torch.tensor([x.numel()], device=x.device))
-    if len(set(sizes.flatten().tolist())) > 1:
-        raise ValueError(f"{name}: the same shape is required on every rank of the group; {hint}")
-    first = x.contiguous().clone()
-    _exchange(lambda: dist.broadcast(first, dist.get_global_rank(group, 0), group=group))
-    same = torch.equal(first.view(torch.uint8), x.contiguous().view(torch.uint8))
-    if not bool(_gather(group, torch.tensor([same], device=x.device, dtype=torch.int64)).all()):
-        raise ValueError(f"{name}: the same values are required on every rank of the group; {hint}")
+def agree(group: Any, settings: Mapping[str, Any]) -> Callable[..., bool] | None:
+    """Raises on every rank of the group unless all were given the same settings; before any other exchange.
+
+    Args:
+        group: a torch.distributed process group.
+        settings: the arguments of the call, by name. `progress` and `callback` may differ.
+
+    Returns:
+        A callback(...) that stops all ranks once that of one of them says so, if any has one; else None.
+
+    Raises:
+        TypeError: `group` is no process group.
+        ValueError: ranks disagree, with the names of the settings they disagree on.
+        RuntimeError: a rank died or did not answer within the group's time limit.
+    """
+    check_group(group)
+    compared = {name: value for name, value in settings.items() if name not in PRIVATE}
+    compared |= {"generator": _drawn_from(settings), "autocast": _autocast()}
+    names, own = sorted(compared), settings.get("callback")
+    # what asks for gradients matters where one is taken
+    with torch.set_grad_enabled(torch.is_grad_enabled() and settings.get("gradient") is not None):
+        words = [digest(names), *(_safe_digest(compared[name]) for name in names)]
+    words += [0] * (SLOTS - 1 - len(words)) + [int(own is not None)]
+    table = _gather(group, torch.tensor(words, device=_device(group))).cpu()
+    odd = (table[:, :-1] != table[0, :-1]).any(0).tolist()
+    if odd[0]:
+        raise ValueError("group: the same version of this package is required on every rank")
+    different = [name for name, differs in zip(names, odd[1:], strict=False) if differs]
+    if different:
+        others = (table[:, :-1] != table[0, :-1]).any(1).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"group: ranks disagree on {', '.join(different)}: the same is required on every rank in shape, dtype and "
+            f"value (latents, noises and generators from one seed); other than rank 0: {', '.join(map(str, others))}"
+        )
+    return _shared_callback(group, own) if bool(table[:, -1].any()) else None
+
+
+def _drawn_from(settings: Mapping[str, Any]) -> Any:
+    """What the noises of the chain are drawn from; None where none are drawn."""
+    chain, x_T, generator = (settings.get(name) for name in ("chain", "x_T", "generator"))
+    if settings.get("noises") is not None or not getattr(chain, "eta", 0):
+        return None
+    if generator is not None:
+        return generator
+    if isinstance(x_T, Tensor) and x_T.is_cuda:
+        return torch.cuda.get_rng_state(x_T.device)
+    return torch.get_rng_state()
+
+
+def _autocast() -> list[Any]:
+    kinds = ("cpu", "cuda")
+    return [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
+
+
+def _safe_digest(value: Any) -> int:
+    try:
+        return digest(value)
+    except Exception as error:  # a rank that cannot read an argument must answer nevertheless: the others wait
+        return digest(repr(type(error)))
+
+
+def _device(group: Any) -> torch.device:
+    """Where the group exchanges tensors of its own."""
+    on_gpu = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def _shared_callback(group: Any, own: Callable[..., Any] | None) -> Callable[..., bool]:
+    def callback(*seen: Any) -> bool:
+        answer, failure = GO_ON, None
+        try:
+            if own is not None and own(*seen):
+                answer = STOP
+        except Exception as error:  # the other ranks wait for an answer
+            answer, failure = FAILED, error
+        answers = _gather(group, torch.tensor([answer], device=_device(group))).flatten().tolist()
+        if failure is not None:
+            raise failure
+        if FAILED in answers:
+            rank = answers.index(FAILED)
+            raise RuntimeError(f"group: the callback failed on rank {rank}; its error is reported there")
+        return STOP in answers
+
+    return callback
 
 
 def evaluate_shared(evaluate: Callable[..., Tensor], rows: Sequence[Tensor], group: Any) -> Tensor:
@@ -42,26 +123,34 @@ def evaluate_shared(evaluate: Callable[..., Tensor], rows: Sequence[Tensor], gro
     makes the same calls of the model, which a model with collectives of its own (FSDP, DDP with buffers) needs.
 
     Raises:
-        RuntimeError: a rank failed, died, did not answer within the group's time limit, or asked for other rows.
+        RuntimeError: a rank failed, died, did not answer within the group's time limit, asked for other rows, or its
+            model answered in another dtype or width.
     """
     n = len(rows[0])
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     share = -(-n // ranks)
     mine = torch.arange(rank * share, (rank + 1) * share, device=rows[0].device).clamp_(max=max(n - 1, 0))
     failure: Exception | None = None
+    local = rows[0]
     try:
         local = evaluate(*[x[mine] for x in rows]) if n else rows[0]
     except Exception as error:  # whatever the model raised: the other ranks wait for an answer
         failure = error
-    report = torch.tensor([n, failure is not None], device=rows[0].device, dtype=torch.int64)
-    counts, failed = _gather(group, report).unbind(1)
+    about = [n, failure is not None, digest(local.dtype), local.shape[1:].numel()]
+    wanted, failed, dtypes, widths = _gather(group, torch.tensor(about, device=rows[0].device)).cpu().unbind(1)
     if failure is not None:
         raise failure
     if bool(failed.any()):
         raise RuntimeError(f"group: the model failed on rank {int(failed.nonzero()[0])}; its error is reported there")
-    if bool((counts != n).any()):
+    if bool((wanted != n).any()):
         raise RuntimeError(
-            f"group: the ranks went apart, they want {counts.tolist()} rows: the machines compute alike?"
+            f"group: ranks disagree on the rows requested ({wanted.tolist()}): check that model and inputs are "
+            "identical, and that the machines compute alike"
+        )
+    if bool((dtypes != dtypes[0]).any() | (widths != widths[0]).any()):
+        raise RuntimeError(
+            "group: ranks disagree on the dtype or shape of the model's answer; here "
+            f"{local.dtype}, {tuple(local.shape[1:])}: check that the models are identical"
         )
     return _gather(group, local.contiguous()).flatten(0, 1)[:n] if n else local
 

@@ -8,16 +8,20 @@ depends on the earlier N_j alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .answers import ask, warn_of_training
+from .basis import Rotated
 from .chain import Chain, LinearChain, Splitting
 from .ranks import evaluate_shared
 
-PREDICTIONS = ("epsilon", "v", "sample")
+if TYPE_CHECKING:
+    from .defects import Visits
+
 CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
 
 Model = Callable[..., Tensor]
@@ -35,8 +39,11 @@ class Network:
     group: Any = None
     calls: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        warn_of_training(self.model.model if isinstance(self.model, Rotated) else self.model)
+
     def epsilon(self, x: Tensor, t: Tensor, alpha: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
-        """ε (n, D) in the dtype of x (n, D). t, alpha (n,): time steps and ᾱ there; conditioning (n, …) each."""
+        """ε (n, D) in the dtype of x (n, D), v where ᾱ = 0. t, alpha (n,): time steps, ᾱ there; conditioning (n, …)."""
         self.calls += 1
         shared = self.group is not None and not torch.is_grad_enabled()
         out = (
@@ -48,9 +55,10 @@ class Network:
         if self.prediction == "epsilon":
             return out
         root, sigma = alpha.sqrt()[:, None].to(x), (1 - alpha).sqrt()[:, None].to(x)
+        blind = root == 0  # where the chain's coefficients are those of v = −x_0
         if self.prediction == "v":  # v = √ᾱ ε − σ x_0 (Salimans & Ho 2022)
-            return root * out + sigma * x
-        return (x - root * out) / sigma
+            return torch.where(blind, out, root * out + sigma * x)
+        return torch.where(blind, -out, (x - root * out) / sigma)
 
     def _local(self, x: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
         """The model's own prediction (n, D), in the dtype it answers in."""
@@ -59,11 +67,7 @@ class Network:
         for at in range(0, len(x), most):
             part = slice(at, at + most)
             image = x[part].to(self.dtype).reshape(-1, *self.shape)
-            value = self.model(image, t[part], *[c[part] for c in conditioning])
-            if not isinstance(value, Tensor) or value.shape != image.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"model: a tensor of the shape of x, {tuple(image.shape)}, is required, got {got}")
-            parts.append(value.flatten(1))
+            parts.append(ask(self.model, image, t[part], [c[part] for c in conditioning]).flatten(1))
         return torch.cat(parts) if parts else x.new_empty(x.shape)
 
 
@@ -75,6 +79,7 @@ class Remainders:
         evaluations: (B,) model rows spent on each image so far.
         linear: from N to x_0 … x_T.
         scale: (T, 1), the unit of N in what `solve` sees, which is scale·N; None is 1.
+        visits: told of every evaluation, if given.
     """
 
     network: Network
@@ -83,6 +88,7 @@ class Remainders:
     linear: LinearChain
     shift: int = 0  # N_k is read off state k + shift: 0 for sampling, 1 for inversion, where it is the step's own end
     scale: Tensor | None = None
+    visits: Visits | None = None
 
     def __call__(
         self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor, wanted: Tensor | None = None
@@ -101,25 +107,25 @@ class Remainders:
             wanted = torch.ones(N.shape[:2], dtype=torch.bool, device=N.device)
         i, k = wanted.nonzero(as_tuple=True)
         self.evaluations.index_add_(0, image[i], torch.ones_like(i))
-        out = N.clone()
-        out[i, k] = self.remainder(x[i, k], k, [c[i] for c in conditioning])
+        out, states = N.clone(), x[i, k]
+        out[i, k] = value = self.remainder(states, k, [c[i] for c in conditioning])
+        if self.visits is not None:
+            self.visits.note(image[i], k, states, value)
         return x, out
+
+    @property
+    def unit(self) -> Tensor:
+        """`scale` (T, 1), or ones."""
+        return torch.ones_like(self.chain.c)[:, None] if self.scale is None else self.scale
 
     def __post_init__(self) -> None:
         self.evaluations = torch.zeros(0, dtype=torch.int64)
 
     def epsilon(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
-        """ε (n, D) at states x (n, D) of steps k (n,), such that the step is a x + c ε also where it clips x̂_0:
-
-        √ᾱ' clip(x̂_0) + √(1 − ᾱ' − σ²) ε = a x + c (ε + √ᾱ' (clip(x̂_0) − x̂_0)/c), x̂_0 = (x − √(1−ᾱ) ε)/√ᾱ.
-        """
+        """e (n, D) at states x (n, D) of steps k (n,): the step is a x + c e, e = ε or what clipping makes of it."""
         chain = self.chain
         eps = self.network.epsilon(x, chain.timesteps[k], chain.alphas[k], conditioning)
-        if chain.clip is None:
-            return eps
-        alpha, after, c = (part[k][:, None] for part in (chain.alphas, chain.alphas_next, chain.c))
-        predicted = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
-        return eps + after.sqrt() / c * (chain.clip(predicted) - predicted)
+        return chain.held(x, eps, k)
 
     def remainder(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """N (n, D) at states x (n, D) of steps k (n,)."""
@@ -130,8 +136,7 @@ class Remainders:
 
 def move(chain: Chain, splitting: Splitting, device: torch.device) -> tuple[Chain, Splitting]:
     """Both on `device`."""
-    tensors = {name: getattr(chain, name).to(device) for name in ("timesteps", "alphas", "alphas_next")}
-    moved = replace(chain, **tensors)
+    moved = chain.at(torch.arange(len(chain), device=chain.alphas.device), device)
     offset = None if splitting.offset is None else splitting.offset.to(device)
     return moved, Splitting(splitting.kappa.to(device), offset)
 
@@ -141,7 +146,12 @@ def reachable(rtol: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
     Below its rounding the network is a step function: no residual shrinks there, and every step would wait to be exact.
     """
-    least = torch.finfo(dtype).eps / 2
+    least = rounding(dtype)
     if isinstance(rtol, Tensor):
         return torch.where(rtol > 0, rtol.clamp_min(least), rtol)
     return max(rtol, least) if rtol > 0 else rtol
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Half the machine epsilon: what a network computing in `dtype` rounds its answer by, relative to it."""
+    return torch.finfo(dtype).eps / 2

@@ -12,20 +12,17 @@ from torch import Tensor
 from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
 
 from .adjoint import through_chain
+from .answers import draw
 from .arguments import Silent, check_arguments, model_dtype
-from .chain import Chain, EditedChain, LinearChain, Splitting, interpolation
+from .chain import Chain, EditedChain, LinearChain, Splitting
 from .edit import Edit
-from .nodes import possible, start
 from .phantom import through_phantom
-from .ranks import check_alike, check_group
 from .remainder import Model, Network, Remainders, move, reachable
 
 SOLVER = Anderson(memory=2, coupling="causal")
 # A step within this many times rtol, in units of σ ε, leaves an error of a few rtol in x_0.
 UNITS_PER_RTOL = 5.0
 MARGIN = 0.5
-# From a smooth guess many steps come within the tolerance at once, and what each still lacks adds up over them.
-MARGIN_FROM_GUESS = 0.1
 SMALLEST_SCALE = 1e-3
 
 
@@ -67,8 +64,7 @@ def _scaled_noise(chain: Chain, x_T: Tensor, noises: Tensor | None, generator: A
     if chain.eta == 0:
         return None
     if noises is None:
-        device = generator.device if generator is not None else x_T.device
-        noises = torch.randn(shape, dtype=torch.float64, generator=generator, device=device)
+        noises = draw(shape, generator, x_T.device)
     return chain.sigma[:, None] * noises.detach().to(x_T.device, torch.float64).flatten(2)
 
 
@@ -80,6 +76,7 @@ class Sampler:
     x_T: Tensor  # (B, D) float64, detached
     conditioning: list[Tensor]
     drift: Tensor | None  # (B or 1, T, D): c_k b_k + σ_k n_k
+    numbers: Tensor | None = None  # (B,) int64, which images of the whole batch these are; None is all
 
     @staticmethod
     def of(
@@ -101,13 +98,6 @@ class Sampler:
         noise = _scaled_noise(chain, x_T, noises, generator)
         drift = drift if noise is None else noise if drift is None else drift + noise
         conditioning = [c.detach() for c in inputs]
-        if group is not None:
-            check_group(group)
-            check_alike(group, "x_T", flat, "draw them from a generator seeded alike")
-            if drift is not None:
-                check_alike(group, "noises", drift, "pass a generator seeded alike")
-            for i, c in enumerate(conditioning):
-                check_alike(group, f"inputs[{i}]", c, "every rank holds the whole batch")
         return Sampler(forward, flat, conditioning, drift)
 
     @property
@@ -123,7 +113,7 @@ class Sampler:
         m, x = self.map, self.x_T
         chain = m.chain
         a, c, noise = chain.a, chain.c, self.noise
-        states, image = [x], torch.arange(len(x), device=x.device)
+        states, image = [x], self.image
         for k in range(len(chain)):
             eps = m.epsilon(x, torch.full((len(x),), k, device=x.device), self.conditioning)
             x = a[k] * x + c[k] * eps
@@ -135,26 +125,7 @@ class Sampler:
             bar.update()
         return torch.stack(states, 1), None, len(chain), torch.full((len(x),), len(chain))
 
-    def parallel(
-        self, solver: Any, stop: Stop, window: int | None, levels: Sequence[int], bar: Any, callback: Any
-    ) -> tuple[Tensor, Solution, int, Tensor]:
-        """The fixed point, from the guess that coarser levels give, or a start on the nodes, or N = 0."""
-        (B, D), T = self.x_T.shape, len(self.map.chain)
-        guess = torch.zeros(B, T, D, dtype=torch.float64, device=self.x_T.device)
-        evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
-        rounds, margin = 0, MARGIN
-        if not levels and possible(self, stop, window):
-            (guess, rounds, evaluations), margin = start(self), MARGIN_FROM_GUESS
-            bar.update(rounds)
-        for count in levels:
-            coarse, at = self._coarse(count)
-            _, solution, more, rows = coarse.solve(guess[:, at], solver, stop, None, bar, None)
-            guess = interpolation(at.cpu(), T).to(guess.device) @ solution.z
-            rounds, evaluations = rounds + more, evaluations + rows
-        trajectory, solution, more, rows = self.solve(guess, solver, stop, window, bar, callback, margin)
-        return trajectory, solution, rounds + more, evaluations + rows
-
-    def _coarse(self, steps: int) -> tuple[Sampler, Tensor]:
+    def coarse(self, steps: int) -> tuple[Sampler, Tensor]:
         """This problem on `steps` of the time steps, and their positions."""
         m = self.map
         chain, at = m.chain.coarsen(steps)
@@ -175,10 +146,10 @@ class Sampler:
         margin: float = MARGIN,
     ) -> tuple[Tensor, Solution, int, Tensor]:
         """The fixed point of all steps together, from a guess of N (B, T, D): trajectory, solution, rounds, rows."""
-        m, B = self.map, len(self.x_T)
-        m.evaluations = torch.zeros(B, dtype=torch.int64, device=self.x_T.device)
-        base = self.base()
-        image, before, scale = torch.arange(B, device=base.device), m.network.calls, scale_of(m.chain)
+        m, base, image = self.map, self.base(), self.image
+        count = len(image) if self.numbers is None or not len(image) else int(image.max()) + 1
+        m.evaluations = torch.zeros(count, dtype=torch.int64, device=base.device)
+        before, scale = m.network.calls, scale_of(m.chain)
         stop = block_stop(replace(stop, rtol=reachable(stop.rtol, m.network.dtype)), scale)
 
         def report(step: int, y: Tensor, residual: Tensor) -> Any:
@@ -193,7 +164,12 @@ class Sampler:
             gradient=None, front=Front(window, margin, latest=True), callback=None if quiet else report,
         )  # fmt: skip
         solution.z = solution.z / scale
-        return m.linear.trajectory(base, solution.z, image), solution, m.network.calls - before, m.evaluations
+        return m.linear.trajectory(base, solution.z, image), solution, m.network.calls - before, m.evaluations[image]
+
+    @property
+    def image(self) -> Tensor:
+        """(B,) int64, the number of each image in the whole batch."""
+        return torch.arange(len(self.x_T), device=self.x_T.device) if self.numbers is None else self.numbers
 
     def base(self) -> Tensor:
         """What the chain's states are made of besides N (B, T+1, D)."""
@@ -201,12 +177,12 @@ class Sampler:
 
     def at(self, x_T: Tensor) -> Sampler:
         """The same problem for other latents (B, D)."""
-        return Sampler(self.map, x_T, self.conditioning, self.drift)
+        return Sampler(self.map, x_T, self.conditioning, self.drift, self.numbers)
 
     def pick(self, images: Tensor) -> Sampler:
         """The same problem for some of the images, by position (k,)."""
         drift = self.drift if self.drift is None or len(self.drift) == 1 else self.drift[images]
-        return Sampler(self.map, self.x_T[images], [c[images] for c in self.conditioning], drift)
+        return Sampler(self.map, self.x_T[images], [c[images] for c in self.conditioning], drift, self.image[images])
 
     def check(self, N: Tensor | None, stop: Stop) -> tuple[Tensor, int, Tensor]:
         """x_0 (B, D) to a tight tolerance, from a guess of the remainders; rounds and rows (B,)."""

@@ -1,16 +1,23 @@
 """Noise schedules: how much of the image is left at each time step."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .checks import PREDICTIONS, SPACINGS, VARIANCES, count, flag, one_of, real
 from .edit import Clip
+from .schedulers import read_scheduler
 
 if TYPE_CHECKING:
     from .chain import Chain
+
+# What `to_config` records where it is not the usual.
+EXTRAS: dict[str, Any] = {
+    "diffusers_steps": False, "spacing": "linspace", "ancestral": False, "variance": "small", "prediction": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,13 +25,17 @@ class Schedule:
     """ᾱ_t, t = 0 … N−1: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε with ε standard normal.
 
     Attributes:
-        alphas_cumprod: (N,) float64, strictly between 0 and 1 (1 allowed at t=0), non-increasing.
+        alphas_cumprod: (N,) float64, non-increasing, in (0, 1]; the last may be 0: pure noise, no signal.
         final_alpha_cumprod: ᾱ of the end of the chain, after its last step; 1 means a clean image.
         steps_offset: added to every time step of a "leading" spacing.
         origin: constructor and arguments, for `to_config`; None when the values were given one by one.
         diffusers_steps: a chain's step from t ends ⌊N/T⌋ below t, as diffusers' DDIMScheduler has it, even where the
             next step starts elsewhere (its "linspace" spacing); otherwise it ends where the next one starts.
         clip: keeps the image that each step predicts in range; None leaves it as the model says.
+        spacing: of the chains' time steps, where none is asked for.
+        ancestral: chains have fresh noise, eta = 1, where none is asked for, as diffusers' DDPMScheduler has it.
+        variance: of that noise, "small" or "large" (`Chain.sigma`).
+        prediction: what the scheduler says that its network returns; None, not known.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, by name.
@@ -36,6 +47,10 @@ class Schedule:
     origin: dict[str, Any] | None = field(default=None, repr=False)
     diffusers_steps: bool = False
     clip: Clip | None = None
+    spacing: str = "linspace"
+    ancestral: bool = False
+    variance: str = "small"
+    prediction: str | None = None
 
     def __post_init__(self) -> None:
         alphas = self.alphas_cumprod
@@ -46,19 +61,28 @@ class Schedule:
                 f"alphas_cumprod: a floating-point tensor (N,) is required, got {tuple(alphas.shape)}, {alphas.dtype}"
             )
         alphas = alphas.detach().to("cpu", torch.float64, copy=True)
-        if not bool(((alphas > 0) & (alphas <= 1)).all()):
+        if not bool((alphas[:-1] > 0).all() and ((alphas >= 0) & (alphas <= 1)).all() and alphas[0] > 0):
             raise ValueError(
-                f"alphas_cumprod: values in (0, 1] are required, got {alphas.min().item():g} … {alphas.max().item():g}"
+                "alphas_cumprod: values in (0, 1], or 0 at the last, are required, got "
+                f"{alphas.min().item():g} … {alphas.max().item():g}"
             )
         if bool((alphas.diff() > 0).any()):
             rise = int((alphas.diff() > 0).nonzero()[0]) + 1
             raise ValueError(f"alphas_cumprod: must decrease, but rises at t={rise}")
-        final = _real("final_alpha_cumprod", self.final_alpha_cumprod)
+        final = real("final_alpha_cumprod", self.final_alpha_cumprod)
         if not alphas[0].item() <= final <= 1:
             raise ValueError(
                 f"final_alpha_cumprod: from alphas_cumprod[0] = {alphas[0].item():g} to 1 is required, got {final:g}"
             )
-        _count("steps_offset", self.steps_offset, least=0)
+        count("steps_offset", self.steps_offset, least=0)
+        one_of("spacing", self.spacing, SPACINGS)
+        one_of("variance", self.variance, VARIANCES)
+        flag("diffusers_steps", self.diffusers_steps)
+        flag("ancestral", self.ancestral)
+        if self.prediction is not None:
+            one_of("prediction", self.prediction, PREDICTIONS)
+        if self.clip is not None and not isinstance(self.clip, Clip):
+            raise TypeError(f"clip: a Clip or None is required, got {type(self.clip).__name__}")
         object.__setattr__(self, "alphas_cumprod", alphas)
         object.__setattr__(self, "final_alpha_cumprod", final)
 
@@ -68,12 +92,9 @@ class Schedule:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):
             return NotImplemented
-        return (
-            torch.equal(self.alphas_cumprod, other.alphas_cumprod)
-            and self.final_alpha_cumprod == other.final_alpha_cumprod
-            and self.steps_offset == other.steps_offset
-            and self.diffusers_steps == other.diffusers_steps
-            and self.clip == other.clip
+        plain = [f.name for f in fields(self) if f.name not in ("alphas_cumprod", "origin")]
+        return torch.equal(self.alphas_cumprod, other.alphas_cumprod) and all(
+            getattr(self, name) == getattr(other, name) for name in plain
         )
 
     def __hash__(self) -> int:
@@ -98,7 +119,7 @@ class Schedule:
 
         Nichol and Dhariwal 2021, Eq. 17; the clip keeps the last ᾱ from being 0.
         """
-        _count("n", n, least=1)
+        count("n", n, least=1)
         s = 0.008
         t = torch.arange(n + 1, dtype=torch.float64)
         g = torch.cos(math.pi / 2 * (t / n + s) / (1 + s)).square()
@@ -113,34 +134,14 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> "Schedule":
-        """Return the schedule of a diffusers scheduler: its ᾱ, the ᾱ after its last step, steps_offset and clipping.
+        """Return the schedule whose chains take the steps of a diffusers scheduler, at its own time steps.
 
-        The final ᾱ is `scheduler.final_alpha_cumprod` where there is one, else ᾱ_0 or 1 by its `set_alpha_to_one`.
+        Read are its ᾱ and the ᾱ after its last step, spacing, clipping, fresh noise, and what its network predicts.
 
         Raises:
-            TypeError: `scheduler` has no tensor `alphas_cumprod`.
+            TypeError: a scheduler of a class, or with an option, that is not reproduced (`diffusion.schedulers`).
         """
-        alphas = getattr(scheduler, "alphas_cumprod", None)
-        if not isinstance(alphas, Tensor):
-            raise TypeError(
-                f"scheduler: an object with a tensor alphas_cumprod is required, got {type(scheduler).__name__}"
-            )
-        config = getattr(scheduler, "config", {})
-        options = config if isinstance(config, dict) else vars(config)
-        final = getattr(scheduler, "final_alpha_cumprod", None)
-        if final is None:
-            final = 1.0 if options.get("set_alpha_to_one", True) else alphas[0].item()
-        if not bool(alphas[-1] > 0):
-            raise ValueError(
-                "scheduler: ᾱ of its last time step is 0 (rescale_betas_zero_snr), where ε says nothing of x_0"
-            )
-        clip = None
-        if options.get("thresholding", False):
-            clip = Clip(float(options["sample_max_value"]), float(options["dynamic_thresholding_ratio"]))
-        elif options.get("clip_sample", False):
-            clip = Clip(float(options.get("clip_sample_range", 1.0)))
-        offset = int(options.get("steps_offset", 0))
-        return cls(alphas, float(final), offset, diffusers_steps=True, clip=clip)
+        return cls(**read_scheduler(scheduler))
 
     @classmethod
     def _of_betas(cls, betas: Tensor, name: str, **arguments: float) -> "Schedule":
@@ -149,11 +150,12 @@ class Schedule:
     def to_config(self) -> dict[str, Any]:
         """Return a JSON-ready record that `from_config` turns into an equal schedule, bit for bit."""
         origin = self.origin or {"name": "alphas_cumprod", "values": self.alphas_cumprod.tolist()}
-        ends = {"final_alpha_cumprod": self.final_alpha_cumprod, "steps_offset": self.steps_offset}
-        extras: dict[str, Any] = {"diffusers_steps": True} if self.diffusers_steps else {}
+        config = {**origin, "final_alpha_cumprod": self.final_alpha_cumprod, "steps_offset": self.steps_offset}
+        config |= {name: getattr(self, name) for name, usual in EXTRAS.items() if getattr(self, name) != usual}
         if self.clip is not None:
-            extras["clip"] = {"bound": self.clip.bound, "quantile": self.clip.quantile}
-        return {**origin, **ends, **extras}
+            config["clip"] = {"bound": self.clip.bound, "quantile": self.clip.quantile}
+            config["clip"] |= {"consistent": True} if self.clip.consistent else {}
+        return config
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Schedule":
@@ -169,13 +171,8 @@ class Schedule:
         name = arguments.pop("name", None)
         final = arguments.pop("final_alpha_cumprod", 1.0)
         offset = arguments.pop("steps_offset", 0)
-        like_diffusers = arguments.pop("diffusers_steps", False)
-        if not isinstance(like_diffusers, bool):
-            raise TypeError(f"diffusers_steps: true or false is required, got {like_diffusers!r}")
-        clip = arguments.pop("clip", None)
-        if clip is not None and (not isinstance(clip, dict) or set(clip) != {"bound", "quantile"}):
-            raise ValueError(f"clip: bound and quantile are required, got {clip!r}")
-        clip = None if clip is None else Clip(**clip)
+        extras = {name: arguments.pop(name, usual) for name, usual in EXTRAS.items()}
+        extras["clip"] = _clip(arguments.pop("clip", None))
         keys = {
             "linear": {"n", "start", "end"},
             "scaled_linear": {"n", "start", "end"},
@@ -188,9 +185,9 @@ class Schedule:
             raise ValueError(f"config: {name} takes {sorted(keys[name])}, got {sorted(arguments)}")
         if name == "alphas_cumprod":
             values = torch.tensor(arguments["values"], dtype=torch.float64)
-            return cls(values, final, offset, diffusers_steps=like_diffusers, clip=clip)
+            return cls(values, final, offset, **extras)
         base = getattr(cls, name)(**arguments)
-        return cls(base.alphas_cumprod, final, offset, base.origin, like_diffusers, clip)
+        return cls(base.alphas_cumprod, final, offset, base.origin, **extras)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, in the type of x_0.
@@ -210,32 +207,34 @@ class Schedule:
         alpha = self.alphas_cumprod[t].view(-1, *[1] * (x_0.ndim - 1)).to(x_0.device)
         return alpha.sqrt().to(x_0.dtype) * x_0 + (1 - alpha).sqrt().to(x_0.dtype) * noise
 
-    def chain(self, steps: int, spacing: str = "linspace", eta: float = 0.0) -> "Chain":
-        """Return the DDIM chain of that many steps through this schedule; see `Chain.from_schedule`."""
+    @property
+    def eta(self) -> float:
+        """The share of fresh noise of a chain for which none is asked."""
+        return 1.0 if self.ancestral else 0.0
+
+    def chain(self, steps: int = 50, spacing: str | None = None, eta: float | None = None) -> "Chain":
+        """Return the DDIM chain of that many steps through this schedule; see `Chain.from_schedule`.
+
+        spacing, eta: None is the schedule's own: of a scheduler what that does, else "linspace" and 0.
+        """
         from .chain import Chain  # chain.py imports this module
 
         return Chain.from_schedule(self, steps, spacing, eta)
 
 
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: a number is required, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: a finite number is required, got {value!r}")
-    return float(value)
-
-
-def _count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: an integer is required, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: at least {least} is required, got {value}")
+def _clip(record: Any) -> Clip | None:
+    """Return the clip recorded by `to_config`."""
+    if record is None:
+        return None
+    if not isinstance(record, dict) or not {"bound", "quantile"} <= set(record) <= {"bound", "quantile", "consistent"}:
+        raise ValueError(f"clip: bound and quantile are required, got {record!r}")
+    return Clip(**record)
 
 
 def _betas(n: Any, start: Any, end: Any) -> tuple[float, float]:
     """Return `start` and `end` as floats, checked: 0 < start ≤ end < 1."""
-    _count("n", n, least=1)
-    start, end = _real("start", start), _real("end", end)
+    count("n", n, least=1)
+    start, end = real("start", start), real("end", end)
     if not 0 < start <= end < 1:
         raise ValueError(f"start, end: 0 < start <= end < 1 is required, got start={start:g}, end={end:g}")
     return start, end

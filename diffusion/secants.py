@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .defects import slopes
 from .nodes import Nodes
 
 MEMORY = 3  # m
@@ -36,9 +37,12 @@ class Secants:
         self.V = torch.zeros_like(self.U)
         self.x = torch.full((B, n, D), torch.nan, dtype=torch.float64, device=device)  # where last evaluated
         self.value = torch.zeros_like(self.x)  # N there
+        self.slope = torch.full((B, n), torch.nan, dtype=torch.float64, device=device)  # of N along its last move
+        self.steepest = self.slope.clone()  # the least of all moves
         self.rounds = torch.zeros(B, dtype=torch.int64, device=device)
         self.G = grid.chain.G.mean(0).repeat(m, m)  # (m n, m n)
-        self.least = (TELLING * torch.finfo(grid.map.network.dtype).eps) ** 2
+        self.precision = torch.finfo(grid.map.network.dtype).eps
+        self.least = (TELLING * self.precision) ** 2
         self.one = torch.eye(m * n, dtype=torch.float64, device=device)
 
     def __call__(
@@ -62,6 +66,10 @@ class Secants:
         seen = value.isfinite().all(2)
         if wanted is not None:
             sound, seen = sound & wanted, seen & wanted
+        slope, told = slopes(s, y, x, self.precision)
+        self.slope[image] = torch.where(told & seen, slope, self.slope[image])
+        steepest = torch.fmin(slope, self.steepest[image])
+        self.steepest[image] = torch.where(told & seen, steepest, self.steepest[image])
         at = self.rounds[image] % MEMORY
         self.U[image, at] = torch.where(sound[..., None], u, 0.0)
         self.V[image, at] = torch.where(sound[..., None], s / moved[..., None], 0.0)

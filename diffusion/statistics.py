@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chain import VARIANCE_FLOOR, Chain, Splitting, cosine_basis, cosines
+from .files import Stored
 
+PREFIX = "data."
+
+NORM_ERROR = 1e-2  # of an eigenvector, at most; float32 leaves 1e-6
+ROUNDING = 1e-4  # of the largest eigenvalue: what a computed one may lie below 0
 LARGEST = 4096  # entries of an image, above which its covariance takes minutes and gigabytes: it is left out
 
 
@@ -31,7 +38,9 @@ class Statistics:
     What is None is not known.
 
     Raises:
-        ValueError: shapes that do not fit each other, or values that are not finite.
+        TypeError: something else than tensors.
+        ValueError: shapes that do not fit each other, values that are not floating-point or not finite, variances below
+            0, or eigenvectors that are not of length 1.
     """
 
     mean: Tensor
@@ -41,16 +50,20 @@ class Statistics:
     eigenvectors: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.eigenvalues is None) != (self.eigenvectors is None):
-            raise ValueError("eigenvalues and eigenvectors: both or none are required")
-        shape, size = tuple(self.mean.shape), self.mean.numel()
-        r = 0 if self.eigenvectors is None else min(self.eigenvectors.shape[-1:].numel(), size)
-        required = {"eigenvalues": (size,), "eigenvectors": (size, r)}
         for name, value in self.tensors().items():
-            if tuple(value.shape) != required.get(name, shape):
-                raise ValueError(f"{name} of shape {required.get(name, shape)} is required, got {tuple(value.shape)}")
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: a tensor is required, got {type(value).__name__}")
+        check_shapes(self.tensors(), tuple(self.mean.shape))
+        for name, value in self.tensors().items():
             if not bool(value.isfinite().all()):
                 raise ValueError(f"{name} is not finite")
+            least = -ROUNDING * value.max().clamp_min(0) if name == "eigenvalues" and value.numel() else 0.0
+            if name in ("variance", "frequencies", "eigenvalues") and bool((value < least).any()):
+                raise ValueError(f"{name} of no less than 0 is required, got {value.min().item():g}")
+        if self.eigenvectors is not None:
+            norms = self.eigenvectors.double().norm(dim=0)
+            if bool(((norms - 1).abs() > NORM_ERROR).any()):
+                raise ValueError(f"eigenvectors of length 1 are required, got {norms.min():g} … {norms.max():g}")
 
     @staticmethod
     def of(images: Tensor) -> Statistics:
@@ -103,18 +116,42 @@ class Statistics:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def read_statistics(tensors: Mapping[str, Tensor], shape: tuple[int, ...], path: Path) -> Statistics | None:
-    """What the tensors "data.…" of a file hold of images of `shape`; None where they have no mean and variance."""
-    names = [part.name for part in fields(Statistics) if f"data.{part.name}" in tensors]
-    if not {"mean", "variance"} <= set(names):
-        return None
-    known = {name: tensors[f"data.{name}"] for name in names}
+def check_shapes(parts: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the parts, with their `shape` and `dtype`, are those of images of `shape`."""
+    for names in (("mean", "variance"), ("eigenvalues", "eigenvectors")):
+        if len([name for name in names if name in parts]) == 1:
+            raise ValueError(f"{' and '.join(names)}: both or none are required")
+    size = math.prod(shape)
+    given = tuple(parts["eigenvectors"].shape) if "eigenvectors" in parts else ()
+    required = {"eigenvalues": (size,), "eigenvectors": (size, min(given[-1], size) if given else 0)}
+    for name, value in parts.items():
+        if tuple(value.shape) != required.get(name, shape):
+            raise ValueError(f"{name} of shape {required.get(name, shape)} is required, got {tuple(value.shape)}")
+        if not value.dtype.is_floating_point:
+            raise ValueError(f"{name} of floating point is required, got {value.dtype}")
+
+
+def check_stored(stored: Mapping[str, Stored], shape: tuple[int, ...], path: Path) -> None:
+    """Raises ValueError unless the tensors "data.…" of a file are statistics of images of `shape`, and all known."""
+    parts = {name.removeprefix(PREFIX): value for name, value in stored.items() if name.startswith(PREFIX)}
+    unknown = parts.keys() - {part.name for part in fields(Statistics)}
+    if unknown:
+        raise ValueError(f"{path}: tensor {PREFIX}{min(unknown)} is not known")
     try:
-        if tuple(known["mean"].shape) != shape:
-            raise ValueError(f"mean of shape {shape} is required, got {tuple(known['mean'].shape)}")
-        return Statistics(**known)
+        if parts and "mean" not in parts:
+            raise ValueError("mean is missing")
+        check_shapes(parts, shape)
     except ValueError as error:
-        raise ValueError(f"{path}: data.{error}") from error
+        raise ValueError(f"{path}: {PREFIX}{error}") from error
+
+
+def read_statistics(tensors: Mapping[str, Tensor], path: Path) -> Statistics | None:
+    """What the tensors "data.…" of a file, which `check_stored` accepted, hold; None where there are none."""
+    known = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+    try:
+        return Statistics(**known) if known else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {PREFIX}{error}") from error
 
 
 def _leading(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CONFIG, save_checkpoint
-from .files import read_json, read_tensors, write_tensors
+from .checkpoint import IMAGES, save_checkpoint
+from .configuration import CONFIG, WEIGHTS
+from .files import Stored, check_parts, parse_json, read_header, read_json, read_tensors, write_tensors
 from .schedule import Schedule
 from .statistics import Statistics
 
 STATE = Path("training") / "state.safetensors"
+AGAIN = "pass resume=False to replace it"
 LOSS_MEMORY = 0.998  # of the running average of the loss: about the last 500 steps
 
 
@@ -52,7 +55,7 @@ class Run:
         self.averages = [p.detach() for p in self.average.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings["lr"])
         self.device, self.precision = self.parameters[0].device, self.parameters[0].dtype
-        self.loss = torch.zeros((), device=self.device)
+        self.loss = torch.zeros((), device=self.device, dtype=self.precision)
         self.step = 0
         self.torn = False
 
@@ -102,21 +105,52 @@ class Run:
         return self.schedule.add_noise(x_0, noise, t), t, target
 
     def finished(self) -> bool:
-        """Return whether the folder holds the result of this very run."""
-        if not (self.folder / CONFIG).is_file() or (self.folder / STATE).is_file():
+        """Return whether the folder holds the result of this very run.
+
+        Raises:
+            ValueError: it holds another run, weights that `fit` did not write, or a run without its state.
+        """
+        config, state = self.folder / CONFIG, os.path.lexists(self.folder / STATE)
+        if state:
             return False
-        record = read_json(self.folder / CONFIG).get("training", {})
-        self._require_same(record.get("settings"))
-        return bool(record.get("steps_done") == self.settings["steps"])
+        if not os.path.lexists(config):
+            if any(os.path.lexists(self.folder / name) for name in (WEIGHTS, IMAGES)):
+                self._require_same(None)
+            return False
+        try:
+            record = read_json(config).get("training")
+        except ValueError as error:
+            raise ValueError(f"{error}; {AGAIN}") from error
+        self._require_same(record.get("settings") if isinstance(record, dict) else None)
+        if record is None or record.get("steps_done") != self.settings["steps"]:
+            raise ValueError(f"{self.folder / STATE}: missing, without which a run cannot go on; {AGAIN}")
+        return True
 
     def resume(self) -> None:
-        """Go on from the saved state, if there is one."""
+        """Go on from the saved state, if there is one.
+
+        Raises:
+            ValueError: its file is cut short, of another run, or lacks a part.
+        """
         path = self.folder / STATE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return
-        tensors, metadata = read_tensors(path)
-        self._require_same(json.loads(metadata["settings"]))
-        self.step, self.loss = int(metadata["step"]), tensors["loss"].to(self.device)
+        try:
+            stored, metadata = read_header(path)
+            self._require_same(parse_json(metadata.get("settings", "")))
+            step = metadata.get("step", "")
+            if not (step.isascii() and step.isdecimal() and 0 < int(step[:20]) < self.settings["steps"]):
+                raise ValueError(f"{path}: step from 1 to {self.settings['steps'] - 1} is required, got {step!r:.40}")
+            check_parts(stored, self._parts(), path)
+            tensors, _ = read_tensors(path)
+            for name, value in tensors.items():
+                if not bool(value.isfinite().all()) or (name.startswith("second.") and bool((value < 0).any())):
+                    raise ValueError(f"{path}: {name} is not finite, or below 0 where it is a square")
+        except ValueError as error:
+            place = "" if str(error).startswith((str(path), str(self.folder))) else f"{path}: "
+            again = "" if AGAIN in str(error) else f"; {AGAIN}"
+            raise ValueError(f"{place}{error}{again}") from error
+        self.step, self.loss = int(step), tensors["loss"].to(self.device)
         names = [name for name, _ in self.model.named_parameters()]
         for name, weight, average in zip(names, self.parameters, self.averages, strict=True):
             weight.data.copy_(tensors[f"weight.{name}"])
@@ -127,6 +161,14 @@ class Run:
                 "exp_avg_sq": tensors[f"second.{name}"].to(self.device),
             }
 
+    def _parts(self) -> dict[str, Stored]:
+        """What a saved state holds."""
+        parts = {"loss": Stored(self.loss.dtype, ())}
+        for name, p in self.model.named_parameters():
+            for kind in ("weight", "average", "first", "second"):
+                parts[f"{kind}.{name}"] = Stored(p.dtype, tuple(p.shape))
+        return parts
+
     def save(self) -> None:
         """Write the checkpoint, and the state of the run, or remove that if the run is done."""
         if self.step == 0:
@@ -135,16 +177,21 @@ class Run:
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} after {self.step} steps: lower lr, or look for bad values in images")
         record = {"steps_done": self.step, "seed": self.settings["seed"], "loss": loss, "settings": self.settings}
+        done = self.step == self.settings["steps"]
+        if not done:  # first: whatever ends this between the two files, the next run finds its state
+            self._save_state()
         save_checkpoint(
             self.folder, self.average, self.schedule, prediction=self.settings["prediction"],
             shape=self.shape, statistics=self.statistics, extra=record, dtype=self.dtype,
         )  # fmt: skip
-        path = self.folder / STATE
-        if self.step == self.settings["steps"]:
+        if done:
+            path = self.folder / STATE
             path.unlink(missing_ok=True)
             if path.parent.is_dir() and not any(path.parent.iterdir()):
                 path.parent.rmdir()
-            return
+
+    def _save_state(self) -> None:
+        path = self.folder / STATE
         tensors = {"loss": self.loss}
         for (name, weight), average in zip(self.model.named_parameters(), self.averages, strict=True):
             moments = self.optimizer.state[weight]
@@ -153,11 +200,11 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {"step": str(self.step), "settings": json.dumps(self.settings)})
 
-    def _require_same(self, saved: dict[str, Any] | None) -> None:
-        if saved is None:
-            raise ValueError(f"{self.folder} holds a checkpoint not written by fit; pass resume=False to replace it")
+    def _require_same(self, saved: Any) -> None:
+        if not isinstance(saved, dict):
+            raise ValueError(f"{self.folder} holds a checkpoint not written by fit; {AGAIN}")
         own = json.loads(json.dumps(self.settings))
-        different = [key for key in own if own[key] != saved.get(key)]
+        different = [key for key in {**saved, **own} if own.get(key) != saved.get(key)]
         if different:
-            was = ", ".join(f"{key} = {saved.get(key)!r} there, {own[key]!r} here" for key in different)
-            raise ValueError(f"{self.folder} holds a run with other settings: {was}; pass resume=False to replace it")
+            was = ", ".join(f"{key} = {saved.get(key)!r} there, {own.get(key)!r} here" for key in different)
+            raise ValueError(f"{self.folder} holds a run with other settings: {was}; {AGAIN}")

@@ -83,6 +83,8 @@ class Attention(nn.Module):
 
 def sinusoids(count: int, width: int) -> Tensor:
     """Return (count, width): cos and sin of t·10000^(−k/(width/2)), k < width/2, for t = 0 … count−1."""
+    if torch.get_default_device().type == "meta":  # only shapes are asked for
+        return torch.empty(count, width)
     frequency = torch.exp(-math.log(10000.0) * torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angle = torch.arange(count, dtype=torch.float64)[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1).float()
@@ -195,6 +197,8 @@ def _check(config: dict[str, Any]) -> None:
     for name, value in [*single.items(), *((name, n) for name, values in lists.items() for n in values)]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: positive integers are required, got {value!r}")
+    if not isinstance(config["attention"], bool):
+        raise ValueError(f"attention: true or false is required, got {config['attention']!r}")
     if len(config["shape"]) != 3 or any(n % config["unshuffle"] for n in config["shape"][1:]):
         raise ValueError(
             f"shape: (C, H, W), H and W multiples of unshuffle = {config['unshuffle']}, is required, "

@@ -27,8 +27,11 @@ class Problem:
 
     def __call__(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
         """f (n, T, D) at the flat state z (n, T, D) and its inputs (n, …); wanted (n, T) bool goes with `causal`."""
-        value = self.fn(self.layout.unpack(z), *inputs, **({"wanted": wanted} if self.causal else {}))
-        return self.layout.pack(value, "the value of fn")
+        return self.layout.pack(self.value(z, inputs, wanted), "the value of fn")
+
+    def value(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Any:
+        """The same as fn returns it, in the structure and dtype of its own."""
+        return self.fn(self.layout.unpack(z), *inputs, **({"wanted": wanted} if self.causal else {}))
 
 
 class Solver(Protocol):

@@ -101,7 +101,7 @@ def solve(
         if torch.is_grad_enabled() and flat.shape[0]:
             solution.z = unroll(problem, flat, solver, solution)
     elif gradient is not None and flat.shape[0]:
-        solution.z = gradient.attach(problem, solution)
+        solution.z = gradient.attach(problem, solution, stop)
     solution.z = problem.layout.unpack(solution.z)
     return solution
 

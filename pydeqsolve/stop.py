@@ -13,17 +13,27 @@ from .memory import check_dense
 NORMS = ("rms", "l2", "max")
 
 
+class Default(float):
+    """A tolerance that nobody chose, which gives way to what the precision of fn allows."""
+
+
+RTOL = Default(1e-5)
+
+
 @dataclass(frozen=True, eq=False)
 class Stop:
     """Converged, per sample: ‖f(z) − z‖ ≤ atol + rtol·‖f(z)‖.
 
     rtol, atol: floats, or tensors (B,), one tolerance per sample; with `Front` also (B, T) or (1, T), one per block.
+    An rtol that is left at its default is raised to the machine epsilon of what fn computes in, where that is more
+    (float16, bfloat16, autocast); one that is given and finer than half of it is pursued as far as that goes, and ends
+    STALLED.
     max_steps: calls of fn, the first included. norm: "rms" (root mean square over the sample's entries), "l2" or "max".
     check_every: steps between two readings of the finished samples by the host; None is 1 on the CPU, where reading is
     free, and 8 on a GPU, where it waits for the device. A sample that finishes in between is frozen at once either way.
     """
 
-    rtol: float | Tensor = 1e-5
+    rtol: float | Tensor = RTOL
     atol: float | Tensor = 0.0
     max_steps: int = 100
     norm: str = "rms"
@@ -51,12 +61,9 @@ class Stop:
         return self.check_every if self.check_every is not None else 1 if device.type == "cpu" else 8
 
 
-def relative_goal(g: Tensor, stop: Stop) -> tuple[Tensor, Tensor]:
-    """‖g‖ per row of g (B, N), one where it is zero or not finite, and the tolerance relative to it: (B,) float64."""
-    norm = torch.linalg.vector_norm(g.double(), dim=1)
-    scale = torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
-    rtol, atol = (torch.as_tensor(t, dtype=torch.float64, device=g.device) for t in (stop.rtol, stop.atol))
-    return scale, (rtol + atol / scale).expand(g.shape[0])
+def is_left_open(stop: Stop) -> bool:
+    """rtol is the default itself, not a number that someone chose."""
+    return isinstance(stop.rtol, Default)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class Mixture(nn.Module):
         self.means = nn.Parameter(means.double())  # (J, D)
         self.rows = 0
         self.calls = 0
+        self.eval()
 
     def forward(self, x: Tensor, t: Tensor, shift: Tensor | None = None) -> Tensor:
         """Prediction (N, …) for x (N, …) at t (N,); shift (N, D), if given, moves the means per row."""

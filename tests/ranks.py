@@ -15,11 +15,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from diffusion import Schedule, load_checkpoint, sample
+from diffusion import Schedule, Splitting, load_checkpoint, sample
 from pydeqsolve import Anderson, Implicit, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
-TIGHT = Stop(rtol=1e-9, max_steps=1000)
+TIGHT = 1e-8
 AT_ONCE = Implicit(solver=Anderson(2, coupling="causal"), stop=Stop(rtol=1e-8))
 SILENCE = 10.0  # seconds
 
@@ -89,14 +89,14 @@ class SampledLoss(nn.Module):
         self.model = Mixture(SCHEDULE, means())
 
     def forward(self, x_T: torch.Tensor) -> torch.Tensor:
-        out = sample(self.model, x_T, SCHEDULE.chain(8), stop=TIGHT, gradient=Implicit())
+        out = sample(self.model, x_T, SCHEDULE.chain(8), error=TIGHT, gradient=Implicit())
         return (out.x_0 * torch.arange(1, 7)).sin().mean()
 
 
 def run(group: Any, model: Any = None, count: int = 2, steps: int = 30, eta: float = 0.0, **options: Any) -> Any:
     """A sample of the mixture; the same call on every rank and, with group=None, on none."""
     model = Mixture(SCHEDULE, means()) if model is None else model
-    generator = torch.Generator().manual_seed(3)
+    generator = options.pop("generator", None) or torch.Generator().manual_seed(3)
     chain = SCHEDULE.chain(steps, eta=eta)
     x_T = options.pop("x_T", None)
     x_T = latents(count, 6) if x_T is None else x_T
@@ -114,11 +114,64 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# What ranks can disagree on: the arguments of a call on this rank, by the name that the error is to say.
+DIFFERENT: dict[str, Any] = {
+    "x_T": lambda rank: {"x_T": latents(2, 6, seed=rank)},
+    "x_T (count)": lambda rank: {"x_T": latents(2 + rank, 6)},
+    "x_T (shape)": lambda rank: {"x_T": latents(4, 6).reshape(2 + 2 * (rank > 0), -1, 2)},
+    "x_T (dtype)": lambda rank: {"x_T": latents(2, 6).to(torch.float32 if rank else torch.float64)},
+    "x_T (not a tensor)": lambda rank: {"x_T": [1.0] if rank else latents(2, 6)},
+    "chain": lambda rank: {"steps": 10 + rank},
+    "chain (eta)": lambda rank: {"eta": 0.5 * min(rank, 1)},
+    "generator": lambda rank: {"eta": 1.0, "generator": torch.Generator().manual_seed(rank)},
+    "noises": lambda rank: {"eta": 1.0, "noises": latents(2, 30, 6, seed=rank)},
+    "prediction": lambda rank: {"prediction": ("epsilon", "v")[min(rank, 1)]},
+    "splitting": lambda rank: {"splitting": ("v", "epsilon")[min(rank, 1)]},
+    "splitting (offset)": lambda rank: {
+        "splitting": Splitting.named("gaussian", SCHEDULE.chain(30), torch.full((6,), 0.1 * rank), torch.ones(6))
+    },
+    "splitting (basis)": lambda rank: {
+        "splitting": Splitting(torch.zeros(30, 1, dtype=torch.float64), basis=torch.eye(6 + rank, dtype=torch.float64))
+    },
+    "method": lambda rank: {"method": ("parallel", "sequential")[min(rank, 1)]},
+    "solver": lambda rank: {"solver": Anderson(2 + rank, coupling="causal")},
+    "inputs": lambda rank: {"inputs": (latents(2, 6, seed=rank),)},
+    "inputs (dtype)": lambda rank: {"inputs": (latents(2, 6).to(torch.float32 if rank else torch.float64),)},
+    "inputs (number)": lambda rank: {"inputs": (latents(2, 6),) * (1 + min(rank, 1))},
+    "gradient": lambda rank: {"gradient": (Implicit(), AT_ONCE)[min(rank, 1)]},
+    "edit": lambda rank: {"edit": (None, _unchanged)[min(rank, 1)]},
+    "window": lambda rank: {"window": 7 + rank},
+    "rows_per_call": lambda rank: {"rows_per_call": 5 + rank},
+    "model": lambda rank: {"model": Mixture(SCHEDULE, means()).train(rank > 0)},
+}
+
+
+def _unchanged(x: torch.Tensor, k: int, image: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+class Widened(nn.Module):
+    """A model that answers one call in another dtype on rank 1: more than the arguments can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.calls = Mixture(SCHEDULE, means()), 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.model(x, t).to(torch.float32 if self.calls == 3 and dist.get_rank() == 1 else torch.float64)
+
+
+def called_back(rank: int, group: Any, answer: Any) -> Any:
+    """A sample with a callback on rank 1 alone."""
+    return run(group, steps=40, callback=answer if rank == 1 else None, progress=rank == 0)
+
+
 def digits(group: Any, model: nn.Module | None = None, count: int = 2, **options: Any) -> torch.Tensor:
     """Images of the shipped float32 model."""
     checkpoint = load_checkpoint("digits")
     x_T, chain = latents(count, *checkpoint.shape).float(), checkpoint.schedule.chain(50)
-    return sample(model or checkpoint.model, x_T, chain, group=group, stop=Stop(rtol=1e-6), **options).x_0
+    return sample(model or checkpoint.model, x_T, chain, group=group, error=1e-5, **options).x_0
 
 
 def message(action: Any) -> str:
@@ -146,15 +199,11 @@ def agreeing(rank: int, group: Any) -> dict[str, Any]:
         }  # fmt: skip
     found["digits"] = digits(group)
     found["model fails"] = message(lambda: run(group, Fails(_give_up, on=1)))
-    found["other latents"] = message(
-        lambda: sample(Mixture(SCHEDULE, means()), latents(2, 6, seed=rank), SCHEDULE.chain(5), group=group)
-    )
-    noises = torch.Generator().manual_seed(rank)
-    chain = SCHEDULE.chain(5, eta=1.0)
-    found["other noises"] = message(
-        lambda: sample(Mixture(SCHEDULE, means()), latents(2, 6), chain, group=group, generator=noises)
-    )
-    found["other steps"] = message(lambda: run(group, steps=10 + rank))
+    found["different"] = {name: message(lambda of=of: run(group, **of(rank))) for name, of in DIFFERENT.items()}
+    found["refused by all"] = message(lambda: run(group, method="fast"))
+    found["dtype of the answer"] = message(lambda: run(group, Widened()))
+    found["stopped"] = called_back(rank, group, lambda step, *_: step == 2).rounds
+    found["callback fails"] = message(lambda: called_back(rank, group, lambda *_: _give_up()))
     found["after errors"] = run(group).trajectory
     wrapped = nn.parallel.DistributedDataParallel(Normed().eval(), process_group=group)
     found["DDP shared"] = run(group, wrapped, count=1, window=1).x_0
@@ -180,7 +229,7 @@ def sampled_gradient(model: nn.Module, rank: int, turn: int) -> torch.Tensor:
     """The gradient of a model's own parameters from one sampled batch; every rank and turn has another."""
     model.zero_grad()
     x_T = latents(2, 6, seed=10 * turn + rank)
-    sample(model, x_T, SCHEDULE.chain(6 + turn), stop=TIGHT, gradient=Implicit()).x_0.sin().sum().backward()
+    sample(model, x_T, SCHEDULE.chain(6 + turn), error=TIGHT, gradient=Implicit()).x_0.sin().sum().backward()
     return next(p.grad.clone() for name, p in model.named_parameters() if name.endswith("norm.weight"))
 
 

@@ -157,6 +157,12 @@ def test_a_missing_folder_names_itself_and_the_shipped_checkpoints(tmp_path):
         load_checkpoint(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["", "a" * 5000, "a\0b", "/dev/null"])
+def test_what_names_no_folder_is_not_found(name):
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(name)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()

@@ -80,6 +80,20 @@ def test_the_demonstration_writes_its_pictures_and_a_summary(tmp_path, capsys):
     assert all(file.stat().st_size < 300_000 for file in tmp_path.glob("*.png"))
 
 
+def test_the_picture_of_inversion_says_after_how_many_epochs_or_rounds(tmp_path, capsys, monkeypatch):
+    drawn, draw = {}, pictures.draw_rows
+
+    def draw_rows(path, title, rows, *args, **options):
+        drawn[path.name] = list(rows)
+        draw(path, title, rows, *args, **options)
+
+    monkeypatch.setattr(pictures, "draw_rows", draw_rows)
+    argv = ["demo", "--model", "digits", "--steps", 2, "--invert-steps", 2, "--epochs", 2, "--count", 1]
+    assert run(*argv, "--threads", 1, "--output", tmp_path, "--json", capsys=capsys)[0] == 0
+    exact = json.loads((tmp_path / "summary.json").read_text())["models"][0]["inversion"]["methods"]["exact"]
+    assert drawn["digits-inversion.png"][2:] == ["naive\n2 epochs", "deq\n2 epochs", f"exact\n{exact['rounds']} rounds"]
+
+
 def test_a_demonstration_that_disagrees_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("diffusion.program.demo.AGREEMENT", 0.0)
     argv = ["demo", "--model", "digits", "--steps", 5, "--invert-steps", 2, "--epochs", 1, "--count", 1]

@@ -7,7 +7,6 @@ from mixture import Mixture, latents, means
 from diffusion import Schedule, cost, sample
 from diffusion.cost import TOGETHER, Timing
 from diffusion.sampler import Sampler
-from pydeqsolve import Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 
@@ -84,7 +83,7 @@ def test_calls_are_timed_once_per_model_and_batch_size():
 def test_whatever_is_chosen_the_images_are_those_of_sequential_sampling(monkeypatch, latency, T):
     device(monkeypatch, latency, 1e-4)
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(T), latents(3, 6)
-    got = sample(model, x, chain, method="auto", stop=Stop(rtol=1e-6, max_steps=T))
+    got = sample(model, x, chain, method="auto", error=1e-5)
     expected = sample(model, x, chain, method="sequential")
     assert ((got.x_0 - expected.x_0).norm(dim=1) / expected.x_0.norm(dim=1)).max() <= 1e-5
     assert (got.rounds == T) == (latency == 0.0)

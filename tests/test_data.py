@@ -1,14 +1,18 @@
 """Data sets: what is read is what was written, and each way a file can be wrong is named."""
 
 import gzip
+import os
+import random
+import socket
 import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion.data import class_folder, digits, fashion, image_folder
+from diffusion.data import class_folder, digits, fashion, image_folder, picture_files, read_picture
 
 
 def idx(values):
@@ -48,8 +52,12 @@ def test_missing_files_say_how_to_get_them(tmp_path):
         (gzip.compress(b"\0\0"), "not an IDX file"),
         (gzip.compress(idx(np.zeros((3, 5)))), "not an IDX file of 3-dimensional"),
         (gzip.compress(idx(np.zeros((3, 5, 4)))[:-1]), "60 values announced by its header, 59 found"),
+        (gzip.compress(idx(np.zeros((3, 5, 4))) + bytes(2**20)), "60 values announced by its header, more found"),
+        (gzip.compress(bytes((0, 0, 8, 3)) + b"\xff" * 12), "at most 1,073,741,824 values are read"),
+        (gzip.compress(idx(np.zeros((3, 5, 4))))[:10] + b"\xff" * 20, "not a whole gzip file"),
         (gzip.compress(idx(np.zeros((2, 5, 4)))), "2 t10k images but 3 labels"),
     ],
+    ids=["no archive", "cut short", "no header", "of two dimensions", "a value short", "of another length"],
 )
 def test_damaged_idx_files_are_refused_by_reason(folder, content, words):
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(content)
@@ -170,3 +178,106 @@ def test_without_a_split_every_tenth_picture_is_held_out(tmp_path):
     pixels = [((x[:, 0, 0, 0] + 1) * 127.5).round().long().tolist() for x in (data.test, data.train)]
     assert pixels == [[0, 10, 20], [i for i in range(25) if i % 10]]
     assert len(class_folder(tmp_path, (1, 4, 4), most=8).train) == 8
+
+
+def test_what_is_named_like_a_picture_and_is_no_file_is_passed_over(tmp_path):
+    grey_files(tmp_path, [7])
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "nothing.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "socket.png"))
+        assert picture_files(tmp_path) == picture_files(tmp_path, deep=True) == [tmp_path / "00.png"]
+    (tmp_path / "00.png").unlink()
+    with pytest.raises(ValueError, match="holds no file"):
+        picture_files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "missing"])
+def test_a_picture_that_is_no_file_is_refused_and_not_waited_for(tmp_path, kind):
+    path = tmp_path / "a.png"
+    {
+        "fifo": os.mkfifo, "folder": os.mkdir, "device": lambda p: os.symlink("/dev/zero", p), "missing": lambda p: p,
+    }[kind](path)  # fmt: skip
+    with pytest.raises(FileNotFoundError if kind == "missing" else ValueError, match=r"a\.png"):
+        read_picture(path, (1, 4, 4))
+
+
+def test_linked_folders_are_read_and_circles_of_them_end(tmp_path):
+    grey_files(tmp_path / "elsewhere" / "cat", [1, 2])
+    grey_files(tmp_path / "all" / "dog", [3])
+    (tmp_path / "all" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    (tmp_path / "all" / "dog" / "up").symlink_to(tmp_path / "all")
+    (tmp_path / "all" / "dog" / "here").symlink_to(".")
+    names = [str(file.relative_to(tmp_path / "all")) for file in picture_files(tmp_path / "all", deep=True)]
+    assert names == ["cat/00.png", "cat/01.png", "dog/00.png"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (12_000, 12_000), (2**26 + 1, 1), (1, 2**31 - 1)])
+def test_a_picture_of_too_many_pixels_is_refused_unread(tmp_path, width, height):
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.png"
+    image.new("L", (1, 1)).save(path)
+    content = path.read_bytes()
+    header = b"IHDR" + struct.pack(">2I", width, height) + content[24:29]  # the size that it claims
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    with pytest.raises(ValueError, match=r"a\.png: cannot be read as a picture \(.*pixels"):
+        read_picture(path, (1, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 4), (1, 4, -1), (3, 2**20, 2**20)])
+def test_pictures_cannot_be_scaled_to_any_size(tmp_path, shape):
+    grey_files(tmp_path, [1])
+    with pytest.raises(ValueError, match="shape: 1 to 67,108,864 pixels are required"):
+        image_folder(tmp_path, shape)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_picture_that_is_damaged_anywhere_is_named_or_read(tmp_path, suffix):
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / f"a.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image.fromarray(pixels).save(path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    messages = []
+    for kept in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        for content in (whole[:kept], bytes(flipped)):
+            path.write_bytes(content)
+            try:
+                assert read_picture(path, (3, 4, 4))[0].abs().max() <= 1
+            except ValueError as error:
+                messages.append(str(error))
+    assert len(messages) > len(whole) // 14
+    assert all(message.startswith(f"{path}: ") for message in messages)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"a\.{suffix}: cannot be read as a picture"):
+        read_picture(path, (3, 4, 4))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"])
+def test_a_picture_of_one_colour_has_that_colour_in_every_mode(tmp_path, mode):
+    image = pytest.importorskip("PIL.Image")
+    colour = (255, 255, 255) if mode == "1" else (102,) * 3 if mode in ("L", "LA") else (51, 102, 204)
+    picture = image.new("RGB", (8, 8), colour).convert(mode)
+    path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
+    picture.save(path, quality=100) if path.suffix == ".jpg" else picture.save(path)
+    expected = torch.tensor(colour).view(3, 1, 1).expand(3, 4, 4) / 127.5 - 1
+    # a palette of the web has steps of 51; JPEG rounds
+    torch.testing.assert_close(read_picture(path, (3, 4, 4))[0], expected, rtol=0, atol=3 / 127.5)
+
+
+def test_what_is_half_transparent_is_mixed_with_white(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGBA", (4, 4), (0, 0, 0, 51)).save(tmp_path / "a.png")
+    torch.testing.assert_close(image_folder(tmp_path, (3, 4, 4)), torch.full((1, 3, 4, 4), 204 / 127.5 - 1))
+
+
+def test_pictures_of_different_sizes_are_cut_and_scaled_to_one(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for i, size in enumerate([(1, 1), (3, 300), (300, 3), (17, 11)]):
+        image.new("L", size, 51).save(tmp_path / f"{i}.png")
+    torch.testing.assert_close(image_folder(tmp_path, (1, 5, 7)), torch.full((4, 1, 5, 7), 51 / 127.5 - 1))

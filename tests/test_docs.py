@@ -35,6 +35,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(code(page), str(page), "exec"), {"__name__": "page"})
 
 
+@pytest.mark.check
 def test_the_pages_build_without_a_warning(tmp_path):
     pytest.importorskip("sphinx")
     argv = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", str(DOCS), str(tmp_path)]

@@ -7,10 +7,9 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Clip, Inpaint, Schedule, load_checkpoint, sample
-from pydeqsolve import Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
-TIGHT = Stop(rtol=1e-9, max_steps=1000)
+TIGHT = 1e-8
 
 
 def relative(x, y):
@@ -46,7 +45,7 @@ def test_edited_states_are_those_of_sequential_sampling(options, eta):
         options = {}
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(40, eta=eta), latents(4, 6)
     runs = [
-        sample(model, x, chain, edit=drifting, stop=TIGHT, generator=torch.Generator().manual_seed(1), **more)
+        sample(model, x, chain, edit=drifting, error=TIGHT, generator=torch.Generator().manual_seed(1), **more)
         for more in ({"method": "sequential"}, options)
     ]
     assert relative(runs[1].trajectory, runs[0].trajectory) < 1e-7
@@ -98,7 +97,7 @@ def test_predicted_images_held_in_range_are_those_of_sequential_sampling(clip, e
     schedule = Schedule(SCHEDULE.alphas_cumprod, clip=clip)
     model, chain, x = Mixture(schedule, means()), schedule.chain(50, eta=eta), latents(4, 6)
     runs = [
-        sample(model, x, chain, method=method, stop=TIGHT, generator=torch.Generator().manual_seed(1))
+        sample(model, x, chain, method=method, error=TIGHT, generator=torch.Generator().manual_seed(1))
         for method in ("sequential", "parallel")
     ]
     assert relative(runs[1].trajectory, runs[0].trajectory) < 1e-7
@@ -122,7 +121,7 @@ def test_a_long_chain_that_clips_is_solved_through_a_window(method):
 def test_a_bound_that_nothing_reaches_changes_nothing():
     model, x = Mixture(SCHEDULE, means()), latents(3, 6)
     held = Schedule(SCHEDULE.alphas_cumprod, clip=Clip(1e6))
-    plain, clipped = (sample(model, x, s.chain(30), stop=TIGHT).x_0 for s in (SCHEDULE, held))
+    plain, clipped = (sample(model, x, s.chain(30), error=TIGHT).x_0 for s in (SCHEDULE, held))
     torch.testing.assert_close(clipped, plain)
 
 
@@ -131,7 +130,7 @@ def test_coarser_levels_hold_their_images_in_range_too():
     schedule = Schedule(SCHEDULE.alphas_cumprod, clip=Clip(0.8))
     model, chain, x = Mixture(schedule, means()), schedule.chain(300), latents(2, 6)
     oracle = sample(model, x, chain, method="sequential").x_0
-    got = sample(model, x, chain, levels=(30,), stop=TIGHT)
+    got = sample(model, x, chain, levels=(30,), error=TIGHT)
     assert relative(got.x_0, oracle) < 1e-7
 
 
@@ -159,10 +158,17 @@ def test_a_range_that_is_none_is_refused(arguments):
         Clip(*arguments)
 
 
-def test_clipping_needs_steps_that_remove_noise():
-    schedule = Schedule(torch.tensor([0.9, 0.9, 0.5], dtype=torch.float64), clip=Clip(1.0))
-    with pytest.raises(ValueError, match="clip"):
-        schedule.chain(3)
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_a_step_that_removes_no_noise_changes_the_state_by_what_it_clips(method):
+    schedule = Schedule(torch.tensor([0.9, 0.9, 0.5], dtype=torch.float64), final_alpha_cumprod=0.9, clip=Clip(0.5))
+    model, x = Mixture(schedule, means()), latents(2, 6)
+    state = x
+    for t, after in ((2, 0.9), (1, 0.9), (0, 0.9)):
+        alpha, eps = schedule.alphas_cumprod[t].item(), model(state, torch.full((2,), t))
+        predicted = ((state - (1 - alpha) ** 0.5 * eps) / alpha**0.5).clamp(-0.5, 0.5)
+        state = after**0.5 * predicted + (1 - after) ** 0.5 * eps
+    assert relative(sample(model, x, schedule.chain(3), method=method, stop=TIGHT).x_0, state) < 1e-7
 
 
 @pytest.mark.parametrize("method", ["sequential", "parallel"])
@@ -187,7 +193,7 @@ def test_noises_that_are_given_are_those_that_enter(method):
     for k in range(10):
         state = chain.a[k] * state + chain.c[k] * model(state, chain.timesteps[k].expand(2))
         state = state + chain.sigma[k] * noises[:, k]
-    got = sample(model, x, chain, method=method, noises=noises, stop=TIGHT).x_0
+    got = sample(model, x, chain, method=method, noises=noises, error=TIGHT).x_0
     assert relative(got, state) < 1e-8
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from diffusion.checkpoint import load_checkpoint
+from diffusion.data import Dataset
+from diffusion.files import read_tensors, write_tensors
 from diffusion.fit import fit, recipes
 from diffusion.schedule import Schedule
 from diffusion.training import STATE, Run
@@ -24,9 +27,14 @@ def network(seed=0):
     return UNet(SHAPE, channels=8, multipliers=(1,), blocks=(1,), groups=4, embedding=8, timesteps=50)
 
 
-def train(folder, **options):
+def dataset(test):
+    labels = torch.zeros(len(IMAGES), dtype=torch.int64)
+    return Dataset(IMAGES, test, labels, labels[: len(test)], levels=255)
+
+
+def train(folder, images=IMAGES, **options):
     defaults = {"model": network(), "schedule": Schedule.linear(50, 1e-3, 0.2), "steps": 12, "batch": 4}
-    return fit(IMAGES, folder, **{**defaults, **options})
+    return fit(images, folder, **{**defaults, **options})
 
 
 def weights(checkpoint):
@@ -139,6 +147,130 @@ def test_other_settings_are_refused_in_the_folder_of_a_run(tmp_path, finished, c
     train(tmp_path, callback=lambda step, loss: not finished)
     with pytest.raises(ValueError, match=f"other settings: .*{words}"):
         train(tmp_path, **change)
+
+
+def rewritten(folder, change):
+    """Change tensors and header of the saved state of a run that was stopped after 5 steps; its path and bytes."""
+    train(folder, callback=lambda step, loss: step == 4)
+    tensors, header = read_tensors(folder / STATE)
+    change(tensors, header)
+    write_tensors(folder / STATE, tensors, header)
+    return folder / STATE, (folder / STATE).read_bytes()
+
+
+DAMAGES = {
+    "no step": (lambda t, h: h.pop("step"), "step from 1 to 11 is required, got ''"),
+    "step of another run": (lambda t, h: h.update(step="12"), "step from 1 to 11 is required, got '12'"),
+    "a step that is none": (lambda t, h: h.update(step="-1"), "got '-1'"),
+    "no settings": (lambda t, h: h.pop("settings"), "not a JSON file"),
+    "settings of another kind": (lambda t, h: h.update(settings="[]"), "a JSON object is required"),
+    "a setting more": (
+        lambda t, h: h.update(settings=json.dumps({**json.loads(h["settings"]), "warmup": 5})),
+        "warmup = 5 there, None here",
+    ),
+    "no loss": (lambda t, h: t.pop("loss"), "no tensor loss"),
+    "no weight": (lambda t, h: t.pop("weight.exit.bias"), r"no tensor weight\.exit\.bias"),
+    "no moment": (lambda t, h: t.pop("second.exit.bias"), r"no tensor second\.exit\.bias"),
+    "one part more": (lambda t, h: t.update({"weight.more": torch.zeros(1)}), r"weight\.more is not known"),
+    "another shape": (lambda t, h: t.update({"first.exit.bias": torch.zeros(2)}), r"first\.exit\.bias of shape \(1,\)"),
+    "another dtype": (
+        lambda t, h: t.update({"first.exit.bias": torch.zeros(1).double()}),
+        r"first\.exit\.bias of .*torch\.float32, is",
+    ),
+    "not a number": (lambda t, h: t["average.exit.bias"].fill_(math.nan), r"average\.exit\.bias is not finite"),
+    "a negative square": (lambda t, h: t["second.exit.bias"].fill_(-1), r"second\.exit\.bias is .* below 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_state_is_refused_by_part_and_left_as_it_is(tmp_path, change, words):
+    path, before = rewritten(tmp_path, change)
+    with pytest.raises(ValueError, match=rf"{words}.*pass resume=False to replace it"):
+        train(tmp_path)
+    assert path.read_bytes() == before
+    assert train(tmp_path, resume=False).training["steps_done"] == 12
+
+
+@pytest.mark.parametrize("kept", [0, 7, 300, -9])
+def test_a_state_that_is_cut_short_is_refused_and_left_as_it_is(tmp_path, kept):
+    path, before = rewritten(tmp_path, lambda t, h: None)
+    path.write_bytes(before[:kept])
+    with pytest.raises(ValueError, match=r"state\.safetensors: not a whole safetensors file.*pass resume=False"):
+        train(tmp_path)
+    assert path.read_bytes() == before[:kept]
+
+
+def test_a_damaged_state_is_named_also_in_the_current_folder(tmp_path, monkeypatch):
+    rewritten(tmp_path, lambda t, h: h.pop("settings"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^training/state\.safetensors: not a JSON file"):
+        train(".")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_run_in_another_precision_goes_on_to_the_same_result(tmp_path, dtype):
+    whole = train(tmp_path / "whole", model=network().to(dtype))
+    train(tmp_path / "cut", model=network().to(dtype), callback=lambda step, loss: step == 4)
+    assert_same_result(whole, train(tmp_path / "cut", model=network().to(dtype)))
+
+
+def test_a_run_whose_state_is_missing_is_refused_and_not_begun_anew(tmp_path):
+    path, _ = rewritten(tmp_path, lambda t, h: None)
+    path.unlink()
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"state\.safetensors: missing, .*pass resume=False"):
+        train(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["{", '{"training": 5}', '{"training": {"settings": []}}', "{}"])
+def test_a_folder_whose_record_is_not_of_fit_is_refused_and_left_as_it_is(tmp_path, content):
+    train(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="pass resume=False to replace it"):
+        train(tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_weights_of_others_are_not_overwritten(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="not written by fit"):
+        train(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_held_out_images_lie_beside_the_checkpoint_but_not_in_a_folder_that_is_refused(tmp_path):
+    trained = train(tmp_path, dataset(IMAGES[:3]), steps=2)
+    assert (trained.images - IMAGES[:3]).abs().max() <= 1 / 255
+    with pytest.raises(ValueError, match="other settings"):
+        train(tmp_path, dataset(-IMAGES[:3]), steps=3)
+    assert torch.equal(load_checkpoint(tmp_path).images, trained.images)
+
+
+@pytest.mark.parametrize("test", [IMAGES[:, :, :2], 2 + IMAGES[:3], IMAGES[:0], IMAGES[0]])
+def test_held_out_images_that_cannot_be_kept_are_refused_before_training(tmp_path, test):
+    with pytest.raises(ValueError, match=r"held_out|images"):
+        train(tmp_path / "new", dataset(test))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_a_run_interrupted_at_any_write_goes_on_to_the_same_result(tmp_path, call, monkeypatch):
+    whole = train(tmp_path / "whole")
+    move, calls = os.replace, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", save_every=5)
+    assert_same_result(whole, train(tmp_path / "cut"))
+    assert not list((tmp_path / "cut").rglob(".*"))
 
 
 def test_other_images_are_refused_in_the_folder_of_a_run(tmp_path):

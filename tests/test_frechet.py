@@ -100,21 +100,41 @@ def test_a_feature_space_comes_back_from_its_file(tmp_path):
     assert loaded.record == space.record
 
 
-@pytest.mark.parametrize("damage", ["cut", "architecture", "tensor"])
-def test_a_malformed_feature_space_is_refused_by_name(tmp_path, damage):
+DAMAGES = {
+    "architecture": (lambda t, h: h.update(architecture=json.dumps({"shape": [1, 8, 8]})), "not a feature space"),
+    "no architecture": (lambda t, h: h.pop("architecture"), "not a feature space"),
+    "size": (lambda t, h: h.update(architecture=json.dumps({"shape": [1, 8, 10**99], "classes": 2})), "integers 1"),
+    "sizes beyond all memory": (
+        lambda t, h: h.update(architecture=json.dumps({"shape": [1, 8, 8], "classes": 2, "channels": 2**23})),
+        r"model\.convolutions\.0\.bias of shape \(8388608,\) is required, got \(16,\)",
+    ),
+    "record": (lambda t, h: h.update(record="[" * 10**5), "not a feature space"),
+    "tensor": (lambda t, h: t.pop("model.score.bias"), r"no tensor model\.score\.bias"),
+    "mean": (lambda t, h: t.update({"real.mean": torch.zeros(3)}), r"real\.mean of shape \(32,\)"),
+    "held out": (lambda t, h: t.pop("real.held_out"), r"real\.held_out of shape"),
+    "not finite": (lambda t, h: t["real.covariance"].fill_(torch.inf), r"real\.covariance is not finite"),
+    "negative": (lambda t, h: t["real.covariance"].neg_(), r"real\.covariance must be .* no negative eigenvalue"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_a_malformed_feature_space_is_refused_by_name(tmp_path, damage, words):
     save_features(tmp_path, fit_classifier(stripes(), steps=1, batch=8))
     path = tmp_path / FEATURES_FILE
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         header = file.metadata()
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-9])
-    elif damage == "architecture":
-        save_file(tensors, path, {**header, "architecture": json.dumps({"shape": [1, 8, 8]})})
-    else:
-        tensors.pop("model.score.bias")
-        save_file(tensors, path, header)
-    with pytest.raises(ValueError, match=r"features\.safetensors: not a"):
+    damage(tensors, header)
+    save_file(tensors, path, header)
+    with pytest.raises(ValueError, match=rf"features\.safetensors: .*{words}"):
+        load_features(tmp_path)
+
+
+def test_a_feature_space_that_is_cut_short_is_refused_by_name(tmp_path):
+    save_features(tmp_path, fit_classifier(stripes(), steps=1, batch=8))
+    path = tmp_path / FEATURES_FILE
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"features\.safetensors: not a whole safetensors file"):
         load_features(tmp_path)
 
 

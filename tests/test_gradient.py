@@ -291,7 +291,7 @@ def test_the_adjoint_of_a_strictly_triangular_map_is_the_reverse_sweep(solver):
         (lambda: Implicit(on_failure="ignore"), ValueError, "on_failure must be"),
         (lambda: Implicit(solver="gmres"), TypeError, "solver must be GMRES"),
         (lambda: Implicit(solver=GMRES), TypeError, "solver must be GMRES"),
-        (lambda: Implicit(stop=3), TypeError, "stop must be a Stop, got int"),
+        (lambda: Implicit(stop=3), TypeError, "stop must be a Stop or None, got int"),
         (lambda: Phantom(damping="x"), TypeError, "damping must be a float, got str"),
         (lambda: Phantom(steps=0), ValueError, "steps must be at least 1"),
         (lambda: Phantom(damping=0.0), ValueError, "damping must be in"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import problems
 import pytest
 import torch
+from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ SOLVERS = [
     Broyden(kind="bad"),
 ]
 EVERY = pytest.mark.parametrize("solver", SOLVERS, ids=str)
-few = settings(max_examples=6)
+few = examples(8)
 seeds = st.integers(0, 10_000)
 
 

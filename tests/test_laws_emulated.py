@@ -4,6 +4,8 @@ import pytest
 from emulation.backend import emulated_backend
 from test_laws import *  # noqa: F403 - its tests become tests of this file
 
+pytestmark = pytest.mark.check
+
 
 @pytest.fixture(autouse=True, scope="module")
 def on_the_emulated_kernels():

@@ -7,7 +7,8 @@ import pickle
 import problems
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pydeqsolve import DEQ, Anderson, Broyden, Picard, Status, Stop, solve
@@ -65,7 +66,7 @@ def affine(dtype, most, seed=0, D=48, B=6):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@settings(max_examples=60)
+@examples(60)
 @given(
     kind=st.sampled_from(KINDS), coupling=st.sampled_from(COUPLINGS), B=st.integers(1, 4), T=st.integers(1, 3),
     D=st.sampled_from([1, 7, 16, 33, 70, 600, 16_400]), memory=st.integers(0, 12), steps=st.integers(1, 14),

@@ -5,7 +5,8 @@ import math
 import problems
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pydeqsolve import Anderson, Broyden, build_info, solve
@@ -57,7 +58,7 @@ shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 90))
 
 @native
 @pytest.mark.parametrize("dtype", STORAGES)
-@settings(max_examples=60)
+@examples(60)
 @given(
     kind=st.sampled_from(KINDS), coupling=st.sampled_from(COUPLINGS), shape=shapes, memory=st.integers(0, 20),
     damping=st.sampled_from([1.0, 0.6, 1.5]), ridge=st.sampled_from([0.0, 1e-6]), norm=st.sampled_from(["l2", "max"]),

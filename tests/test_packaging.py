@@ -67,11 +67,13 @@ def archives(tmp_path_factory):
     return source, wheel
 
 
+@pytest.mark.check
 def test_the_archives_satisfy_the_index(archives):
     pytest.importorskip("twine")
     assert python("-m", "twine", "check", "--strict", *map(str, archives)).count("PASSED") == 2
 
 
+@pytest.mark.check
 def test_a_wheel_without_the_native_module_is_for_every_platform_and_has_what_it_needs(archives):
     _, wheel = archives
     assert wheel.name == f"pydeqsolve-{pydeqsolve.__version__}-py3-none-any.whl"
@@ -86,6 +88,7 @@ def test_a_wheel_without_the_native_module_is_for_every_platform_and_has_what_it
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs"))]
 
 
+@pytest.mark.check
 def test_the_source_archive_holds_all_that_building_and_testing_need(archives):
     source, _ = archives
     with tarfile.open(source) as file:
@@ -97,6 +100,7 @@ def test_the_source_archive_holds_all_that_building_and_testing_need(archives):
     assert {"CMakeLists.txt", "Makefile", "constraints.txt", "README.md", "LICENSE", "CITATION.cff"} <= names
 
 
+@pytest.mark.check
 def test_an_installation_without_a_compiler_solves_and_warns_once(archives, tmp_path):
     _, wheel = archives
     zipfile.ZipFile(wheel).extractall(tmp_path)

@@ -7,7 +7,6 @@ from mixture import Mixture, latents, means
 from diffusion import Schedule, load_checkpoint, sample
 from diffusion.chain import LinearChain, interpolation
 from diffusion.nodes import START, NodeChain, nodes
-from pydeqsolve import Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 
@@ -50,7 +49,7 @@ def test_nodes_give_the_images_and_states_of_sequential_sampling_to_the_error_as
 @torch.no_grad()
 @pytest.mark.parametrize("rtol", [1e-3, 1e-5, 1e-8])
 def test_the_error_follows_the_tolerance(rtol):
-    got, expected = both(Watched(), latents(4, 6), stop=Stop(rtol=rtol, max_steps=200))
+    got, expected = both(Watched(), latents(4, 6), error=10 * rtol)
     assert relative(got.x_0, expected.x_0) <= 10 * rtol
 
 
@@ -101,7 +100,7 @@ def test_windows_levels_and_edits_have_no_start_on_the_nodes(options):
 def test_an_exact_solve_takes_no_more_rounds_than_steps():
     model, chain, x = Watched(), SCHEDULE.chain(60), latents(1, 6)
     expected = sample(model, x, chain, method="sequential")
-    got = sample(model, x, chain, levels=(), stop=Stop(rtol=0.0, max_steps=60))
+    got = sample(model, x, chain, levels=(), error=1e-15)
     assert got.rounds <= 60
     assert relative(got.x_0, expected.x_0) <= 1e-12
 
@@ -136,7 +135,7 @@ def test_a_nan_latent_on_nodes_harms_no_other_image():
 @torch.no_grad()
 def test_images_may_ask_for_errors_of_their_own():
     rtol = torch.tensor([1e-2, 1e-7], dtype=torch.float64)
-    got, expected = both(Watched(), latents(1, 6).repeat(2, 1), stop=Stop(rtol=rtol, max_steps=200))
+    got, expected = both(Watched(), latents(1, 6).repeat(2, 1), error=10 * rtol)
     assert relative(got.x_0[1:], expected.x_0[1:]) <= 1e-6
     assert got.evaluations[0] < got.evaluations[1]
 
@@ -158,7 +157,7 @@ def test_a_callback_sees_the_round_of_all_steps_and_may_stop_there():
         seen.append((tuple(trajectory.shape), bool(residual.isfinite().all())))
         return True
 
-    got, _ = both(Watched(), latents(2, 6), callback=watch)
+    got, _ = both(Watched(), latents(2, 6), callback=watch, error=1e-9)
     assert seen == [((2, 201, 6), True)]
     assert not got.solution.converged.any()
 
@@ -188,8 +187,8 @@ def test_nodes_rise_from_the_first_step_to_the_last(T):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "change",
-    [{"eta": 0.5}, {"window": 10}, {"edit": lambda x, k, image: x}, {"stop": Stop(rtol=0.0)}, {"T": 59}],
-    ids=["fresh noise", "a window", "an edit", "no tolerance", "a short chain"],
+    [{"eta": 0.5}, {"window": 10}, {"edit": lambda x, k, image: x}, {"T": 59}],
+    ids=["fresh noise", "a window", "an edit", "a short chain"],
 )
 def test_what_nodes_cannot_do_is_refused_when_asked_for(change):
     chain = SCHEDULE.chain(change.pop("T", 100), eta=change.pop("eta", 0.0))

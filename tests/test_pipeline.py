@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import Inpaint, Schedule, load_checkpoint, sample
-from pydeqsolve import Stop
+from diffusion import DiffusersModel, Inpaint, Schedule, load_checkpoint, sample
 
 diffusers = pytest.importorskip("diffusers")
 
 from diffusion import DEQDDIMPipeline  # noqa: E402
 
-TIGHT = Stop(rtol=1e-7, max_steps=100)
+TIGHT = 1e-6
 
 
 def small_unet(**more):
@@ -72,7 +71,7 @@ def test_a_saved_ddim_pipeline_makes_the_images_of_diffusers_from_the_same_seed(
     options = {"batch_size": 2, "num_inference_steps": 20, "eta": eta, "output_type": "np"}
     expected = theirs(generator=seeded(), **options).images
     assert 0.05 < ((expected > 0) & (expected < 1)).mean() < 0.95  # clipping matters
-    got = ours(generator=seeded(), method=method, stop=TIGHT, **options)
+    got = ours(generator=seeded(), method=method, error=TIGHT, **options)
     assert relative(got.images, expected) < 1e-4
     assert got.converged.all()
     assert got.images.std() > 0.05
@@ -81,7 +80,7 @@ def test_a_saved_ddim_pipeline_makes_the_images_of_diffusers_from_the_same_seed(
 def test_a_list_of_generators_seeds_image_by_image(folder):
     pipe = DEQDDIMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 8, "output_type": "np", "stop": TIGHT}
+    options = {"num_inference_steps": 8, "output_type": "np", "error": TIGHT}
     both = pipe(batch_size=2, generator=[seeded(3), seeded(4)], **options).images
     assert relative(both[1:], pipe(generator=seeded(4), **options).images) < 1e-5
 
@@ -97,7 +96,21 @@ def test_saved_and_loaded_it_samples_and_inverts_alike(folder, tmp_path):
     options = {"num_inference_steps": 10, "output_type": "pt"}
     one, other = (p(generator=seeded(), **options).images for p in (pipe, again))
     assert torch.equal(one, other)
-    assert torch.equal(*(p.invert(one, 10, "ddim").x_T for p in (pipe, again)))
+    with pytest.warns(UserWarning, match="clip_sample=False") as seen:
+        assert torch.equal(*(p.invert(one, 10, "ddim").x_T for p in (pipe, again)))
+    assert [w.filename for w in seen] == [__file__] * 2
+
+
+def test_pixels_out_of_range_warn_where_latents_of_a_vae_do_not():
+    vae = diffusers.AutoencoderKL(
+        in_channels=1, out_channels=1, down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(4, 8), norm_num_groups=4, scaling_factor=40.0,
+    ).eval()  # fmt: skip
+    pipe = DEQDDIMPipeline(small_unet(), diffusers.DDIMScheduler(clip_sample=False), vae)
+    image = torch.rand(1, 1, 16, 16, generator=seeded(3))
+    assert pipe.invert(image, 2, "ddim").loss.isfinite().all()
+    with pytest.warns(UserWarning, match="scale them"):
+        pipe.invert(255 * image, 2, "ddim")
 
 
 def test_what_is_sampled_is_inverted_back_to_its_latents():
@@ -105,7 +118,7 @@ def test_what_is_sampled_is_inverted_back_to_its_latents():
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(0.1)
     x_T = 0.2 * torch.randn(2, 1, 8, 8, generator=seeded(5))  # so that the images stay within [-1, 1]
-    images = pipe(latents=x_T, num_inference_steps=50, output_type="pt", stop=TIGHT).images
+    images = pipe(latents=x_T, num_inference_steps=50, output_type="pt", error=TIGHT).images
     found = pipe.invert(images, 50)
     assert 0 < images.min() < images.max() < 1
     assert found.loss.max() < 1e-6
@@ -116,7 +129,7 @@ def test_class_labels_reach_the_network():
     unet = small_unet(num_class_embeds=3)
     pipe = pipeline(unet, clip_sample=False)
     labels, x_T = torch.tensor([0, 2]), torch.randn(2, 1, 8, 8, generator=seeded())
-    options = {"num_inference_steps": 15, "output_type": "latent", "stop": TIGHT}
+    options = {"num_inference_steps": 15, "output_type": "latent", "error": TIGHT}
     got = pipe(latents=x_T, class_labels=labels, **options).images
     state = x_T
     pipe.scheduler.set_timesteps(15)
@@ -141,7 +154,7 @@ def test_guided_text_conditioning_is_the_loop_of_stable_diffusion(prediction, cl
     labels = {"class_labels": torch.tensor([1, 2]), "negative_class_labels": torch.tensor([0, 0])} if classes else {}
     got = pipe(
         latents=x_T, prompt_embeds=prompt, negative_prompt_embeds=nothing, guidance_scale=4.0, num_inference_steps=20,
-        output_type="latent", stop=TIGHT, **labels,
+        output_type="latent", error=TIGHT, **labels,
     )  # fmt: skip
     state = x_T
     pipe.scheduler.set_timesteps(20)
@@ -162,11 +175,11 @@ def test_a_guided_conditional_network_is_inverted():
     given = {"prompt_embeds": prompt, "negative_prompt_embeds": nothing, "guidance_scale": 1.5}
     image = torch.rand(1, 4, 8, 8, generator=seeded(3)) * 0.2 + 0.4
     found = pipe.invert(image, 50, **given)
-    again = pipe(latents=found.x_T, num_inference_steps=50, output_type="pt", stop=TIGHT, **given).images
+    again = pipe(latents=found.x_T, num_inference_steps=50, output_type="pt", error=TIGHT, **given).images
     assert found.loss.item() < 1e-6
     assert relative(again.numpy(), image.numpy()) < 1e-3
     unguided = pipe(
-        latents=found.x_T, num_inference_steps=50, output_type="pt", stop=TIGHT, prompt_embeds=prompt
+        latents=found.x_T, num_inference_steps=50, output_type="pt", error=TIGHT, prompt_embeds=prompt
     ).images
     assert relative(unguided.numpy(), image.numpy()) > 1e-3
 
@@ -230,7 +243,7 @@ def test_a_callback_that_changes_latents_acts_step_by_step_and_is_refused_in_par
     assert relative(got.numpy(), state.numpy()) < 1e-5
     with pytest.raises(ValueError, match="edit"):
         pipe(callback_on_step_end=halve, **options)
-    in_parallel = pipe(edit=lambda x, k, image: 0.9 * x, stop=TIGHT, **options).images
+    in_parallel = pipe(edit=lambda x, k, image: 0.9 * x, error=TIGHT, **options).images
     assert relative(in_parallel.numpy(), state.numpy()) < 1e-4
 
 
@@ -275,7 +288,7 @@ def test_a_saved_unet_loads_as_a_checkpoint_that_samples_and_inpaints(folder):
     edit = Inpaint(chain, torch.zeros(2, 1, 8, 8), torch.eye(8), x_T)
     with torch.no_grad():
         one, other = (
-            sample(checkpoint.model, x_T, chain, method=m, edit=edit, stop=TIGHT).x_0
+            sample(checkpoint.model, x_T, chain, method=m, prediction=checkpoint.prediction, edit=edit, error=TIGHT).x_0
             for m in ("sequential", "parallel")
         )
     assert relative(other.numpy(), one.numpy()) < 1e-4
@@ -287,9 +300,252 @@ def test_importing_the_adapter_does_not_import_diffusers():
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_the_schedule_of_a_pipeline_is_that_of_its_scheduler():
-    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    pipe = DEQDDIMPipeline(small_unet(), scheduler)
-    expected = Schedule.from_diffusers(diffusers.DDIMScheduler.from_config(scheduler.config))
+@pytest.fixture(scope="module")
+def network():
+    return small_unet()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"variance_type": "fixed_large", "timestep_spacing": "trailing", "clip_sample": False}],
+    ids=["default", "large, trailing"],
+)
+@pytest.mark.parametrize("several", [False, True], ids=["one generator", "one for each image"])
+def test_a_saved_ddpm_pipeline_makes_the_images_of_diffusers_from_the_same_seed(settings, several, network, tmp_path):
+    theirs = diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(**settings))
+    theirs.save_pretrained(tmp_path)
+    ours = DEQDDIMPipeline.from_pretrained(tmp_path)
+    assert isinstance(ours.scheduler, diffusers.DDPMScheduler)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    seeds = lambda: [seeded(1), seeded(2)] if several else seeded()  # noqa: E731
+    options = {"batch_size": 2, "num_inference_steps": 12, "output_type": "np"}
+    expected = theirs(generator=seeds(), **options).images
+    for method, error in (("sequential", 1e-5), ("parallel", 1e-3)):
+        generator = seeds()
+        got = ours(generator=generator, method=method, **options).images
+        assert relative(got, expected) < error
+
+
+def test_a_pipeline_leaves_its_generator_where_that_of_diffusers_does(network):
+    ours, theirs = (kind(network, diffusers.DDPMScheduler()) for kind in (DEQDDIMPipeline, diffusers.DDPMPipeline))
+    generators = [seeded(), seeded()]
+    for pipe, generator in zip((ours, theirs), generators, strict=True):
+        pipe.set_progress_bar_config(disable=True)
+        pipe(generator=generator, num_inference_steps=3, output_type="pt")
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"])
+def test_another_scheduler_is_refused_by_name_however_it_comes_in(name, network, tmp_path):
+    other = getattr(diffusers, name)()
+    with pytest.raises(TypeError, match=f"{name} is not reproduced; known are DDIMScheduler, DDPMScheduler"):
+        DEQDDIMPipeline(network, other)
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler())
+    with pytest.raises(TypeError, match=f"{name} is not reproduced"):
+        pipe.scheduler = other
     assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
-    assert Schedule.from_diffusers(pipe.scheduler) == expected
+    diffusers.DDPMPipeline(network, other).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"{name} is not reproduced"):
+        DEQDDIMPipeline.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"{name} is not reproduced"):
+        DEQDDIMPipeline.from_pipe(diffusers.DDPMPipeline(network, other))
+    for folder in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(TypeError, match=f"{name} is not reproduced"):
+            load_checkpoint(folder)
+
+
+def test_an_option_that_is_not_reproduced_is_refused_however_it_comes_in(network, tmp_path):
+    learned = diffusers.DDPMScheduler(variance_type="learned_range")
+    with pytest.raises(TypeError, match="variance_type='learned_range'"):
+        DEQDDIMPipeline(network, learned)
+    diffusers.DDPMPipeline(network, learned).save_pretrained(tmp_path)
+    for load in (DEQDDIMPipeline.from_pretrained, load_checkpoint):
+        with pytest.raises(TypeError, match="variance_type='learned_range'"):
+            load(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["object", "pipeline", "folder of a pipeline", "folder of a network"])
+def test_a_scheduler_clips_alike_however_it_comes_in(way, network, tmp_path):
+    scheduler = diffusers.DDIMScheduler(clip_sample_range=0.5, set_alpha_to_one=False, timestep_spacing="leading")
+    scheduler.set_timesteps(8)
+    state = x_T = torch.randn(2, 1, 8, 8, generator=seeded())
+    for t in scheduler.timesteps:
+        state = scheduler.step(network(state, t).sample, t, state).prev_sample
+    pipe = DEQDDIMPipeline(network, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    if way == "pipeline":
+        got = pipe(latents=x_T, num_inference_steps=8, output_type="latent", method="sequential").images
+    else:
+        model, schedule, prediction = DiffusersModel(network), Schedule.from_diffusers(scheduler), "epsilon"
+        if way != "object":
+            pipe.save_pretrained(tmp_path)
+            read = load_checkpoint(tmp_path if way == "folder of a pipeline" else tmp_path / "unet")
+            model, schedule, prediction = read.model, read.schedule, read.prediction
+        got = sample(model, x_T, schedule.chain(8), prediction=prediction, method="sequential").x_0
+    assert relative(got.numpy(), state.numpy()) < 1e-4
+
+
+def test_clipping_can_be_left_out_of_a_call(network):
+    pipe, free = (DEQDDIMPipeline(network, diffusers.DDIMScheduler(clip_sample=clip)) for clip in (True, False))
+    for p in (pipe, free):
+        p.set_progress_bar_config(disable=True)
+    options = {"latents": torch.randn(1, 1, 8, 8, generator=seeded()), "num_inference_steps": 5}
+    images = [p(output_type="latent", clip_sample=False, **options).images for p in (pipe, free)]
+    assert torch.equal(*images)
+    assert not torch.equal(pipe(output_type="latent", **options).images, images[0])
+
+
+def test_clipped_model_output_is_that_of_the_ddim_pipeline(network):
+    images = []
+    for kind in (diffusers.DDIMPipeline, DEQDDIMPipeline):
+        pipe = kind(network, diffusers.DDIMScheduler(clip_sample_range=0.5))
+        pipe.set_progress_bar_config(disable=True)
+        given = {"generator": seeded(), "num_inference_steps": 8, "eta": 0.5, "use_clipped_model_output": True}
+        images.append(pipe(output_type="np", **given).images)
+    assert relative(images[1], images[0]) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["timesteps", "sigmas", "strength", "guidance_rescale", "height", "stpo", "chain"])
+def test_an_argument_that_the_pipeline_does_not_have_is_named(name, network):
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler())
+    with pytest.raises(TypeError, match=f"^{name}: not an argument of DEQDDIMPipeline"):
+        pipe(**{name: 1})
+    with pytest.raises(TypeError, match=f"^{name}: not an argument of DEQDDIMPipeline.invert"):
+        pipe.invert(torch.zeros(1, 1, 8, 8), **{name: 1})
+
+
+def test_a_list_of_generators_of_another_length_is_refused(network):
+    with pytest.raises(ValueError, match="generator: one for each of the 3 images is required, got 1"):
+        DEQDDIMPipeline(network, diffusers.DDIMScheduler())(batch_size=3, generator=[seeded()])
+
+
+AUTOENCODER = {
+    "in_channels": 1, "out_channels": 1, "latent_channels": 1, "block_out_channels": (8, 8), "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+
+
+def test_the_folder_of_an_ldm_pipeline_makes_its_images(network, tmp_path):
+    torch.manual_seed(2)
+    vqvae = diffusers.VQModel(num_vq_embeddings=16, scaling_factor=0.3, **AUTOENCODER).eval()
+    theirs = diffusers.LDMPipeline(vqvae, network, diffusers.DDIMScheduler(clip_sample=False))
+    theirs.save_pretrained(tmp_path)
+    ours = DEQDDIMPipeline.from_pretrained(tmp_path)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    expected, got = (
+        pipe(batch_size=1, num_inference_steps=5, generator=seeded(), output_type="np").images
+        for pipe in (theirs, ours)
+    )
+    assert np.asarray(expected).shape == (1, 16, 16, 1)
+    assert relative(got, np.asarray(expected)) < 1e-3
+    with torch.no_grad():
+        z = 0.3 * vqvae.encode(torch.full((1, 1, 16, 16), -1.0)).latents
+    found = ours.invert(torch.zeros(1, 1, 16, 16), 5, "ddim")
+    plain = DEQDDIMPipeline(network, theirs.scheduler)
+    torch.testing.assert_close(found.x_T, plain.invert(z / 2 + 0.5, 5, "ddim").x_T)
+    ours.save_pretrained(tmp_path / "again")
+    assert DEQDDIMPipeline.from_pretrained(tmp_path / "again").vqvae.config.scaling_factor == 0.3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("settings", "scale", "shift"),
+    [
+        ({"scaling_factor": 0.5, "shift_factor": 0.7}, 0.5, 0.7),
+        ({"scaling_factor": 0.5, "latents_mean": [0.2], "latents_std": [4.0]}, 0.125, 0.2),
+        ({"scaling_factor": 0.5, "latents_std": [4.0]}, 0.125, 0.0),
+    ],
+    ids=["shift", "mean and deviation", "deviation"],
+)
+def test_the_factors_of_an_autoencoder_are_honoured(settings, scale, shift, network):
+    torch.manual_seed(2)
+    vae = diffusers.AutoencoderKL(**AUTOENCODER, **settings).eval()
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler(clip_sample=False), vae)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"latents": torch.randn(1, 1, 8, 8, generator=seeded()), "num_inference_steps": 3}
+    latent, image = (pipe(output_type=kind, **given).images for kind in ("latent", "pt"))
+    torch.testing.assert_close(image, (vae.decode(latent / scale + shift).sample / 2 + 0.5).clamp(0, 1))
+    z = (vae.encode(2 * image - 1).latent_dist.mean - shift) * scale
+    torch.testing.assert_close(pipe._autoencoder.encode(2 * image - 1), z)
+
+
+@pytest.mark.parametrize(
+    ("vae", "error", "words"),
+    [
+        (lambda: diffusers.AutoencoderTiny(), TypeError, "vae: AutoencoderKL or VQModel .* got AutoencoderTiny"),
+        (lambda: diffusers.AutoencoderKL(latent_channels=4), ValueError, "vae: latents of 1 channels"),
+        (
+            lambda: diffusers.AutoencoderKL(**AUTOENCODER, shift_factor=1.0, latents_mean=[0.0], latents_std=[1.0]),
+            ValueError, "vae: shift_factor and latents_mean",
+        ),
+    ],
+)  # fmt: skip
+def test_an_autoencoder_that_is_not_read_is_refused_by_name(vae, error, words, network):
+    with pytest.raises(error, match=words):
+        DEQDDIMPipeline(network, diffusers.DDIMScheduler(), vae())
+
+
+def test_a_part_of_a_folder_that_is_not_used_is_refused_unless_left_out_by_name(network, tmp_path):
+    DEQDDIMPipeline(network, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "safety_checker": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"text_encoder \(CLIPTextModel\) is not used.* text_encoder=None leaves"):
+        DEQDDIMPipeline.from_pretrained(tmp_path)
+    DEQDDIMPipeline.from_pretrained(tmp_path, text_encoder=None)
+    with pytest.raises(ValueError, match=r"text_encoder \(CLIPTextModel\) is not read"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_scheduler_under_the_name_of_another_is_refused(network, tmp_path):
+    DEQDDIMPipeline(network, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    diffusers.PNDMScheduler().save_pretrained(tmp_path / "scheduler")
+    for load in (DEQDDIMPipeline.from_pretrained, load_checkpoint):
+        with pytest.raises(TypeError, match="PNDMScheduler is not reproduced"):
+            load(tmp_path)
+
+
+def test_an_autoencoder_that_is_changed_later_is_the_one_that_decodes(network):
+    first, later = (diffusers.AutoencoderKL(**AUTOENCODER, scaling_factor=s).eval() for s in (1.0, 0.5))
+    pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler(), first)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae = later
+    given = {"latents": torch.zeros(1, 1, 8, 8), "num_inference_steps": 1}
+    latent, image = (pipe(output_type=kind, **given).images for kind in ("latent", "pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(image, (later.decode(latent / 0.5).sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_a_network_with_variances_is_refused_when_the_pipeline_is_made():
+    torch.manual_seed(0)
+    learned = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=2, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"got 2 for 1: it predicts variances too; wrap it: .*\.sample\[:, :1\]"):
+        DEQDDIMPipeline(learned, diffusers.DDIMScheduler())
+
+
+def test_a_wrapped_network_is_refused_with_the_one_inside(network):
+    with pytest.raises(TypeError, match=r"unet: the network inside DataParallel is required: unet\.module"):
+        DEQDDIMPipeline(torch.nn.DataParallel(network), diffusers.DDIMScheduler())
+
+
+@pytest.mark.filterwarnings("ignore:chain. it clips")
+def test_a_ddpm_pipeline_is_inverted_without_its_noise_and_its_clipping():
+    unet = small_unet()
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(0.1)
+    pipe = DEQDDIMPipeline(unet, diffusers.DDPMScheduler(prediction_type="v_prediction", clip_sample_range=0.1))
+    pipe.set_progress_bar_config(disable=True)
+    x_T = 0.2 * torch.randn(1, 1, 8, 8, generator=seeded(5))
+    given = {"num_inference_steps": 20, "eta": 0.0, "method": "sequential", "output_type": "pt"}
+    images = pipe(latents=x_T, clip_sample=False, **given).images
+    clipped = pipe(latents=x_T, **given).images
+    assert (clipped - images).abs().max() > 0.05
+    found = pipe.invert(images, 20, clip_sample=False)
+    assert relative(found.x_T.numpy(), x_T.numpy()) < 1e-2
+    assert pipe.invert(images, 20, "ddim").loss.item() > 10 * found.loss.item()

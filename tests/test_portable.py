@@ -22,6 +22,7 @@ CASES = 100
 PROGRAMS = ("aarch64-linux-gnu-g++", "qemu-aarch64", "qemu-x86_64")
 missing = [program for program in PROGRAMS if shutil.which(program) is None]
 pytestmark = [
+    pytest.mark.check,
     pytest.mark.skipif(platform.machine() != "x86_64", reason="compares with x86-64; elsewhere every test is a test"),
     pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} missing: make arm-check says where from"),
 ]

@@ -16,6 +16,7 @@ import diffusion
 import pydeqsolve
 from pydeqsolve import testing
 
+PACKAGES = ("pydeqsolve", "diffusion")
 LIST = Path(__file__).with_name("public_names.txt")
 
 
@@ -29,7 +30,8 @@ def described(name, value):
     if inspect.isclass(value):
         if dataclasses.is_dataclass(value):
             lines += [f"    .{field.name}" for field in dataclasses.fields(value) if not field.init]
-        for key, member in sorted(vars(value).items()):
+        own = [vars(base) for base in reversed(value.__mro__) if base.__module__.split(".")[0] in PACKAGES]
+        for key, member in sorted({key: member for names in own for key, member in names.items()}.items()):
             if key.startswith("_"):
                 continue
             if isinstance(member, property):

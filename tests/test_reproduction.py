@@ -12,7 +12,7 @@ from program import kill_when, run
 from diffusion import load_checkpoint, sample
 from diffusion.checkpoint import SHIPPED
 from diffusion.cli import main
-from diffusion.files import fingerprint
+from diffusion.files import fingerprint, read_tensors, write_tensors
 from diffusion.program.reproduction.figures import chain_residual, paper_states
 from diffusion.program.reproduction.ledger import Ledger, Measurement
 from diffusion.program.reproduction.page import power, short
@@ -158,6 +158,31 @@ def test_a_cut_measurement_is_made_again(tmp_path):
     assert ledger.once("a", {"T": 1}, measure).facts == {"value": 2}
     assert ledger.once("a", {"T": 2}, measure).facts == {"value": 3}
     assert Ledger(tmp_path, {"version": 2}).once("a", {"T": 1}, measure).facts == {"value": 4}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, header: tensors.pop("x"),
+        lambda tensors, header: tensors["x"].mul_(2),
+        lambda tensors, header: tensors.update(y=torch.zeros(1)),
+        lambda tensors, header: header.update(result='{"value": 7}'),
+        lambda tensors, header: header.pop("result"),
+        lambda tensors, header: header.pop("content"),
+    ],
+)
+def test_a_measurement_that_was_changed_is_made_again(tmp_path, change, capsys):
+    def measure():
+        return Measurement({"value": 1}, {"x": torch.ones(2)})
+
+    Ledger(tmp_path, {}).once("a", {}, measure)
+    (path,) = tmp_path.iterdir()
+    tensors, header = read_tensors(path)
+    change(tensors, header)
+    write_tensors(path, tensors, header)
+    found = Ledger(tmp_path, {}).once("a", {}, measure)
+    assert (found.facts, found.tensors["x"].tolist()) == ({"value": 1}, [1, 1])
+    assert "warning" in capsys.readouterr().err
 
 
 def write_images(folder, split):

@@ -6,10 +6,10 @@ from mixture import Mixture, latents, means
 
 from diffusion import Schedule, Splitting, invert, load_checkpoint, sample
 from diffusion.chain import cosines
-from pydeqsolve import Anderson, Implicit, Picard, Stop
+from pydeqsolve import Anderson, Implicit, Picard
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
-TIGHT = Stop(rtol=1e-9, max_steps=1000)
+TIGHT = 1e-8
 
 
 def relative(x, y):
@@ -51,7 +51,7 @@ def test_fresh_noise_enters_as_the_ddim_formula_has_it(eta):
 def test_parallel_sampling_equals_sequential(splitting, spacing, eta):
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(30, spacing, eta), latents(4, 6)
     runs = [
-        sample(model, x, chain, method=m, splitting=splitting, stop=TIGHT, generator=torch.Generator().manual_seed(3))
+        sample(model, x, chain, method=m, splitting=splitting, error=TIGHT, generator=torch.Generator().manual_seed(3))
         for m in ("sequential", "parallel")
     ]
     assert relative(runs[1].trajectory, runs[0].trajectory) < 1e-7
@@ -66,7 +66,7 @@ def test_every_prediction_type_samples_the_same_images(prediction, schedule):
     oracle = sample(Mixture(schedule, means()), x, chain, method="sequential")
     model = Mixture(schedule, means(), prediction=prediction)
     for method in ("sequential", "parallel"):
-        got = sample(model, x, chain, prediction=prediction, method=method, stop=TIGHT)
+        got = sample(model, x, chain, prediction=prediction, method=method, error=TIGHT)
         assert relative(got.x_0, oracle.x_0) < 1e-6, method
 
 
@@ -81,7 +81,9 @@ def test_at_the_default_tolerance_states_and_images_are_within_one_in_a_thousand
         for prediction in ("epsilon", "v", "sample"):
             model = Mixture(schedule, means(), prediction=prediction)
             got, expected = (
-                sample(model, x, chain, prediction, m, window=window, generator=torch.Generator().manual_seed(3))
+                sample(
+                    model, x, chain, m, prediction=prediction, window=window, generator=torch.Generator().manual_seed(3)
+                )
                 for m in ("parallel", "sequential")
             )
             assert relative(got.x_0, expected.x_0) <= 1e-3
@@ -95,7 +97,7 @@ def test_a_window_bounds_the_rows_of_a_round_and_changes_no_result(window):
     oracle = sample(model, x, chain, method="sequential")
     largest = []
     wrapped = lambda x, t: largest.append(len(x)) or model(x, t)  # noqa: E731
-    got = sample(wrapped, x, chain, window=window, stop=TIGHT)
+    got = sample(wrapped, x, chain, window=window, error=TIGHT)
     assert relative(got.x_0, oracle.x_0) < 1e-7
     assert max(largest) <= 2 * window
 
@@ -113,7 +115,7 @@ def test_a_window_of_one_is_sequential_sampling_row_for_row():
 @pytest.mark.parametrize("solver", [Picard(), Anderson(2, coupling="causal"), Anderson(5, coupling="independent")])
 def test_the_chain_is_exact_after_as_many_rounds_as_steps_whatever_the_solver(solver):
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(12), latents(2, 6)
-    got = sample(model, x, chain, splitting="epsilon", solver=solver, stop=Stop(rtol=0.0, max_steps=12))
+    got = sample(model, x, chain, splitting="epsilon", solver=solver, error=1e-15)
     assert relative(got.x_0, sample(model, x, chain, method="sequential").x_0) < 1e-12
 
 
@@ -139,8 +141,8 @@ def test_rounds_count_model_calls_in_sequence_and_a_split_call_once():
 @torch.no_grad()
 def test_coarser_levels_change_the_cost_and_not_the_images():
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(400), latents(2, 6)
-    plain = sample(model, x, chain, levels=(), stop=TIGHT)
-    coarse = sample(model, x, chain, levels=(10, 50), stop=TIGHT)
+    plain = sample(model, x, chain, levels=(), error=TIGHT)
+    coarse = sample(model, x, chain, levels=(10, 50), error=TIGHT)
     assert relative(coarse.x_0, plain.x_0) < 1e-7
 
 
@@ -168,7 +170,7 @@ def test_a_nan_latent_harms_no_other_image():
 def test_conditioning_follows_its_image():
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(20), latents(3, 6)
     shift = latents(3, 6, seed=5)
-    got = sample(model, x, chain, inputs=(shift,), stop=TIGHT)
+    got = sample(model, x, chain, inputs=(shift,), error=TIGHT)
     for i in range(3):
         alone = sample(model, x[i : i + 1], chain, method="sequential", inputs=(shift[i : i + 1],))
         assert relative(got.x_0[i : i + 1], alone.x_0) < 1e-7
@@ -181,7 +183,7 @@ def test_any_linear_part_leads_to_the_same_images():
     kappa = torch.linspace(0.2, 0.9, 20, dtype=torch.float64)
     per_pixel = Splitting(kappa[:, None].repeat(1, 6) * torch.linspace(0.5, 1, 6), offset=latents(20, 6, seed=2))
     for splitting in (kappa, per_pixel):
-        assert relative(sample(model, x, chain, splitting=splitting, stop=TIGHT).x_0, oracle) < 1e-7
+        assert relative(sample(model, x, chain, splitting=splitting, error=TIGHT).x_0, oracle) < 1e-7
 
 
 def correlated(count, seed=3):
@@ -212,7 +214,7 @@ def test_the_covariance_of_gaussian_data_makes_every_step_linear():
     expected = sample(model, x, chain, method="sequential")
     rounds = {}
     for basis in ("pixels", "frequencies", "covariance"):
-        got = sample(model, x, chain, splitting=Splitting.fitted(chain, images, basis), stop=TIGHT)
+        got = sample(model, x, chain, splitting=Splitting.fitted(chain, images, basis), error=TIGHT)
         assert relative(got.trajectory, expected.trajectory) < 1e-7
         rounds[basis] = got.rounds
     assert rounds["covariance"] <= 2 < rounds["pixels"]
@@ -231,9 +233,9 @@ def test_a_basis_changes_no_image_of_any_prediction_noise_edit_or_input(predicti
     shared = {"inputs": (shift,), "edit": lambda x, k, image: x.clamp(-3, 3)}
     seen = []
     got, expected = (
-        sample(model, x, chain, prediction, generator=torch.Generator().manual_seed(3), **shared, **options)
+        sample(model, x, chain, prediction=prediction, generator=torch.Generator().manual_seed(3), **shared, **options)
         for options in (
-            {"splitting": splitting, "stop": TIGHT, "callback": lambda step, states, residual: seen.append(states)},
+            {"splitting": splitting, "error": TIGHT, "callback": lambda step, states, residual: seen.append(states)},
             {"method": "sequential"},
         )
     )
@@ -244,7 +246,7 @@ def test_a_basis_changes_no_image_of_any_prediction_noise_edit_or_input(predicti
 def test_gradients_pass_through_a_basis():
     model, chain = Mixture(SCHEDULE, means(size=16)), SCHEDULE.chain(8)
     splitting, gradients = Splitting.fitted(chain, correlated(40), "frequencies"), []
-    for options in ({"splitting": splitting, "stop": TIGHT}, {"method": "sequential"}):
+    for options in ({"splitting": splitting, "error": TIGHT}, {"method": "sequential"}):
         x = latents(2, 1, 4, 4).requires_grad_()
         out = sample(model, x, chain, gradient=Implicit(), **options)
         gradients.append(torch.autograd.grad(out.x_0.sin().sum(), [x, model.means]))
@@ -281,7 +283,7 @@ def test_a_chain_that_jumps_from_pure_noise_to_the_image_in_one_step_is_solved()
     model, x = Mixture(schedule, means()), latents(2, 6)
     for steps in (1, 2):
         chain = schedule.chain(steps)
-        got = sample(model, x, chain, splitting="v", stop=TIGHT)
+        got = sample(model, x, chain, splitting="v", error=TIGHT)
         assert relative(got.x_0, sample(model, x, chain, method="sequential").x_0) < 1e-6
 
 
@@ -317,12 +319,12 @@ def test_a_callback_sees_every_round_and_may_stop():
 @pytest.mark.parametrize("method", ["sequential", "parallel"])
 def test_every_hook_and_limit_at_once_changes_no_image(method, capfd):
     model, chain, x, shift = Mixture(SCHEDULE, means()), SCHEDULE.chain(60), latents(3, 6), latents(3, 6, seed=5)
-    plain = sample(model, x, chain, method=method, inputs=(shift,), stop=TIGHT)
+    plain = sample(model, x, chain, method=method, inputs=(shift,), error=TIGHT)
     largest, states, rounds = [], [], []
     watched = lambda x, t, c: largest.append(len(x)) or model(x, t, c)  # noqa: E731
     parallel = method == "parallel"
     got = sample(
-        watched, x, chain, method=method, inputs=(shift,), stop=TIGHT, progress=True, rows_per_call=5,
+        watched, x, chain, method=method, inputs=(shift,), error=TIGHT, progress=True, rows_per_call=5,
         gradient=Implicit(), edit=lambda x, k, image: states.append(k) or x,
         **({"window": 9, "levels": (6, 20), "callback": lambda r, *_: rounds.append(r)} if parallel else {}),
     )  # fmt: skip
@@ -356,14 +358,24 @@ def test_an_empty_batch_gives_an_empty_result():
         ({"prediction": "x"}, ValueError, "prediction"),
         ({"splitting": "u"}, ValueError, "splitting"),
         ({"splitting": torch.ones(3)}, ValueError, "splitting"),
-        ({"x_T": torch.ones(2)}, ValueError, "x_T"),
-        ({"x_T": torch.ones(2, 6, dtype=torch.int64)}, TypeError, "x_T"),
-        ({"x_T": [1.0]}, TypeError, "x_T"),
+        ({"latent": torch.ones(2)}, ValueError, "latent"),
+        ({"latent": torch.ones(2, 6, dtype=torch.int64)}, TypeError, "latent"),
+        ({"latent": [1.0]}, TypeError, "latent"),
         ({"chain": 10}, TypeError, "chain"),
         ({"model": None}, TypeError, "model"),
         ({"levels": (5, 3)}, ValueError, "levels"),
         ({"levels": (50,)}, ValueError, "levels"),
         ({"window": 0}, ValueError, "window"),
+        ({"error": 0.0}, ValueError, "error"),
+        ({"error": -1e-3}, ValueError, "error"),
+        ({"error": float("nan")}, ValueError, "error"),
+        ({"error": float("inf")}, ValueError, "error"),
+        ({"error": "small"}, TypeError, "error"),
+        ({"error": True}, TypeError, "error"),
+        ({"error": torch.ones(3)}, ValueError, "error"),
+        ({"max_rounds": 0}, ValueError, "max_rounds"),
+        ({"max_rounds": 3.0}, TypeError, "max_rounds"),
+        ({"max_rounds": 9, "method": "sequential"}, ValueError, "max_rounds"),
         ({"inputs": torch.ones(2, 6)}, TypeError, "inputs"),
         ({"inputs": (torch.ones(3, 6),)}, ValueError, "inputs"),
         ({"gradient": "implicit"}, TypeError, "gradient"),
@@ -371,6 +383,6 @@ def test_an_empty_batch_gives_an_empty_result():
     ],
 )
 def test_a_wrong_argument_is_named(change, error, names):
-    arguments = {"model": Mixture(SCHEDULE, means()), "x_T": latents(2, 6), "chain": SCHEDULE.chain(10), **change}
+    arguments = {"model": Mixture(SCHEDULE, means()), "latent": latents(2, 6), "chain": SCHEDULE.chain(10), **change}
     with pytest.raises(error, match=names):
         sample(**arguments)

@@ -2,13 +2,13 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion.chain import Chain
 from diffusion.schedule import Schedule
 
 
@@ -71,21 +71,12 @@ def test_changing_the_given_tensor_later_does_not_change_the_schedule():
     assert schedule.alphas_cumprod.tolist() == [0.9, 0.5]
 
 
-def scheduler(**config):
-    return SimpleNamespace(alphas_cumprod=torch.tensor([0.99, 0.5, 0.1]), config=config)
-
-
-def test_a_scheduler_that_ends_at_its_first_alpha_is_read_so():
-    read = Schedule.from_diffusers(scheduler(set_alpha_to_one=False, steps_offset=1))
-    assert read.final_alpha_cumprod == pytest.approx(0.99)
+@pytest.mark.parametrize(("to_one", "final"), [(True, 1.0), (False, None)])
+def test_a_chain_ends_at_the_alpha_where_its_scheduler_ends(to_one, final):
+    diffusers = pytest.importorskip("diffusers")
+    read = Schedule.from_diffusers(diffusers.DDIMScheduler(set_alpha_to_one=to_one, steps_offset=1))
+    assert read.final_alpha_cumprod == (final or read.alphas_cumprod[0].item())
     assert read.steps_offset == 1
-    assert Schedule.from_diffusers(scheduler(set_alpha_to_one=True)).final_alpha_cumprod == 1.0
-
-
-def test_the_final_alpha_a_scheduler_holds_wins_over_its_flag():
-    source = scheduler(set_alpha_to_one=True)
-    source.final_alpha_cumprod = torch.tensor(0.995)
-    assert Schedule.from_diffusers(source).final_alpha_cumprod == pytest.approx(0.995)
 
 
 def test_diffusers_own_scheduler_gives_the_same_alphas():
@@ -124,12 +115,18 @@ def test_noising_keeps_the_variance_of_unit_images_and_has_the_stated_weights(se
         (lambda: Schedule.from_alphas_cumprod(torch.ones(2, 2)), ValueError, r"\(N,\)"),
         (lambda: Schedule.from_alphas_cumprod(torch.tensor([])), ValueError, r"\(N,\)"),
         (lambda: Schedule.from_alphas_cumprod(torch.tensor([1, 1])), ValueError, "floating-point"),
-        (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5, 0.0])), ValueError, r"\(0, 1\]"),
+        (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5, 0.0, 0.0])), ValueError, r"\(0, 1\]"),
+        (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5, -0.1])), ValueError, r"\(0, 1\]"),
+        (lambda: Schedule(torch.tensor([0.5]), spacing="even"), ValueError, "spacing: one of linspace"),
+        (lambda: Schedule(torch.tensor([0.5]), variance="tiny"), ValueError, "variance: one of small"),
+        (lambda: Schedule(torch.tensor([0.5]), prediction="noise"), ValueError, "prediction: one of"),
+        (lambda: Schedule(torch.tensor([0.5]), clip=1.0), TypeError, "clip: a Clip"),
+        (lambda: Schedule(torch.tensor([0.5]), ancestral=1), TypeError, "ancestral: true or false"),
         (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5, math.nan])), ValueError, r"\(0, 1\]"),
         (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5, 0.6])), ValueError, "rises at t=1"),
         (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5]), 0.4), ValueError, "final_alpha_cumprod"),
         (lambda: Schedule.from_alphas_cumprod(torch.tensor([0.5]), steps_offset=-1), ValueError, "steps_offset"),
-        (lambda: Schedule.from_diffusers(object()), TypeError, "alphas_cumprod"),
+        (lambda: Schedule.from_diffusers(object()), TypeError, "object is not reproduced; known are DDIMSch"),
         (lambda: Schedule.from_config([]), TypeError, "a dict"),
         (lambda: Schedule.from_config({"name": "sigmoid"}), ValueError, "name must be one of"),
         (lambda: Schedule.from_config({"name": "linear", "n": 5}), ValueError, "linear takes"),
@@ -154,3 +151,75 @@ def test_wrong_arguments_are_refused_by_name(call, error, words):
 def test_noising_refuses_what_does_not_fit(noise, t, words):
     with pytest.raises(ValueError, match=words):
         Schedule.linear(10).add_noise(torch.zeros(2, 2), noise, t)
+
+
+def chain(**change):
+    fields = {"timesteps": torch.tensor([9, 5, 1]), "alphas": torch.tensor([0.1, 0.5, 0.9]).double()}
+    return Chain(**{**fields, "alphas_next": torch.tensor([0.5, 0.9, 1.0]).double(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"timesteps": [9, 5, 1]}, TypeError, "timesteps: a tensor"),
+        (
+            {"timesteps": torch.tensor([9.0, 5.0, 1.0])},
+            TypeError,
+            "timesteps: integers are required",
+        ),
+        ({"timesteps": torch.tensor([], dtype=torch.int64)}, ValueError, "timesteps: a tensor .* at least one"),
+        ({"timesteps": torch.tensor([[9, 5, 1]])}, ValueError, "timesteps: a tensor"),
+        (
+            {"timesteps": torch.tensor([1, 5, 9])},
+            ValueError,
+            "timesteps: must decrease, .* 5 follows 1",
+        ),
+        ({"timesteps": torch.tensor([9, 9, 1])}, ValueError, "timesteps: must decrease"),
+        ({"timesteps": torch.tensor([9, 5, -1])}, ValueError, "timesteps: 0 at least"),
+        ({"timesteps": torch.tensor([9, 5])}, ValueError, r"alphas: a tensor \(2,\), one value per step"),
+        ({"alphas": [0.1, 0.5, 0.9]}, TypeError, "alphas: a tensor"),
+        ({"alphas": torch.tensor([0, 0, 1])}, TypeError, "alphas: floating-point"),
+        ({"alphas": torch.tensor([0.1, 0.0, 0.9])}, ValueError, r"alphas: .* or 0 at the first, .* got 0 … 0.9"),
+        ({"alphas": torch.tensor([-0.1, 0.5, 0.9])}, ValueError, "alphas: finite values"),
+        ({"alphas": torch.tensor([0.1, 0.5, 1.1])}, ValueError, "alphas: finite values"),
+        ({"alphas": torch.tensor([0.1, math.nan, 0.9])}, ValueError, "alphas: finite values"),
+        ({"alphas": torch.tensor([0.5, 0.1, 0.9])}, ValueError, "alphas: must not fall .* step 1"),
+        ({"alphas_next": torch.tensor([0.5, 0.9])}, ValueError, r"alphas_next: a tensor \(3,\)"),
+        ({"alphas_next": torch.tensor([0.5, 0.9, math.inf])}, ValueError, "alphas_next: finite values"),
+        ({"alphas_next": torch.tensor([0.05, 0.9, 1.0])}, ValueError, "alphas_next: at least alphas .* step 0"),
+        ({"eta": -0.1}, ValueError, "eta: 0 to 1"),
+        ({"eta": math.nan}, ValueError, "eta: 0 to 1"),
+        ({"eta": "1"}, TypeError, "eta: a number"),
+        ({"clip": 1.0}, TypeError, "clip: a Clip"),
+        ({"variance": "learned"}, ValueError, "variance: one of small, large"),
+        ({"prediction": "noise"}, ValueError, "prediction: one of"),
+    ],
+)
+def test_a_chain_made_by_hand_is_checked_field_by_field(change, error, words):
+    with pytest.raises(error, match=words):
+        chain(**change)
+
+
+def test_a_chain_keeps_its_states_in_float64_whatever_it_is_given():
+    made = chain(timesteps=torch.tensor([9, 5, 1], dtype=torch.int32), alphas=torch.tensor([0.125, 0.5, 0.75]))
+    assert (made.timesteps.dtype, made.alphas.dtype) == (torch.int64, torch.float64)
+
+
+def test_a_step_without_signal_has_the_coefficients_of_v():
+    made = chain(alphas=torch.tensor([0.0, 0.5, 0.9]))  # x' = √ᾱ' x̂_0 + √(1 − ᾱ') ε, ε = x, v = −x̂_0
+    assert made.a[0].item() == pytest.approx(math.sqrt(0.5))
+    assert made.c[0].item() == pytest.approx(-math.sqrt(0.5))
+
+
+def test_large_noise_is_that_of_the_forward_step_and_none_enters_at_time_zero():
+    made = chain(timesteps=torch.tensor([9, 5, 0]), eta=1.0, variance="large")
+    expected = [math.sqrt(1 - 0.1 / 0.5), math.sqrt(1 - 0.5 / 0.9), 0.0]
+    assert made.sigma.tolist() == pytest.approx(expected)
+    assert made.c.tolist() == pytest.approx(chain(eta=1.0).c.tolist())
+
+
+def test_a_schedule_decides_spacing_and_noise_where_none_is_asked_for():
+    schedule = Schedule(Schedule.linear(100).alphas_cumprod, spacing="trailing", ancestral=True)
+    assert schedule.chain(7).timesteps.tolist() == schedule.chain(7, "trailing").timesteps.tolist()
+    assert (schedule.chain(7).eta, schedule.chain(7, eta=0.0).eta) == (1.0, 0.0)
+    assert len(schedule.chain()) == 50

@@ -5,7 +5,8 @@ import math
 import problems
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pydeqsolve import Stop, build_info
@@ -64,7 +65,7 @@ class Passes:
 FEATURES = (1, 3, 8, 15, 16, 17, 100, 600, 4096, 16_384, 16_385, 40_000)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(
     kind=st.sampled_from(KINDS), coupling=st.sampled_from(COUPLINGS), B=st.integers(1, 40), T=st.integers(1, 3),
     D=st.sampled_from(FEATURES), memory=st.integers(0, 18), damping=st.sampled_from([1.0, 0.6]),

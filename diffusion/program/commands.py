@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import ConvergenceError, Stop
+from pydeqsolve import ConvergenceError
 
 from ..chain import Chain
-from ..checkpoint import CONFIG, Checkpoint, load_checkpoint
+from ..checkpoint import IMAGES, Checkpoint, load_checkpoint
+from ..configuration import CONFIG, WEIGHTS
 from ..data import Dataset, class_folder, digits, fashion, image_folder
 from ..files import read_json, write_json, write_tensors
 from ..fit import fit, recipes
@@ -57,7 +58,8 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     if args.pictures:
         pictures.require_matplotlib()
     x_T = noise(args.seed, args.count, checkpoint, device)
-    with writable(args.output) as folder:
+    files = ["samples.safetensors", "summary.json", *(["samples.png", "latents.png"] if args.pictures else [])]
+    with writable(args.output, files, args.overwrite) as folder:
         start = time.perf_counter()
         parts = _sample_batches(args, checkpoint, x_T, chain)
         seconds = time.perf_counter() - start
@@ -70,30 +72,25 @@ def run_sample(args: Namespace) -> dict[str, Any]:
             "command": "sample", "model": checkpoint.name, "method": args.method, "images": len(x_0),
             "steps": len(chain), "seed": args.seed, "device": str(device), "threads": torch.get_num_threads(),
             "rounds": max(part.rounds for part in parts), "rows_per_image": evaluations.mean().item(),
-            "converged": sum(_converged(part) for part in parts), "seconds": seconds,
-            "output": str(folder), "files": ["samples.safetensors", "summary.json"],
+            "converged": sum(int(part.converged.sum()) for part in parts), "seconds": seconds,
+            "output": str(folder), "files": files,
         }  # fmt: skip
         write_tensors(folder / "samples.safetensors", {"x_T": x_T.cpu(), "x_0": x_0}, {"command": "deq-ddim sample"})
         if args.pictures:
             title = f"{checkpoint.name}: {args.method} DDIM, T = {len(chain)}"
             pictures.draw_samples(folder / "samples.png", title, {"": x_0[:SHOWN]})
             pictures.draw_latents(folder / "latents.png", title, parts[0].trajectory[:4], chain)
-            summary["files"] += ["samples.png", "latents.png"]
         write_json(folder / "summary.json", finite(summary))
     return summary
 
 
-def _converged(part: Sample) -> int:
-    return len(part.x_0) if part.solution is None else int(part.solution.converged.sum())
-
-
 def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> list[Sample]:
-    generator = torch.Generator().manual_seed(args.seed + 1) if args.eta else None
+    generator = torch.Generator().manual_seed(args.seed + 1) if chain.eta else None
     parts: list[Sample] = []
     for part in x_T.split(args.batch):
         out = sample(
-            checkpoint.model, part, chain, method=args.method, stop=Stop(rtol=args.rtol, max_steps=len(chain)),
-            window=args.window, levels=args.levels, generator=generator, progress=True,
+            checkpoint.model, part, chain, method=args.method, error=args.error, window=args.window, levels=args.levels,
+            generator=generator, progress=True,
             **options_of(checkpoint, args.splitting),
         )  # fmt: skip
         if parts:  # only the first batch's is drawn
@@ -112,8 +109,8 @@ def run_fit(args: Namespace) -> dict[str, Any]:
     chosen = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "save_every": args.save_every}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options.update(seed=args.seed, resume=not args.restart, progress=True)
-    images = None if args.data in recipes else image_folder(args.data, tuple(args.shape))
-    with writable(args.output) as folder:
+    with writable(args.output, [WEIGHTS, CONFIG, IMAGES], replace=True) as folder:  # `fit` knows whose they are
+        images = None if args.data in recipes else image_folder(args.data, tuple(args.shape))
         start = time.perf_counter()
         try:
             trained = recipes[args.data](folder, **options) if images is None else fit(images, folder, **options)
@@ -140,9 +137,9 @@ def steps_saved(folder: Path) -> int:
 def run_classifier(args: Namespace) -> dict[str, Any]:
     """Train the classifier in whose features the report measures distances; return the summary."""
     named: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion}
-    data = named[args.data]() if args.data in named else class_folder(args.data, tuple(args.shape))
     steps = args.steps or CLASSIFIER_STEPS.get(args.data, 1000)
-    with writable(args.output) as folder:
+    with writable(args.output, [FEATURES_FILE], args.overwrite) as folder:
+        data = named[args.data]() if args.data in named else class_folder(args.data, tuple(args.shape))
         start = time.perf_counter()
         space = fit_classifier(data, steps=steps, seed=args.seed)
         save_features(folder, space)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import Status, Stop
+from pydeqsolve import Status
 
 from ..chain import Chain
 from ..checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from .output import finite, say, writable
 from .timing import compare, relative_errors, thread_counts
 
 MODELS = ("digits", "fashion")
+PICTURES = ("samples", "latents", "convergence", "inversion", "losses")
 LONG = {"digits": 1000}  # T of sampling, where it is not 100
 AGREEMENT = 1e-3  # relative error at most, parallel against sequential
 REPEATS = 5  # latents that are timed one at a time
@@ -43,7 +44,8 @@ def run_demo(args: Namespace) -> dict[str, Any]:
         if checkpoint.images is None:
             raise ValueError(f"--model {checkpoint.name}: a checkpoint with real images is required")
         _chains(args, checkpoint)
-    with writable(args.output) as folder:
+    files = [f"{checkpoint.name}-{what}.png" for checkpoint in checkpoints for what in PICTURES]
+    with writable(args.output, [*files, "summary.json"], args.overwrite) as folder:
         start = time.perf_counter()
         models = [_demonstrate(args, checkpoint, folder, device) for checkpoint in checkpoints]
         summary = {
@@ -59,7 +61,7 @@ def run_demo(args: Namespace) -> dict[str, Any]:
 def _chains(args: Namespace, checkpoint: Checkpoint) -> tuple[Chain, Chain]:
     """Return the chains of sampling and of inversion."""
     steps = LONG.get(checkpoint.name, 100) if args.steps is None else args.steps
-    return checkpoint.schedule.chain(steps), checkpoint.schedule.chain(args.invert_steps)
+    return checkpoint.schedule.chain(steps, eta=0.0), checkpoint.schedule.chain(args.invert_steps, eta=0.0)
 
 
 def _describe(device: torch.device) -> str:
@@ -133,8 +135,8 @@ def errors_by_round(checkpoint: Checkpoint, chain: Chain, splitting: str, x_T: T
     def see(_: int, trajectory: Tensor, residual: Tensor) -> None:
         errors.append(relative_errors(trajectory[:, -1], expected))
 
-    stop = Stop(rtol=1e-5, max_steps=min(ROUNDS_SHOWN, len(chain)))
-    sample(checkpoint.model, x_T, chain, stop=stop, levels=(), callback=see, **options_of(checkpoint, splitting))
+    options = {"error": 1e-4, "max_rounds": ROUNDS_SHOWN, "levels": (), **options_of(checkpoint, splitting)}
+    sample(checkpoint.model, x_T, chain, callback=see, **options)
     return torch.stack(errors)
 
 
@@ -164,8 +166,9 @@ def _invert_all(
             "status": {name: status.count(name) for name in sorted(set(status))},
             "seconds": seconds, "threads": batch[side]["threads"],
         }  # fmt: skip
-        rows[method] = reconstruct(checkpoint, found.x_T, chain)
-        below[method] = [f"{loss:.1e}" for loss in found.loss.tolist()]
+        label = f"{method}\n{args.epochs} epochs" if method in EPOCHS else f"{method}\n{found.rounds} rounds"
+        rows[label] = reconstruct(checkpoint, found.x_T, chain)
+        below[label] = [f"{loss:.1e}" for loss in found.loss.tolist()]
         if method in EPOCHS:
             curves[f"{method}, {found.evaluations.double().mean().item():,.0f} rows per image"] = found.history
     title = f"{checkpoint.name}: real images, and sampled again from their latents, T = {len(chain)}"

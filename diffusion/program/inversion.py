@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -23,23 +24,25 @@ from . import pictures
 from .commands import load, options_of
 from .machine import device_of
 from .output import finite, say, writable
-from .record import SETTINGS, TENSORS, Record
+from .record import SETTINGS, TENSORS, Record, under_way
 
 SHOWN = 16  # images in the picture of the reconstructions, at most
 GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}
 
 
-def read_images(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor:
-    """Return the picture, or the pictures of a folder in the order of their names, as (n, C, H, W) in [−1, 1].
+def read_images(path: str, shape: tuple[int, int, int], resize: bool, count: int) -> Tensor:
+    """Return the picture, or the first `count` of a folder in the order of their names, as (n, C, H, W) in [−1, 1].
 
     Raises:
         FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
     """
     place, size = Path(path), (shape[2], shape[1])
-    if not place.exists():
+    if not os.path.exists(place):
         raise FileNotFoundError(f"--images {path}: no such file or folder")
+    if not place.is_file() and not place.is_dir():
+        raise ValueError(f"--images {path}: a picture or a folder is required")
     images = []
-    for file in [place] if place.is_file() else picture_files(place):
+    for file in [place] if place.is_file() else picture_files(place)[:count]:
         image, found = read_picture(file, shape)
         if found != size and not resize:
             raise ValueError(
@@ -55,9 +58,9 @@ def run_invert(args: Namespace) -> dict[str, Any]:
         raise ValueError(f"--method: one of {', '.join(METHODS)} is required, got {args.method!r}")
     device = device_of(args.device)
     checkpoint = load(args.model, device)
-    chain = checkpoint.schedule.chain(args.steps, args.spacing)
+    chain = checkpoint.schedule.chain(args.steps, args.spacing, eta=0.0)
     if args.images is not None:
-        images = read_images(args.images, checkpoint.shape, args.resize)
+        images = read_images(args.images, checkpoint.shape, args.resize, args.count)
     elif checkpoint.images is not None:
         images = checkpoint.images.cpu()
     else:
@@ -65,8 +68,10 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     images = images[: args.count]
     if args.pictures:
         pictures.require_matplotlib()
-    with writable(args.output) as folder:
-        record = Record.open(folder, _settings(args, checkpoint, images, device), args.restart)
+    files = [TENSORS, SETTINGS, "reconstruction.png", "history.png"]
+    own = args.restart or under_way(Path(args.output))
+    with writable(args.output, files, own, "--restart replaces it") as folder:
+        record = Record.open(folder, _settings(args, checkpoint, images, device), images, args.restart)
         if record.done or record.state:
             say(f"deq-ddim: goes on after {len(record)} of {len(images)} images and {record.epochs} epochs")
         try:
@@ -83,7 +88,7 @@ def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: t
     return {
         "model": checkpoint.name, "weights": fingerprint(checkpoint.model.state_dict().values()), "images": len(images),
         "pixels": fingerprint([images]),
-        "method": args.method, "steps": args.steps, "spacing": args.spacing,
+        "method": args.method, "steps": args.steps, "spacing": args.spacing or checkpoint.schedule.spacing,
         "splitting": options_of(checkpoint, args.splitting)["splitting"], "batch": args.batch, "device": device.type,
         "epochs": (EPOCHS[args.method] if args.epochs is None else args.epochs) if iterated else None,
         "lr": (LEARNING_RATES[args.method] if args.lr is None else args.lr) if iterated else None,
@@ -108,7 +113,7 @@ def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain) -> Callable
 def reconstruct(checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> Tensor:
     """Return the images (n, C, H, W) that the chain makes of the latents, on the CPU."""
     x_T = x_T.to(next(checkpoint.model.parameters()).device)
-    return sample(checkpoint.model, x_T, chain, checkpoint.prediction, "sequential").x_0.cpu()
+    return sample(checkpoint.model, x_T, chain, "sequential", prediction=checkpoint.prediction).x_0.cpu()
 
 
 def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor
     }  # fmt: skip
     failed = len(images) - summary["status"].count("CONVERGED")
     if args.method == "exact" and failed:
-        say(f"deq-ddim: warning: {failed} of {len(images)} images missed the tolerance, see their loss")
+        say(f"deq-ddim: warning: {failed} of {len(images)} images missed the error asked for, see their loss")
     if args.pictures:
         title = f"{checkpoint.name}: inversion by {args.method}, T = {len(chain)}"
         shown = reconstruct(checkpoint, done["x_T"][:SHOWN], chain)

@@ -105,6 +105,8 @@ def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> arg
     if writes:
         add("--output", default=f"{name}-output", metavar="FOLDER", help="where files go (default %(default)s)")
         add("--seed", type=whole(0), default=0, help="of everything random (default 0)")
+    if name in ("demo", "sample", "classifier"):
+        add("--overwrite", action="store_true", help="replace what an earlier run left in the folder")
     add("--threads", type=whole(1), help="threads that torch uses (default: torch's own; demo measures which is best)")
     add("--json", action="store_true", help="print the summary as JSON on standard output, all else on standard error")
     add("--debug", action="store_true", help="show where an error arose")
@@ -112,14 +114,15 @@ def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> arg
 
 
 def _add_chain(add: Callable[..., Any], steps: int) -> None:
-    add("--model", default="digits", metavar="NAME", help="digits, fashion or a checkpoint's folder (default digits)")
-    add("--steps", type=int, default=steps, help="T, the length of the chain (default %(default)s)")
     add(
-        "--spacing",
-        default="linspace",
+        "--model",
+        default="digits",
         metavar="NAME",
-        help="of the time steps: linspace, leading, trailing or quadratic",
+        help="digits, fashion, or the folder of a checkpoint or of a pipeline of diffusers (default digits)",
     )
+    add("--steps", type=int, default=steps, help="T, the length of the chain (default %(default)s)")
+    add("--spacing", metavar="NAME", help="of the time steps: linspace, leading, trailing or quadratic "
+        "(default: the scheduler's in a folder of diffusers, else linspace)")  # fmt: skip
     add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
         "(default: gaussian if the checkpoint carries mean and variance of its data, else v)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -147,17 +150,15 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="parallel, sequential, or auto: whichever should be faster (default parallel)",
     )
-    add("--eta", type=float, default=0.0, help="share of fresh noise: 0 is DDIM, 1 DDPM (default 0)")
+    add("--eta", type=float, help="share of fresh noise: 0 is DDIM, 1 DDPM (default: the scheduler's, else 0)")
     add(
         "--levels",
         type=step_counts,
         metavar="LIST",
-        help="coarser chains solved first: auto, nodes, none or, say, 40,200",
+        help="coarser chains solved first: auto, nodes, none or, say, 40,200 (default auto)",
     )
     add("--window", type=whole(1), help="time steps evaluated at once, at most (default: all)")
-    add(
-        "--rtol", type=positive, default=1e-4, help="a tenth of the relative error allowed in the images (default 1e-4)"
-    )
+    add("--error", type=positive, help="relative error allowed in the images (default 1e-3, more in 16 bits)")
     add("--batch", type=whole(1), default=16, help="images at a time (default 16)")
 
 
@@ -184,7 +185,7 @@ def _add_data(add: Callable[..., Any], holding: str) -> None:
 def _add_fit(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_data(add, "PNG or JPEG files")
-    add("--steps", type=whole(1), help="optimiser steps (default: digits and folders 20000, fashion 16000)")
+    add("--steps", type=whole(1), help="optimiser steps (default: digits and folders 20000, fashion 9000)")
     add("--lr", type=positive, help="largest learning rate (default 0.0015)")
     add("--batch", type=whole(1), help="images per step (default 64)")
     add("--save-every", type=whole(1), help="steps between two saves (default 1000)")
@@ -195,16 +196,18 @@ def _add_report(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", nargs="+", metavar="NAME", help="digits, fashion or folders (default: digits and fashion)")
     add("--dataset-folder", metavar="FOLDER", help="real images of one model of your own: FOLDER/train/<class>/…, "
-        "FOLDER/<class>/… or pictures side by side")  # fmt: skip
+        "FOLDER/<class>/… or pictures side by side (default: those of the shipped models)")  # fmt: skip
     add("--quick", action="store_true", help="few images, short chains: under a minute, to see that all works")
-    add("--steps", type=whole(1), nargs="+", metavar="T", help="chains of Figure 1; the longest also of Table 1")
+    add("--steps", type=whole(1), nargs="+", metavar="T", help="chains of Figure 1; the longest also of Table 1 "
+        "(default: digits 100 1000, fashion 25 50, others 50 100)")  # fmt: skip
     add("--runs", type=whole(1), help="latents of Figure 1 (default 25)")
     add("--samples", type=whole(2), help="images per row of Table 1 (default: digits 256, others 128)")
-    add("--invert-steps", type=whole(1), nargs="+", metavar="T", help="chains of Table 3")
-    add("--images", type=whole(1), help="real images inverted, at most (default 100)")
+    add("--invert-steps", type=whole(1), nargs="+", metavar="T", help="chains of Table 3 "
+        "(default: digits 10 20 100, fashion 10, others 10 20)")  # fmt: skip
+    add("--images", type=whole(1), help="real images inverted, at most (default: fashion 32, others 100)")
     add("--epochs", type=whole(1), help="of naive and deq (default 30)")
-    add("--lr", type=positive, help="of naive and deq (default: each its own)")
-    add("--batch", type=whole(1), help="images sampled at a time")
+    add("--lr", type=positive, help="of naive and deq (default 0.3 and 0.1)")
+    add("--batch", type=whole(1), help="images sampled at a time (default: digits 64, fashion 32, others 16)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
 
 

@@ -6,10 +6,16 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# what a folder is not called
+FILE_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".gif", ".pdf", ".html", ".json", ".txt", ".csv", ".safetensors", ".pt", ".pth", ".ckpt",
+    ".bin", ".npy", ".npz", ".zip", ".gz", ".tar",
+}  # fmt: skip
 
 
 def say(line: str) -> None:
@@ -30,13 +36,25 @@ def require(module: str, purpose: str, extra: str) -> None:
 
 
 @contextmanager
-def writable(folder: str | Path) -> Iterator[Path]:
+def writable(
+    folder: str | Path, files: Sequence[str] = (), replace: bool = False, remedy: str = "--overwrite replaces it"
+) -> Iterator[Path]:
     """Create a folder and try writing to it; if the block fails, remove what was created and is still empty.
 
+    Args:
+        folder: where a command's files go.
+        files: their names; in the place of a file there may be another file, if `replace` is set, but no folder.
+        replace: files that are there already may be replaced.
+        remedy: what the user can do if they may not.
+
     Raises:
-        ValueError: it cannot be created or written to.
+        ValueError: it cannot be created or written to, has the name of a file, or holds what would be replaced.
     """
+    if not str(folder):
+        raise ValueError("--output: the name of a folder is required, got ''")
     folder = Path(folder)
+    if folder.suffix.lower() in FILE_SUFFIXES and not os.path.lexists(folder):
+        raise ValueError(f"--output {folder}: the name of a folder is required, {folder.suffix} is that of a file")
     created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,6 +63,12 @@ def writable(folder: str | Path) -> Iterator[Path]:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot be written to ({error.strerror or error})") from error
+    taken = [name for name in files if os.path.lexists(folder / name)]
+    for name in taken:
+        if (folder / name).is_dir():
+            raise ValueError(f"--output {folder}: {name} is the name of a file to write, but a folder is there")
+    if taken and not replace:
+        raise ValueError(f"--output {folder}: holds {', '.join(taken)} already; {remedy}")
     try:
         yield folder
     except BaseException:

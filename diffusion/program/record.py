@@ -7,8 +7,10 @@ move; so whatever stops the run, the same command goes on from a state that the 
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydeqsolve import Status
+
 from ..descent import Epoch
-from ..files import read_tensors, write_json, write_tensors
+from ..files import Stored, check_parts, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
 from ..invert import Inversion
 
 TENSORS, SETTINGS = "inversion.safetensors", "inversion.json"
@@ -50,28 +54,41 @@ class Record:
     seconds: float = 0.0
 
     @staticmethod
-    def open(folder: Path, settings: dict[str, Any], restart: bool = False) -> Record:
+    def open(folder: Path, settings: dict[str, Any], images: Tensor, restart: bool = False) -> Record:
         """Return the record in a folder, or a new one if there is none or `restart` is asked for.
 
+        Args:
+            folder, settings: as above.
+            images: (n, C, h, w) that are inverted.
+            restart: whatever the folder holds.
+
         Raises:
-            ValueError: the folder's record is of other settings, or its file is cut short.
+            ValueError: the folder's record is of other settings, its file is cut short, or a part of it is missing,
+                unknown, or not of these images.
         """
         settings = json.loads(json.dumps(settings))
-        if restart or not (folder / TENSORS).is_file():
+        path = folder / TENSORS
+        if restart or not os.path.lexists(path):
             return Record(folder, settings)
         try:
-            tensors, header = read_tensors(folder / TENSORS)
-            saved, first, seconds = dict(json.loads(header["settings"])), int(header["first"]), float(header["seconds"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / TENSORS}: not the record of an inversion; --restart replaces it") from error
-        names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
-        if names:
-            was = ", ".join(f"{name} = {saved.get(name)!r} there, {settings.get(name)!r} here" for name in names)
-            raise ValueError(f"{folder} holds an inversion with other settings: {was}; --restart replaces it")
-        parts: dict[str, dict[str, Tensor]] = {"done": {}, "state": {}}
-        for name, value in tensors.items():
-            part, _, own = name.partition(".")
-            parts[part][own] = value
+            stored, header = read_header(path)
+            saved, first, seconds = _read_header(header)
+            names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+            if names:
+                was = ", ".join(f"{name} = {saved.get(name)!r} there, {settings.get(name)!r} here" for name in names)
+                raise ValueError(f"{folder} holds an inversion with other settings: {was}")
+            check_parts(stored, _required(stored, images), path)
+            tensors, _ = read_tensors(path)
+            parts: dict[str, dict[str, Tensor]] = {"done": {}, "state": {}}
+            for name, value in tensors.items():
+                part, _, own = name.partition(".")
+                parts[part][own] = value
+            _check_done(parts["done"], first)
+        except ValueError as error:
+            where = (
+                "" if str(error).startswith((str(path), str(folder))) else f"{path}: not the record of an inversion: "
+            )
+            raise ValueError(f"{where}{error}; --restart replaces it") from error
         return Record(folder, settings, parts["done"], parts["state"], first, seconds)
 
     def __len__(self) -> int:
@@ -108,13 +125,19 @@ class Record:
 
         Raises:
             KeyboardInterrupt: passed on, after saving.
+            ValueError: the state does not fit the images or the method; the file stays as it is.
         """
         if len(self) < len(images):
             write_json(self.folder / SETTINGS, {"settings": self.settings, "complete": False})
         while len(self) < len(images):
             with _Saver(self) as saver:
                 part = images[len(self) : len(self) + batch]
-                self.add(invert_batch(part, len(self), self.state if self.epochs else None, saver.see))
+                try:
+                    self.add(invert_batch(part, len(self), self.state if self.epochs else None, saver.see))
+                except ValueError as error:
+                    if not str(error).startswith("state: "):
+                        raise
+                    raise ValueError(f"{self.folder / TENSORS}: {error}; --restart replaces it") from error
             self.save()
 
 
@@ -149,6 +172,68 @@ class _Saver:
         if kind is not None and issubclass(kind, KeyboardInterrupt) and (self.record.done or self.record.state):
             with suppress(OSError):  # a full disk: what was saved last is still whole
                 self.record.save()
+
+
+def under_way(folder: Path) -> bool:
+    """Return whether a folder holds the record of an inversion, be it that of its settings alone."""
+    if os.path.lexists(folder / TENSORS):
+        return True
+    try:
+        return read_json(folder / SETTINGS).get("complete") is False
+    except (OSError, ValueError):
+        return False
+
+
+def _read_header(header: dict[str, str]) -> tuple[dict[str, Any], int, float]:
+    """Settings, number of the first image of the batch under way, and seconds spent."""
+    first, seconds = header.get("first", ""), header.get("seconds", "")
+    if not (first.isascii() and first.isdecimal() and len(first) < 16):
+        raise ValueError(f"first: the number of an image is required, got {first!r:.40}")
+    try:
+        spent = float(seconds)
+    except ValueError as error:
+        raise ValueError(f"seconds: a number is required, got {seconds!r:.40}") from error
+    if not 0 <= spent < math.inf:
+        raise ValueError(f"seconds: a number of no less than 0 is required, got {seconds!r:.40}")
+    return parse_json(header.get("settings", "")), int(first), spent
+
+
+def _required(stored: Mapping[str, Stored], images: Tensor) -> dict[str, Stored]:
+    """What a record of these images holds, if it is to hold as many results, and a state, as `stored` says."""
+    loss, history, latent = (stored.get(f"done.{name}") for name in ("loss", "history", "x_T"))
+    n = loss.shape[0] if loss is not None and loss.shape else 0
+    if n > len(images):
+        raise ValueError(f"done.loss of at most {len(images)} images is required, got {n}")
+    long = history.shape[1] if history is not None and len(history.shape) == 2 else 0
+    kept = torch.float64 if latent is not None and latent.dtype == torch.float64 else images.dtype
+    done = {
+        "x_T": Stored(kept, (n, *images.shape[1:])), "loss": Stored(torch.float64, (n,)),
+        "status": Stored(torch.int64, (n,)), "typicality": Stored(torch.float64, (n,)),
+        "rounds": Stored(torch.int64, (n,)), "evaluations": Stored(torch.int64, (n,)),
+        "history": Stored(torch.float64, (n, long)),
+    }  # fmt: skip
+    required = {f"done.{name}": part for name, part in done.items()}
+    if not any(name.startswith("done.") for name in stored):
+        required = {}
+    # of what a method keeps for itself, `invert` checks the rest, where it goes on
+    state = {name: part for name, part in stored.items() if name.startswith("state.")}
+    if state and len(state.get("state.history", Stored(torch.float64, ())).shape) != 2:
+        raise ValueError("state.history of shape (epochs, images) is required")
+    return required | state
+
+
+def _check_done(done: dict[str, Tensor], first: int) -> None:
+    count = len(done["loss"]) if done else 0
+    if first > count:
+        raise ValueError(f"first: at most {count}, the images that are done, is required, got {first}")
+    if not done:
+        return
+    known = torch.tensor([int(status) for status in Status])
+    if not bool(torch.isin(done["status"], known).all()):
+        raise ValueError(f"done.status: numbers of a Status are required, got {done['status'].unique().tolist()}")
+    for name in ("rounds", "evaluations", "loss", "typicality"):
+        if bool((done[name] < 0).any()):
+            raise ValueError(f"done.{name}: no less than 0 is required, got {done[name].min().item()}")
 
 
 def _padded(history: Tensor, longest: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +9,21 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..solution import Adjoint, Status
-from ..stop import Stop, relative_goal
+from ..stop import Stop
+from .dense import Dense
+from .krylov import Krylov
+from .linear import Products, System, blurred, lengths
+
+DENSE = 4  # unknowns up to which a matrix takes no more products, and less memory, than a Krylov basis
 
 
 @dataclass(frozen=True)
 class GMRES:
     """Solves (I − A) u = g per sample, A given by its action (Saad & Schultz 1986).
 
-    restart: Krylov vectors per cycle; the basis takes restart + 1 words per entry of the state. Every cycle ends with
-    the true residual g + A u − u, and the u of least true residual is returned.
+    restart: Krylov vectors per cycle; the basis takes min(restart, N) words per entry of the state, N entries per
+    sample, and grows as it is needed. Every cycle ends with the true residual g + A u − u, and the u of least true
+    residual is returned. States of up to 4 entries are solved directly, from as many products as they have entries.
     """
 
     restart: int = 30
@@ -26,90 +31,60 @@ class GMRES:
     def __post_init__(self) -> None:
         check_count("restart", self.restart, least=1)
 
-    def solve(self, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
+    def solve(self, A: Products, g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
         """u (B, N) with ‖g + A u − u‖ ≤ atol + rtol ‖g‖ per sample where it could be reached.
 
-        A maps (B, N) to (B, N), row by row; g (B, N) float32 or float64. `stop.max_steps` counts calls of A.
+        A maps (B, N) to (B, N), row by row; g (B, N) float32 or float64. `stop.max_steps` counts calls of A. A residual
+        is known to no less than the rounding eps ‖u‖ of its measurement, eps that of g's dtype: where that exceeds the
+        goal, as with a singular I − A, the status is STALLED. A row for which A or g is not finite is NONFINITE.
         """
-        norm, goal = relative_goal(g, stop)
-        scale = norm.to(g.dtype)
-        rhs = g / scale[:, None]
-        u = torch.zeros_like(rhs)
-        best = torch.linalg.vector_norm(rhs.double(), dim=1)
-        residual = rhs
+        system, eps = System.of(A, g, stop), torch.finfo(g.dtype).eps
+        most = min(self.restart, g.shape[1])
+        method = Dense(system, eps) if g.shape[1] <= min(DENSE, most, stop.max_steps - 1) else Krylov(system, eps, most)
+        u, residual = torch.zeros_like(g), system.rhs
+        best = lengths(residual)
         evaluations = torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
-        calls = 0
-        stalled = torch.zeros_like(best, dtype=torch.bool)
+        stalled, calls = torch.zeros_like(best, dtype=torch.bool), 0
         while True:
-            active = (best > goal) & best.isfinite() & ~stalled
-            budget = min(self.restart, stop.max_steps - calls - 1)
-            if budget < 1 or not bool(active.any()):
+            active = (best > system.goal) & best.isfinite() & ~stalled
+            if stop.max_steps - calls < 2 or not bool(active.any()):
                 break
-            step, used = _cycle(A, residual, active, goal, budget)
-            candidate = u + step
-            residual = rhs + A(candidate) - candidate
-            size = torch.linalg.vector_norm(residual.double(), dim=1)
+            candidate, residual, size, used = _corrected(
+                system, method, u, residual, active, stop.max_steps - calls, eps
+            )
             better = active & (size < best)
             stalled |= active & ~(size < 0.999 * best)
             u = torch.where(better[:, None], candidate, u)
-            best = torch.where(better, size, best)
-            evaluations += torch.where(active, used + 1, 0)
-            calls += int(used.max()) + 1
+            best = torch.where(better, size, torch.where(active & ~size.isfinite(), torch.inf, best))
+            evaluations += torch.where(active, used, 0)
+            calls += int(used.max())
+        u, best, again = system.deliver(u, best, g.dtype)
         status = torch.where(stalled, int(Status.STALLED), int(Status.MAX_STEPS))
-        status = torch.where(best <= goal, int(Status.CONVERGED), status)
+        status = torch.where(best <= system.goal, int(Status.CONVERGED), status)
         status = torch.where(best.isfinite(), status, int(Status.NONFINITE))
-        return u * scale[:, None], Adjoint(status, best, evaluations)
+        return u, Adjoint(status, best / system.norm, evaluations + again)
 
 
-def _cycle(A: Callable[[Tensor], Tensor], r: Tensor, active: Tensor, goal: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """One Arnoldi cycle from residual r (B, N): the correction (B, N) and the columns used (B,)."""
-    B, N = r.shape
-    beta = torch.linalg.vector_norm(r.double(), dim=1)
-    Q = torch.zeros(B, most + 1, N, dtype=r.dtype, device=r.device)
-    Q[:, 0] = torch.where(active[:, None], r / torch.where(active, beta, 1.0).to(r.dtype)[:, None], 0.0)
-    H = torch.zeros(B, most + 1, most, dtype=torch.float64, device=r.device)  # triangular after the rotations
-    cosine = torch.ones(B, most, dtype=torch.float64, device=r.device)
-    sine = torch.zeros_like(cosine)
-    y = torch.zeros(B, most + 1, dtype=torch.float64, device=r.device)
-    y[:, 0] = torch.where(active, beta, 0.0)
-    used = torch.zeros(B, dtype=torch.int64, device=r.device)
-    going = active.clone()
-    for k in range(most):
-        w = Q[:, k] - A(Q[:, k])
-        column = torch.zeros(B, most + 1, dtype=torch.float64, device=r.device)
-        for _ in range(2):  # twice is enough to keep the basis orthogonal to rounding
-            h = torch.einsum("bkn,bn->bk", Q[:, : k + 1], w)
-            w = w - torch.einsum("bk,bkn->bn", h, Q[:, : k + 1])
-            column[:, : k + 1] += h.double()
-        length = torch.linalg.vector_norm(w.double(), dim=1)
-        going = going & length.isfinite() & column.isfinite().all(1)
-        column[:, k + 1] = length
-        for i in range(k):
-            top, low = column[:, i].clone(), column[:, i + 1].clone()
-            column[:, i] = cosine[:, i] * top + sine[:, i] * low
-            column[:, i + 1] = cosine[:, i] * low - sine[:, i] * top
-        radius = torch.hypot(column[:, k], column[:, k + 1])
-        going = going & (radius > 0)
-        safe = torch.where(going, radius, 1.0)
-        cosine[:, k] = torch.where(going, column[:, k] / safe, 1.0)
-        sine[:, k] = torch.where(going, column[:, k + 1] / safe, 0.0)
-        column[:, k], column[:, k + 1] = radius, 0.0
-        H[:, :, k] = torch.where(going[:, None], column, 0.0)
-        H[:, k, k] = torch.where(going, radius, 1.0)
-        y[:, k + 1] = torch.where(going, -sine[:, k] * y[:, k], 0.0)
-        y[:, k] = torch.where(going, cosine[:, k] * y[:, k], 0.0)
-        used = used + going
-        # A column that leaves nothing (a happy breakdown) ends the cycle with the exact answer.
-        going = going & (y[:, k + 1].abs() > 0.5 * goal) & (length > 0)
-        Q[:, k + 1] = torch.where(going[:, None], w / torch.where(going, length, 1.0).to(w.dtype)[:, None], 0.0)
-        if not bool(going.any()):
-            break
-    k = int(used.max())
-    triangle = H[:, :k, :k].triu()
-    diagonal = triangle.diagonal(dim1=1, dim2=2)
-    triangle = triangle + torch.diag_embed((diagonal == 0).double())
-    inside = torch.arange(k, device=r.device) < used[:, None]
-    coefficients = torch.linalg.solve_triangular(triangle, torch.where(inside, y[:, :k], 0.0)[..., None], upper=True)[
-        ..., 0
-    ]
-    return torch.einsum("bk,bkn->bn", coefficients.to(r.dtype), Q[:, :k]), used
+def _corrected(
+    system: System, method: Dense | Krylov, u: Tensor, r: Tensor, active: Tensor, budget: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The next u (B, N) after u (B, N) of residual r (B, N), as `_measured`, and the products used, (B,) int64.
+
+    Where I − A nearly loses a direction, a huge u has to gain by it what its rounding costs.
+    """
+    d, used = method.correction(r, active, budget - 1)
+    found = _measured(system, u + d, eps)
+    other = method.cautious(r)
+    if other is None:
+        return *found, used + 1
+    careful = _measured(system, u + other, eps)
+    gains = found[2] < 0.5 * careful[2]
+    rows = gains[:, None]
+    chosen = (torch.where(rows, found[0], careful[0]), torch.where(rows, found[1], careful[1]))
+    return *chosen, torch.where(gains, found[2], careful[2]), used + 2
+
+
+def _measured(system: System, u: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """u (B, N), its residual (B, N), and how large that is known to be, (B,)."""
+    residual = system.residual(u)
+    return u, residual, blurred(lengths(residual), u, eps)

@@ -18,8 +18,9 @@ from ..checks import check_count, check_real
 from ..problem import Problem
 from ..solution import Adjoint, Solution
 from ..stop import Stop
+from .adjoint import AdjointSolve, following
 from .gmres import GMRES
-from .implicit import AdjointSolve, attach
+from .implicit import attach
 from .linearise import Good, Replace, evaluate, is_wanted, of_finite
 
 
@@ -32,8 +33,8 @@ class LinearSolver(Protocol):
 class Gradient(Protocol):
     """A way to differentiate a solution."""
 
-    def attach(self, problem: Problem, solution: Solution) -> Tensor:
-        """`solution.z` (B, T, D) with a graph behind it; the value stays the same, bit for bit."""
+    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
+        """`solution.z` (B, T, D) with a graph behind it; the value stays the same, bit for bit. stop: that of solve."""
         ...
 
 
@@ -42,34 +43,41 @@ class Implicit:
     """Exact gradients by the implicit function theorem: u = g + Jᵀ u is solved in the backward pass.
 
     solver: a Krylov method (`GMRES`), a Neumann series of bounded cost (`Neumann`) or any forward solver. stop: the
-    adjoint's tolerance, relative to ‖g‖ per sample, so that a scaled loss gives the scaled gradient. on_failure: what
-    happens when a sample's adjoint does not converge: "warn" (a RuntimeWarning, the best u is used), "raise"
-    (ConvergenceError) or "phantom" (that sample uses u = g).
-    The outcome is left in `Solution.adjoint`. Costs one more evaluation of fn in the forward pass, not counted in
+    adjoint's tolerance, relative to ‖g‖ per sample, so that a scaled loss gives the scaled gradient. None: the
+    forward's rtol per sample (at most .1, and 1e-6 where it is 0), but no less than the rounding of u, eps ‖u‖/‖g‖ up
+    to sqrt(eps), eps that of the precision fn computes in, autocast and casts included; as many products as the forward
+    may take steps, and at least 100. on_failure: what happens when a sample's adjoint does not converge: "warn" (a
+    RuntimeWarning, the best u is used), "raise" (ConvergenceError) or "phantom" (that sample uses u = g).
+
+    The outcome is left in `Solution.adjoint`: its residual is that of the u that is returned, after the cast to its
+    dtype, and known to no less than eps ‖u‖; a sample for which that exceeds a given tolerance is STALLED, as for a
+    singular I − J. A cotangent, slope or adjoint that is not finite makes the gradient of its sample, and of what
+    samples share, not finite. Costs one more evaluation of fn in the forward pass, not counted in
     `Solution.evaluations`, and keeps its graph, whatever the solve took.
 
     Second derivatives (`create_graph=True`) are right: they cost two more evaluations of fn, a solve for u's own
     derivative and an adjoint solve. fn is then evaluated in the backward pass, and a RuntimeError says when it has
-    become another map (new dropout masks, a functional_call that has ended). With create_graph, tensors that fn closes
-    over must be leaves or be passed in `inputs` to receive a gradient themselves. Forward mode by dual numbers
+    become another map (new dropout masks, a functional_call that has ended). Tensors that fn closes
+    over and that are no leaves are found by one more evaluation, in the forward pass; NotImplementedError says when
+    compiled code hides them. Forward mode by dual numbers
     (`torch.autograd.forward_ad`) solves v = ḟ + J v. Third derivatives, and forward mode mixed with reverse mode, raise
     NotImplementedError.
     """
 
     solver: Any = field(default_factory=GMRES)
-    stop: Stop = field(default_factory=lambda: Stop(rtol=1e-6))
+    stop: Stop | None = None
     on_failure: str = "warn"
 
     def __post_init__(self) -> None:
         if self.on_failure not in ("warn", "raise", "phantom"):
             raise ValueError(f'on_failure must be "warn", "raise" or "phantom", got {self.on_failure!r}')
-        if not isinstance(self.stop, Stop):
-            raise TypeError(f"stop must be a Stop, got {type(self.stop).__name__}")
+        if self.stop is not None and not isinstance(self.stop, Stop):
+            raise TypeError(f"stop must be a Stop or None, got {type(self.stop).__name__}")
         of_a_kind = hasattr(self.solver, "solve") or hasattr(self.solver, "method")
         if isinstance(self.solver, type) or not of_a_kind:
             raise TypeError(f"solver must be GMRES(), Neumann() or a forward solver, got {type(self.solver).__name__}")
 
-    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
         outcome = weakref.ref(solution)  # its z holds the graph, and so this: a strong one would be a cycle
 
         def report(adjoint: Adjoint) -> None:
@@ -78,7 +86,9 @@ class Implicit:
                 seen.adjoint = adjoint
 
         finite = solution.residual.isfinite()
-        return attach(AdjointSolve(self.solver, self.stop, self.on_failure, report), problem, finite, solution.z)
+        chosen = following(stop) if self.stop is None else self.stop
+        how = AdjointSolve(self.solver, chosen, self.stop is None, self.on_failure, report, eps=0.0)
+        return attach(how, problem, finite, solution.z)
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class Phantom:
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 
-    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
         return self.attach_at(problem, solution.residual.isfinite(), solution.z)
 
     def attach_at(self, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
@@ -129,5 +139,5 @@ class Unrolled:
     RuntimeWarning says so.
     """
 
-    def attach(self, problem: Problem, solution: Solution) -> Tensor:
+    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
         raise NotImplementedError("Unrolled is carried out by solve itself")

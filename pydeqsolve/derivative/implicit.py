@@ -6,8 +6,7 @@ fixed point of u ↦ g + J(z*, θ)ᵀ u: its derivative is taken by the same the
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,102 +14,33 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..layout import Layout
-from ..loop.iterate import iterate
-from ..problem import Problem, Solver
-from ..solution import Adjoint, ConvergenceError, Status
-from ..status import describe_adjoint
-from ..stop import Stop, relative_goal
-from .leaves import leaves
+from ..precision import of_graph
+from ..problem import Problem
+from ..solution import Adjoint
+from .adjoint import AdjointSolve, worst
+from .batched import one_by_one
+from .closure import Closure, cut
+from .leaves import leaves, leaves_before, nodes
 from .linearise import Good, Linearised, evaluate
 
 
-@dataclass(frozen=True, eq=False)
-class AdjointSolve:
-    """How u = g + Aᵀ u is solved, and whom to tell how that went; settings as in `Implicit`."""
+def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closure: Closure | None = None) -> Tensor:
+    """z (B, T, D), a solution, with its implicit derivative for the samples that are `finite` (B,).
 
-    solver: Any
-    stop: Stop
-    on_failure: str
-    report: Callable[[Adjoint], None]
-
-    def __call__(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> Tensor:
-        """u (n, T, D) of u = g + products(u), zero for the samples that are not `good`."""
-        mask = good.mask_taken()[:, None, None]
-        g = torch.where(mask, g, 0.0)
-        u, outcome = self._solve(products, g, good)
-        self.report(_of_all(outcome, good))
-        failed = outcome.status != 0
-        if self.on_failure == "phantom":
-            u = torch.where(failed[:, None, None], g, u)
-        elif bool(failed.any()):
-            message = f"the adjoint of solve did not converge: {describe_adjoint(outcome.status, self.solver)}"
-            if self.on_failure == "raise":
-                raise ConvergenceError(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return torch.where(mask & u.isfinite(), u, 0.0)
-
-    def _solve(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> tuple[Tensor, Adjoint]:
-        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
-
-        def product(u: Tensor) -> Tensor:
-            return products(u.reshape(g.shape)).to(wide).flatten(1)
-
-        rhs, stop = g.to(wide).flatten(1), self._stop(g, good)
-        if hasattr(self.solver, "solve"):
-            u, outcome = self.solver.solve(product, rhs, stop)
-        else:
-            u, outcome = _by_fixed_point(self.solver, product, rhs, stop)
-        return u.reshape(g.shape).to(g.dtype), outcome
-
-    def _stop(self, g: Tensor, good: Good) -> Stop:
-        """The user's, for the samples at hand, and no tighter than the products can be computed in this dtype."""
-        tolerances = [
-            torch.as_tensor(t, dtype=torch.float64, device=g.device).expand(good.mask.shape[0])
-            for t in (self.stop.rtol, self.stop.atol)
-        ]
-        rtol, atol = (t if good.rows is None else t[good.rows] for t in tolerances)
-        return replace(self.stop, rtol=rtol.clamp_min(4 * torch.finfo(g.dtype).eps), atol=atol)
-
-
-def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
-    """The outcome (n,) spread over all samples (B,); those left out are NONFINITE."""
-    if good.rows is None:
-        status = torch.where(good.mask, outcome.status, int(Status.NONFINITE))
-        return Adjoint(status, outcome.residual, outcome.evaluations)
-    B = good.mask.shape[0]
-    full = Adjoint(
-        outcome.status.new_full((B,), int(Status.NONFINITE)), outcome.residual.new_full((B,), torch.inf),
-        outcome.evaluations.new_zeros(B),
-    )  # fmt: skip
-    for name in ("status", "residual", "evaluations"):
-        getattr(full, name)[good.rows] = getattr(outcome, name)
-    return full
-
-
-def _by_fixed_point(solver: Solver, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
-    """u = g + A u by a forward solver, each sample scaled by its ‖g‖."""
-    norm, goal = relative_goal(g, stop)
-    scale = norm.to(g.dtype)
-    rhs = (g / scale[:, None])[:, None]
-    layout = Layout.of(rhs, by_blocks=True)
-    problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False)
-    l2 = Stop(0.0, goal, stop.max_steps, "l2", stop.check_every)  # relative to ‖g‖, which is 1 here
-    solved = iterate(problem, rhs, solver=solver, stop=l2)
-    return solved.z[:, 0] * scale[:, None], Adjoint(solved.status, solved.residual, solved.evaluations)
-
-
-def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
-    """z (B, T, D), a solution, with its implicit derivative for the samples that are `finite` (B,)."""
+    closure: what fn closes over, where that is known.
+    """
     at = Linearised.of(problem, finite, z)
     if at is None:
         return z
     # Autograd must know of every tensor that a second derivative reaches without passing through f: the inputs, and
     # what fn reads besides them, an input among that too.
     given = list({id(x): x for x in problem.inputs if x.requires_grad}.values())
-    reached = [x for x in leaves(at.f) if x is not at.z]
-    step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z))
-    return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached), z)
+    closure = closure or Closure.of(problem, at)
+    closed = [x for x in closure.tensors if all(x is not y for y in given)]
+    reached = [x for x in leaves_before(at.f, {x.grad_fn for x in closed}) if x is not at.z]
+    how = replace(how, eps=max(how.eps, of_graph(at.f, at.z)))
+    step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z), Closure(closed, closure.hidden))
+    return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached, *closed), z)
 
 
 @dataclass(frozen=True)
@@ -140,6 +70,17 @@ class _Step:
     z: Tensor  # (B, T, D)
     at: Linearised
     autocast: _Autocast
+    closure: Closure
+
+    def each(self, act: Callable[[_Step, Tensor], Sequence[Tensor | None]], g: Tensor) -> list[Tensor | None]:
+        """act(step, g) for each of the tensors that g stands for; the outcome that is reported is that of all."""
+        seen: list[Adjoint] = []
+        step = replace(self, how=replace(self.how, report=seen.append))
+        try:
+            return one_by_one(lambda g: act(step, g), g)
+        finally:
+            if seen:
+                self.how.report(worst(seen))
 
     def adjoint(self, g: Tensor) -> Tensor:
         """u (n, T, D) of u = g + Jᵀ u, without a graph."""
@@ -169,9 +110,14 @@ class _Step:
         The gates keep the first derivative to its own terms, (∂f/∂θ)ᵀ u at fixed z* and fixed inputs; what the second
         one finds at a gate goes on, to z* and from there by its own implicit derivative.
         """
+        if self.closure.hidden:
+            raise NotImplementedError(
+                "create_graph: fn closes over a tensor with a graph of its own (of an outer solve, if this is one "
+                "inside another) that compiled code or torch.ops alone reads: pass it in inputs"
+            )
         gates = _Gates()
         with self.autocast.again():
-            z = gates.put(attach(self.how, self.problem, self.finite, self.z))
+            z = gates.put(attach(self.how, self.problem, self.finite, self.z, self.closure))
             swap = {id(x): gates.put(x) for x in self.problem.inputs if x.requires_grad}
             problem = replace(self.problem, inputs=[swap.get(id(x), x) for x in self.problem.inputs])
             good = Good.of(problem, self.finite)
@@ -180,7 +126,8 @@ class _Step:
         self._check_same(f, boundary[len(swap) :])
         u = self._attached_adjoint(f, start, g)
         wanted = [*swap.values(), *boundary[len(swap) :]]
-        found = torch.autograd.grad(f, wanted, u, create_graph=True, allow_unused=True)
+        with cut(self.closure.tensors):
+            found = torch.autograd.grad(f, wanted, u, create_graph=True, allow_unused=True)
         gates.open = True
         return list(found)
 
@@ -189,7 +136,8 @@ class _Step:
         before, now = self.at.f.detach(), f.detach()
         allowed = torch.finfo(f.dtype).eps ** 0.5 * torch.linalg.vector_norm(before.double())
         same = bool(torch.linalg.vector_norm((now - before).double()) <= allowed) or not bool(before.isfinite().all())
-        known = {id(x) for x in leaves(f)}
+        behind = set(nodes(f))
+        known = {id(x) for x in leaves(f)} | {id(x) for x in self.closure.tensors if x.grad_fn in behind}
         if not same or any(id(x) not in known for x in reached):
             raise RuntimeError(
                 "create_graph evaluates fn again in the backward pass, and it was another map then: take the gradient "
@@ -234,6 +182,7 @@ class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Tensor, z: Tensor, step: _Step, *boundary: Tensor) -> Tensor:
         ctx.step = step
+        ctx.state_leaf = step.at.z  # `leaves` passes it over
         ctx.save_for_backward(*boundary)
         ctx.set_materialize_grads(False)  # nothing, where zeros would cost a solve: from behind a closed gate
         return z.detach().clone()
@@ -246,12 +195,13 @@ class _ImplicitFunction(torch.autograd.Function):
         if any(forward_ad.unpack_dual(x).tangent is not None for x in (grads[0], ctx.step.at.f)):
             raise NotImplementedError("forward mode over reverse mode through Implicit is not supported")
         if torch.is_grad_enabled():
-            return None, None, None, *ctx.step.differentiable(grads[0], boundary)
-        return ctx.step.adjoint(grads[0]), None, None, *[None] * len(boundary)
+            return None, None, None, *ctx.step.each(lambda step, g: step.differentiable(g, boundary), grads[0])
+        (u,) = ctx.step.each(lambda step, g: [step.adjoint(g)], grads[0])
+        return u, None, None, *[None] * len(boundary)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return None if tangents[0] is None else ctx.step.tangent(tangents[0])
+        return None if tangents[0] is None else ctx.step.each(lambda step, t: [step.tangent(t)], tangents[0])[0]
 
 
 class _Mixed(torch.autograd.Function):
@@ -278,4 +228,5 @@ class _AdjointFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError("third derivatives through Implicit are not supported")
-        return ctx.how(ctx.at.transposed, grads[0], ctx.at.good), None, None, None
+        (v,) = one_by_one(lambda w: [ctx.how(ctx.at.transposed, w, ctx.at.good)], grads[0])
+        return v, None, None, None

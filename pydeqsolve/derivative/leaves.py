@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,8 @@ def leaves(x: Tensor) -> list[Tensor]:
 
     A function of one's own that carries a gradient past autograd (`torch.autograd.Function`) must name every tensor
     that receives one, also what a closure or a module reads: these are found from one evaluation. A leaf that this
-    evaluation did not use is not among them. x itself is returned when it is such a leaf; without a graph, nothing is.
+    evaluation did not use is not among them, nor is the state at which a solve takes its derivative. x itself is
+    returned when it is such a leaf; without a graph, nothing is.
 
     Args:
         x: any tensor, of any shape.
@@ -24,16 +26,28 @@ def leaves(x: Tensor) -> list[Tensor]:
         raise TypeError(f"x: a tensor is required, got {type(x).__name__}")
     if x.grad_fn is None:
         return [x] if x.requires_grad else []
+    return leaves_before(x, ())
+
+
+def leaves_before(x: Tensor, until: Iterable[Any]) -> list[Tensor]:
+    """The leaves of x, without those that only the nodes `until` lead to."""
     found: dict[int, Tensor] = {}
-    seen: set[Any] = set()
-    stack: list[Any] = [x.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    passed: set[int] = set()
+    for node in nodes(x, until):
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found.setdefault(id(leaf), leaf)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return list(found.values())
+        passed.add(id(getattr(node, "state_leaf", None)))  # where a solve takes its own derivative
+    return [leaf for key, leaf in found.items() if key not in passed]
+
+
+def nodes(x: Tensor, until: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes of the autograd graph behind x, each once, without those in `until` and what only they lead to."""
+    seen: set[Any] = {None, *until}
+    stack: list[Any] = [x.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(parent for parent, _ in node.next_functions)

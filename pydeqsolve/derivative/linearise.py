@@ -103,6 +103,7 @@ class Linearised:
     z: Tensor  # (n, T, D), a leaf
     f: Tensor  # (n, T, D)
     good: Good
+    begun: int = 0  # number of the first autograd node of the evaluation
 
     @staticmethod
     def of(problem: Problem, finite: Tensor, z: Tensor) -> Linearised | None:
@@ -115,11 +116,12 @@ class Linearised:
         good = Good.of(problem, finite)
         with torch.enable_grad():
             z = good.take(z).detach().clone().requires_grad_()
-            f = evaluate(problem, z, good.inputs)
+            start = z.view_as(z)
+            f = evaluate(problem, start, good.inputs)
         good.tell_lost(f)
         if all(leaf is z for leaf in leaves(f)) and forward_ad.unpack_dual(f).tangent is None:
             return None
-        return Linearised(z, f, good)
+        return Linearised(z, f, good, getattr(start.grad_fn, "_sequence_nr", int)())
 
     def transposed(self, u: Tensor) -> Tensor:
         """Jᵀu, (n, T, D) → (n, T, D)."""

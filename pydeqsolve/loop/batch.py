@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import precision
 from ..memory import address
 from ..problem import Problem
 from ..step.backend import Backend
 from .untouched import Untouched
 
+_uses = getattr(torch._C, "_storage_Use_Count", None)
 
-def _is_held(x: Tensor) -> bool:
-    """Whether anything but x itself refers to its memory: a view, an array, a storage; true when torch does not say."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None:
-        return True
+
+def _references(x: Tensor) -> tuple[int, int]:
+    """How many refer to the memory of x, in C++ (tensors) and in Python (storages)."""
     storage = x.untyped_storage()
-    return int(count(storage._cdata)) > _ALONE or sys.getrefcount(storage) > _ALONE
+    return _uses(storage._cdata), sys.getrefcount(storage)  # type: ignore[misc]
 
 
-_ALONE = 2  # the tensor and the storage, which its name and the counting call refer to
+@functools.cache
+def _alone() -> tuple[int, int]:
+    """`_references` of a tensor whose memory nobody else refers to; (-1, -1) where torch does not say."""
+    return (-1, -1) if _uses is None else _references(torch.empty(1, device="cpu"))
 
 
 class Batch:
@@ -30,7 +35,7 @@ class Batch:
 
     size: n. rows: (n,) int64. inputs: (n, …) each, when the problem is compact. z: (n, T, D), the current iterate.
     before: the one before it. full: (B, T, D), finished samples; of the others the iterate of least residual that has
-    been left behind, else z0.
+    been left behind, else z0. eps: the largest machine epsilon that fn was seen to compute with.
     """
 
     def __init__(self, problem: Problem, z0: Tensor, z: Tensor, backend: Backend) -> None:
@@ -43,6 +48,7 @@ class Batch:
         self.full = backend.buffer_like(z0).copy_(z0)
         self._buffers = [self.z]
         self._calls = 0  # of fn
+        self.eps = torch.finfo(z.dtype).eps
 
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f (n, T, D), contiguous, at the current iterates; wanted (n, T) bool: the blocks that are needed of it."""
@@ -52,14 +58,27 @@ class Batch:
         asked = wanted if self.problem.causal else None
         if partial and asked is not None:
             asked = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device).index_copy(0, self.rows, asked)
-        self._calls += 1
         given = Untouched(z, self.inputs, self._calls)
-        f = self.problem(z, self.inputs, asked)
+        value = self._value(z, asked)
         given.check()
+        f = self.problem.layout.pack(value, "the value of fn")
         if f.shape[0] != z.shape[0]:
             raise ValueError(f"the value of fn must have {z.shape[0]} samples like its argument, got {f.shape[0]}")
         address(f, "the value of fn")
         return f[self.rows] if partial else f
+
+    def _value(self, z: Tensor, wanted: Tensor | None) -> Any:
+        """The value of fn at z (n, T, D), with a look at the precision that it is computed in."""
+        call, self._calls = self._calls, self._calls + 1
+        if precision.is_due(call, z.device):
+            with precision.Watch(z) as watch:
+                value = self.problem.value(z, self.inputs, wanted)
+            self.eps = max(self.eps, watch.eps)
+            return value
+        value = self.problem.value(z, self.inputs, wanted)
+        if not call:
+            self.eps = precision.of_value(value, z.dtype)
+        return value
 
     def store(self, at: Tensor, z: Tensor) -> None:
         """Stores the final iterates z (n, T, D) of the samples `at` (n,) bool."""
@@ -87,10 +106,13 @@ class Batch:
         """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
         if not self.z.is_cpu:  # another stream may still read what Python has let go
             return torch.empty_like(self.z)
+        alone = _alone()
         for buffer in self._buffers:
-            unused = buffer is not self.z and buffer is not self.before and not _is_held(buffer)
-            if unused and buffer.shape == self.z.shape:
+            if buffer is self.z or buffer is self.before or buffer.shape != self.z.shape or _uses is None:
+                continue
+            if _references(buffer) == alone:
                 return buffer
         buffer = self.backend.buffer_like(self.z)
-        self._buffers = [*self._buffers[-2:], buffer]
+        self._buffers.append(buffer)
+        del self._buffers[:-3]
         return buffer

@@ -24,7 +24,7 @@ class BlockJudge(SampleJudge):
         super().__init__(B, stop, rule, backend)
         self.front = front
         device = self.samples.table.device
-        self.blocks = Records(BLOCK, B, T, device=device)
+        self.blocks = Records(BLOCK, torch.zeros(B, T, len(BLOCK), dtype=torch.float64, device=device))
         self.blocks["previous"] = self.blocks["residual"] = torch.inf
         for name in ("rtol", "atol"):
             tolerance = getattr(stop, name)
@@ -33,6 +33,12 @@ class BlockJudge(SampleJudge):
                 tolerance = wide[:, None] if wide.dim() == 1 else wide
             self.blocks[name] = tolerance
         self.open = open_blocks(self.samples, self.blocks, front)  # (n, T), those that the next step is to evaluate
+
+    def computes_in(self, eps: float) -> None:
+        """Blocks have tolerances of their own."""
+
+    def leave(self, batch: Batch, leaving: Tensor, z: Tensor) -> None:
+        self.left.table[batch.rows[leaving]] = self.samples.table[leaving]
 
     def wanted(self, T: int) -> Tensor:
         return self.open

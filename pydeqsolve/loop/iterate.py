@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import address
 from ..problem import Problem, Solver
 from ..status import Course
 from ..step.backend import NativeCPU, choose
@@ -41,7 +42,7 @@ class Outcome:
     trace: Tensor | None  # (steps, B) float64
     snapshots: list[Tensor]  # (B, T, D) each
     history: History | None
-    course: Course  # how it went: what `Solution.check` reads the likely causes from
+    course: Course | None  # how it went: what `Solution.check` reads the likely causes from
 
 
 def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
@@ -93,10 +94,13 @@ def loop(
     watches += [calling(callback)] if callback is not None else []
     batch, step = assemble(problem, z0, solver, stop, front, history, keep_history)
     verdict = Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device))
-    interval, steps = stop.interval(z0.device), 0
+    interval, steps, eps = stop.interval(z0.device), 0, batch.eps
     while steps < stop.max_steps and batch.size:
         wanted = step.judge.wanted(z0.shape[1])
         f = batch.evaluate(wanted)
+        if batch.eps > eps:
+            eps = batch.eps
+            step.judge.computes_in(eps)
         if history is not None and steps == 0:
             history.shift(step.backend.ring, f)
         steps += 1
@@ -119,7 +123,8 @@ def loop(
     return Outcome(
         batch.full, left["best"].clone(), evaluations, status, steps, rejections, rank_losses,
         None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
-        Course(left.table, SAMPLE, z0.dtype),
+        # It explains failures; a device is not waited for to save some memory.
+        Course(left.table, SAMPLE, z0.dtype) if not status.is_cpu or bool(status.any()) else None,
     )  # fmt: skip
 
 
@@ -128,6 +133,7 @@ def assemble(
     keep_history: bool,
 ) -> tuple[Batch, Step]:  # fmt: skip
     """The parts of one solve: the only place that knows which options exist, and which do not go together."""
+    address(z0, "z0")
     check_together(solver, front, keep_history or history is not None)
     method = solver.method()
     B, T, D = z0.shape

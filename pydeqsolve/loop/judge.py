@@ -6,6 +6,7 @@ look at the flags as late as it likes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +16,21 @@ from ..status import Status
 from ..step.backend import Backend
 from ..step.records import RUNNING, SAMPLE, Records
 from ..step.rules import Rule
-from ..stop import Stop
+from ..stop import RTOL, Stop, is_left_open
 from .batch import Batch
 
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
 
 
-def precision(dtype: torch.dtype, device: torch.device) -> float:
-    """The unit of rounding that fn computes in: that of the state, or of autocast where that is on and coarser."""
-    eps = torch.finfo(dtype).eps
-    if dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
-        return eps
-    return max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
+def _rows(n: int, row: list[float], device: torch.device) -> Tensor:
+    """n times the same row, (n, len(row)) float64; nothing is copied to a device, which might wait for it."""
+    if device.type == "cpu":
+        return torch.tensor(row, dtype=torch.float64, device=device).repeat(n, 1)
+    table = torch.zeros(n, len(row), dtype=torch.float64, device=device)
+    for i, value in enumerate(row):
+        if value:
+            table[:, i] = value
+    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,24 +50,23 @@ class SampleJudge:
 
     def __init__(self, B: int, stop: Stop, rule: Rule, backend: Backend) -> None:
         self.stop, self.rule, self.backend = stop, rule, backend
-        self.samples, self.left = self._begin(B), self._begin(B)
-        self._at_once = stop.interval(self.samples.table.device) == 1  # finished samples leave before the next step
-
-    def _begin(self, B: int) -> Records:
-        device = self.backend.ring.R.device
-        samples = Records(SAMPLE, B, device=device)
-        for name in ("best", "previous", "residual", "recent", "earlier"):
-            samples[name] = torch.inf
-        samples["status"] = RUNNING
-        samples["unknowns"] = self.rule.unknowns
-        samples["floor"] = ROUNDING * precision(self.backend.ring.dtype, device)
+        device = backend.ring.R.device
+        first = dict.fromkeys(("best", "previous", "residual", "recent", "earlier"), math.inf)
+        first |= {"status": RUNNING, "unknowns": rule.unknowns, "floor": ROUNDING * rule.eps}
+        first |= {name: t for name in ("rtol", "atol") if not isinstance(t := getattr(stop, name), Tensor)}
+        self.samples = Records(SAMPLE, _rows(B, [float(first.get(name, 0.0)) for name in SAMPLE], device))
         for name in ("rtol", "atol"):
-            tolerance = getattr(self.stop, name)
-            if not isinstance(tolerance, Tensor):
-                samples[name] = tolerance
-            elif tolerance.dim() < 2:
-                samples[name] = tolerance.to(device, torch.float64)
-        return samples
+            tolerance = getattr(stop, name)
+            if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
+                self.samples[name] = tolerance.to(device, torch.float64)
+        self.left = Records(SAMPLE, torch.empty_like(self.samples.table))
+        self._at_once = stop.interval(device) == 1  # finished samples leave before the next step
+
+    def computes_in(self, eps: float) -> None:
+        """Takes note that fn computes with machine epsilon `eps`, of the state's dtype or coarser."""
+        if is_left_open(self.stop) and eps > RTOL:
+            self.samples["rtol"] = self.samples["rtol"].clamp_min(eps)
+        self.samples["floor"] = ROUNDING * eps
 
     def wanted(self, T: int) -> Tensor | None:
         """(n, T) bool: blocks to evaluate; None means all."""
@@ -93,9 +96,28 @@ class SampleJudge:
         """
         return leaving & (self.samples["fresh"] != 0), batch.z
 
-    def leave(self, batch: Batch, leaving: Tensor) -> None:
-        """Stores the records of the samples `leaving` (n,)."""
+    def leave(self, batch: Batch, leaving: Tensor, z: Tensor) -> None:
+        """Stores the records of the samples `leaving` (n,), whose final iterates are in z (n, T, D).
+
+        STALLED, not CONVERGED, where a tolerance was met that no residual can resolve, which was by chance: both f and
+        z are rounded to eps / 2 (equality, a tolerance of zero, can be met); or where z is so small that squares of z
+        and f vanish, and no norm is known.
+        """
+        samples, size = self.samples, self.samples["size"]
+        if not is_left_open(self.stop):
+            half, tolerance = batch.eps / 2, samples["atol"] + samples["rtol"] * size
+            self._doubt(leaving & (tolerance > 0) & (tolerance < half * size))
+        if z.dtype == torch.float64:
+            unseen = leaving & (size == 0) & (samples["atol"] < 1e-150) & (samples["rtol"] < torch.inf)
+            if bool((unseen & (samples["status"] == int(Status.CONVERGED))).any()):
+                self._doubt(unseen & (z != 0).flatten(1).any(1))
         self.left.table[batch.rows[leaving]] = self.samples.table[leaving]
+
+    def _doubt(self, which: Tensor) -> None:
+        """STALLED, not CONVERGED, for the samples `which` (n,)."""
+        status = self.samples["status"]
+        which = which & (status == int(Status.CONVERGED))
+        self.samples["status"] = torch.where(which, float(Status.STALLED), status)
 
     def expire(self) -> None:
         """Ends what is still running for want of budget: MAX_STEPS, or DIVERGED when the residual had grown a lot."""

@@ -57,8 +57,9 @@ class Step:
 
     def _leave(self, batch: Batch, leaving: Tensor, mode: Tensor, ended: bool) -> None:
         """Stores iterates and records of the samples `leaving` (n,) bool."""
-        batch.store(*self.judge.final(batch, leaving, mode, ended))
-        self.judge.leave(batch, leaving)
+        moves, z = self.judge.final(batch, leaving, mode, ended)
+        batch.store(moves, z)
+        self.judge.leave(batch, leaving, z)
 
 
 class FusedStep(Step):

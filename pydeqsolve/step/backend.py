@@ -29,7 +29,8 @@ def choose(ring: Ring, fresh: bool = True) -> Backend:
     native.warn_once()
     R = ring.R
     for name, x in ring.tensors().items():
-        address(x, f"{name} of the history")
+        if not fresh or type(x) is not Tensor:
+            address(x, f"{name} of the history")
     numbers = native.layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
     handle = native.bind(numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
     if handle is None:

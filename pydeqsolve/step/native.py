@@ -31,6 +31,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
+LARGE_PAGE = 1 << 21  # bytes
 INTERFACE = 11  # csrc/bindings.cpp
 
 
@@ -67,7 +68,7 @@ def use_large_pages(x: Tensor) -> None:
 def buffer_like(x: Tensor) -> Tensor:
     """An uninitialised tensor like x, on large pages where it is that long."""
     buffer = torch.empty_like(x)
-    if _native is not None and x.is_cpu:
+    if buffer.nbytes >= LARGE_PAGE and _native is not None and x.is_cpu:
         _native.use_large_pages(address(buffer), buffer.nbytes)
     return buffer
 

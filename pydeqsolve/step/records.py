@@ -5,7 +5,6 @@ The native module reads and writes the same tables; it is loaded only if its col
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 KEEP, MIX, REJECT, PLAIN, ACCEPT = range(5)  # what becomes of a block; csrc/step.h, Mode
@@ -30,9 +29,8 @@ class Records:
     the block's last restart. done: finished, 0 or 1.
     """
 
-    def __init__(self, columns: tuple[str, ...], *shape: int, device: torch.device) -> None:
-        self.columns = columns
-        self.table = torch.zeros(*shape, len(columns), dtype=torch.float64, device=device)
+    def __init__(self, columns: tuple[str, ...], table: Tensor) -> None:
+        self.columns, self.table = columns, table
 
     def __getitem__(self, name: str) -> Tensor:
         """One column, (n,) or (n, T), a view."""

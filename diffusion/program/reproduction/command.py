@@ -35,7 +35,8 @@ def run_report(args: Namespace) -> dict[str, Any]:
     pictures.require_matplotlib()
     require("jinja2", "Jinja writes the page", "viz")
     device = device_of(args.device)
-    with writable(args.output) as folder:
+    own = (Path(args.output) / MEASUREMENTS).is_dir()
+    with writable(args.output, [PAGE, SUMMARY], own, "name another folder") as folder:
         start = time.perf_counter()
         threads = args.threads or torch.get_num_threads()
         common = {"code": code(), "torch": torch.__version__, "device": str(device), "threads": threads}

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Stop
 
-from ...arguments import model_dtype
+from ...arguments import Silent, model_dtype
 from ...chain import Chain, LinearChain
 from ...checkpoint import Checkpoint
 from ...remainder import Network
 from ...sample import sample
+from ...sampler import SOLVER, Sampler
 from .. import pictures
 from ..commands import options_of
 from .ledger import Ledger, Measurement
@@ -50,7 +51,7 @@ def chain_residual(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> 
 def convergence(subject: Subject, steps: int, solver: str, ledger: Ledger) -> Tensor:
     """Return the residual (rounds, runs) of the chain of `steps` after each solver step."""
     plan, checkpoint = subject.plan, subject.checkpoint
-    chain = checkpoint.schedule.chain(steps)
+    chain = checkpoint.schedule.chain(steps, eta=0.0)
     rounds = min(plan.rounds, steps)
 
     def one_batch(number: int, count: int) -> Measurement:
@@ -61,10 +62,12 @@ def convergence(subject: Subject, steps: int, solver: str, ledger: Ledger) -> Te
 
         options = {**options_of(checkpoint, None), **SOLVERS[solver]}
         with torch.no_grad():
-            sample(
-                checkpoint.model, subject.latents(number, count), chain, stop=Stop(EXACT, max_steps=rounds), levels=(),
-                callback=see, **options,
+            run = Sampler.of(
+                checkpoint.model, subject.latents(number, count), chain, options["prediction"], options["splitting"],
+                None, None, (), options["mean"], options["variance"], None,
             )  # fmt: skip
+            guess, stop = run.x_T.new_zeros(count, steps, run.x_T.shape[1]), Stop(EXACT, max_steps=rounds)
+            run.solve(guess, options.get("solver", SOLVER), stop, None, Silent(), see)
         return Measurement(tensors={"residual": torch.stack(seen)})
 
     parts = []
@@ -100,14 +103,14 @@ def figure1(subject: Subject, folder: Path, ledger: Ledger) -> list[dict[str, An
 def figure2(subject: Subject, folder: Path, ledger: Ledger) -> dict[str, Any]:
     """Write Figure 2, the states x_t after the solver steps of the plan; return what it shows."""
     steps, checkpoint = max(subject.plan.steps), subject.checkpoint
-    chain = checkpoint.schedule.chain(steps)
+    chain = checkpoint.schedule.chain(steps, eta=0.0)
     rounds = min(subject.plan.rounds, steps)
 
     def solve() -> Measurement:
         with torch.no_grad():
             out = sample(
-                checkpoint.model, subject.latents(0, LATENTS_SHOWN), chain, stop=Stop(1e-4, max_steps=rounds),
-                levels=(), **options_of(checkpoint, None),
+                checkpoint.model, subject.latents(0, LATENTS_SHOWN), chain, max_rounds=rounds, levels=(),
+                **options_of(checkpoint, None),
             )  # fmt: skip
         return Measurement({"rounds": out.rounds}, {"states": out.trajectory[:, paper_states(steps)]})
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...files import read_tensors, write_tensors
+from ...digest import digest
+from ...files import parse_json, read_tensors, write_tensors
 from ..output import say
 
-RESULT = "result"
+RESULT, CONTENT = "result", "content"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +49,21 @@ class Ledger:
         if path.is_file():
             try:
                 tensors, header = read_tensors(path)
-                return Measurement(json.loads(header[RESULT]), tensors)
-            except (ValueError, KeyError):
+                facts = parse_json(header.get(RESULT, ""))
+                if header.get(CONTENT) == _content(facts, tensors):
+                    return Measurement(facts, tensors)
+                say(f"deq-ddim: warning: {path} was changed, so that measurement is made again")
+            except ValueError:
                 say(f"deq-ddim: warning: {path} cannot be read, so that measurement is made again")
         say(f"measuring {name}")
         made = measure()
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.detach().cpu() for key, value in made.tensors.items()}
-        write_tensors(path, tensors, {RESULT: json.dumps(made.facts)})
-        return Measurement(json.loads(json.dumps(made.facts)), tensors)
+        facts = parse_json(json.dumps(made.facts))
+        write_tensors(path, tensors, {RESULT: json.dumps(facts), CONTENT: _content(facts, tensors)})
+        return Measurement(facts, tensors)
+
+
+def _content(facts: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """What tells whether a part is missing or was changed."""
+    return f"{digest([json.dumps(facts), tensors])}"

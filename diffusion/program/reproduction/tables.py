@@ -108,12 +108,12 @@ def table3(subject: Subject, folder: Path, ledger: Ledger) -> tuple[list[dict[st
 def _invert(subject: Subject, steps: int, method: str, ledger: Ledger) -> Record:
     """Return the record of all images inverted by a method, going on where an earlier run stopped."""
     plan, checkpoint = subject.plan, subject.checkpoint
-    chain = checkpoint.schedule.chain(steps)
+    chain = checkpoint.schedule.chain(steps, eta=0.0)
     descent: dict[str, Any] = {"epochs": plan.epochs, "lr": plan.lr} if method in DESCENTS else {}
     settings = {**subject.identity, "method": method, "steps": steps, **descent}
     place = ledger.place(f"{subject.name}-inversion-T{steps}-{method}", settings)
     place.mkdir(parents=True, exist_ok=True)
-    record = Record.open(place, settings)
+    record = Record.open(place, settings, subject.images)
     if len(record) < len(subject.images):
         say(f"measuring {place.name.rpartition('-')[0]}")
 

@@ -1,0 +1,54 @@
+"""The autoencoder of a latent pipeline of diffusers: images to latents and back, in the network's units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor
+
+
+class Autoencoder:
+    """latents = (z − shift)·scale, z what the autoencoder itself makes of images in [−1, 1].
+
+    scale is its scaling_factor, shift its shift_factor; with latents_mean and latents_std, per channel, it is
+    (z − mean)·scaling_factor/std.
+
+    Args:
+        vae: AutoencoderKL, whose mean is taken, or VQModel, whose decoder quantises.
+        channels: of the latents that the network takes.
+
+    Raises:
+        TypeError: another class.
+        ValueError: latents of another number of channels, or both kinds of shift.
+    """
+
+    def __init__(self, vae: Any, channels: int) -> None:
+        if not isinstance(vae, (AutoencoderKL, VQModel)):
+            raise TypeError(f"vae: AutoencoderKL or VQModel of diffusers is required, got {type(vae).__name__}")
+        if vae.config.latent_channels != channels:
+            raise ValueError(f"vae: latents of {channels} channels, the network's, are required, got those of "
+                             f"{vae.config.latent_channels}")  # fmt: skip
+        config = {name: vae.config.get(name) for name in ("shift_factor", "latents_mean", "latents_std")}
+        if config["shift_factor"] is not None and (config["latents_mean"] or config["latents_std"]):
+            raise ValueError("vae: shift_factor and latents_mean, latents_std do not go together")
+        self.vae = vae
+        self.scale = vae.config.scaling_factor / self._per_channel(config["latents_std"], 1.0)
+        self.shift = self._per_channel(config["latents_mean"], config["shift_factor"] or 0.0)
+
+    @staticmethod
+    def _per_channel(values: Any, otherwise: float) -> Tensor:
+        return torch.tensor([otherwise]) if values is None else torch.tensor(values).view(1, -1, 1, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [−1, 1] → latents (B, c, h, w)."""
+        encoded = self.vae.encode(images.to(self.vae.dtype))
+        z = encoded.latents if isinstance(self.vae, VQModel) else encoded.latent_dist.mean
+        return (z - self.shift.to(z)) * self.scale.to(z)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) → (B, C, H, W), about [−1, 1]."""
+        z = latents / self.scale.to(latents) + self.shift.to(latents)
+        image: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
+        return image

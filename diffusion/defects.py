@@ -1,0 +1,161 @@
+"""The error of x_0, from the defects of the chain that is returned.
+
+The states x_0 … x_T were made from remainders N_k; the network says N'_k = N(x_k) there. With δ_k = N'_k − N_k the
+error e of the states, x − x of sequential sampling, obeys to first order
+
+    e_{k+1} = (A_k + c_k J_k) e_k − c_k δ_k,
+
+J_k = ∂N/∂x, of which one number is known, its slope along the last move of x_k whose answer was seen: ⟨ΔN, Δx⟩/|Δx|².
+It stands for J_k; for a network linear in x it is J_k itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chain import EditedChain, LinearChain
+from .remainder import Remainders
+
+SAFETY = 2.0  # by which the first-order estimate is raised: J is known along one direction only
+TOLD = 100.0  # a move of fewer units of rounding of the state tells no slope
+SAME = 0.125  # a move of fewer units of rounding gives the network the same numbers
+
+
+@dataclass(eq=False)
+class Visits:
+    """Where every step was evaluated last, its value there, and the slope of N along its last move."""
+
+    x: Tensor  # (B, T, D), NaN where it was not
+    value: Tensor  # (B, T, D)
+    slope: Tensor  # (B, T), NaN where unknown
+    least: Tensor  # (B, T), the least slope of all moves
+    precision: float  # machine epsilon of the network
+
+    @staticmethod
+    def none(like: Tensor, precision: float) -> Visits:
+        """Before the first round; like (B, T, D)."""
+        unknown = torch.full_like(like, torch.nan)
+        return Visits(unknown, torch.zeros_like(like), unknown[..., 0].clone(), unknown[..., 0].clone(), precision)
+
+    def note(self, i: Tensor, k: Tensor, x: Tensor, value: Tensor) -> None:
+        """N is `value` (n, D) at states x (n, D) of the images i and steps k (n,)."""
+        slope, sound = slopes(x - self.x[i, k], value - self.value[i, k], x, self.precision)
+        self.slope[i, k] = torch.where(sound, slope, self.slope[i, k])
+        self.least[i, k] = torch.where(sound, torch.fmin(slope, self.least[i, k]), self.least[i, k])
+        self.x[i, k], self.value[i, k] = x, value
+
+
+def slopes(s: Tensor, y: Tensor, x: Tensor, precision: float) -> tuple[Tensor, Tensor]:
+    """⟨y, s⟩/|s|² (…) of moves s and changes y (…, D) at x, and where the move is large enough to tell."""
+    moved, size = s.square().sum(-1), x.square().sum(-1)
+    slope = (y * s).sum(-1) / moved
+    return slope, (moved > (TOLD * precision) ** 2 * size) & slope.isfinite()
+
+
+def filled(slope: Tensor) -> Tensor:
+    """slope (n, T) with every NaN replaced by the next value that is none, after the last by the last; 0 without any.
+
+    A step that never moves, as the first, tells nothing of itself, and its neighbours' slopes are nearest to its own.
+    """
+    T, known = slope.shape[1], ~slope.isnan()
+    k = torch.arange(T, device=slope.device).expand_as(slope)
+    after = torch.where(known, k, T).flip(1).cummin(1).values.flip(1)
+    before = torch.where(known, k, -1).cummax(1).values
+    at = torch.where(after < T, after, before.clamp_min(0))
+    return slope.gather(1, at).nan_to_num(0.0)
+
+
+def defects(
+    m: Remainders, image: Tensor, x: Tensor, N: Tensor, visits: Visits, settled: Tensor, conditioning: Sequence[Tensor],
+    most: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """δ (n, T, D) at every step of the states x (n, T+1, D), and the rows (n,) that it took; notes the visits.
+
+    settled (n,): whether every N_k is the network's value where step k was visited last: then a step whose state has
+    not moved since has no defect, and is not asked again. Rounds of at most so many time steps.
+    """
+    x, before = x[:, : N.shape[1]], visits.x[image]
+    still = (x - before).square().sum(2) <= (SAME * visits.precision) ** 2 * x.square().sum(2)  # never, where NaN
+    wanted = x.isfinite().all(2) & ~(still & settled[:, None])
+    delta = torch.zeros_like(N)
+    for first in range(0, N.shape[1], most):
+        i, k = wanted[:, first : first + most].nonzero(as_tuple=True)
+        if len(i):
+            k = k + first
+            value = m.remainder(x[i, k], k, [c[i] for c in conditioning])
+            delta[i, k] = value - N[i, k]
+            visits.note(image[i], k, x[i, k], value)
+    return delta, wanted.sum(1)
+
+
+def carried(
+    linear: LinearChain, base: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, least: Tensor, image: Tensor
+) -> Tensor:
+    """The estimate (n,) of the relative error of x_0: SAFETY·|e_T|/|x_T|, of states x (n, T+1, D) and their defects.
+
+    slope (n, T) stands for J; where it is NaN, the next step's that is known. An error has parts along which N is
+    steeper and less steep than along the move that told: so the largest is taken of the errors with J = slope, with
+    J = 0, and with J the least slope that was seen at all, if that is negative: it keeps what expands.
+    """
+    slope, least = filled(slope)[..., None], filled(least)[..., None]
+    trials = (slope, torch.zeros_like(slope), torch.minimum(slope, least).clamp_max(0))
+    if isinstance(linear, EditedChain):
+        moved = [edited(linear, base, N, x, delta, J, image) for J in trials]
+    else:
+        moved = [summed(linear.A + linear.c * J, linear.c * delta) for J in trials]
+    worst, size = torch.stack([e.norm(dim=1) for e in moved]).amax(0), x[:, -1].norm(dim=1)
+    return torch.where(worst == 0, worst, SAFETY * worst / size)
+
+
+def rounding(m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, precision: float) -> Tensor:
+    """The relative error (n,) of x_0 that rounding alone leaves: of ε by the network, of the states in float64.
+
+    As `carried` with J = slope, of defects that are independent from step to step: squares add.
+    """
+    eps = N + m.splitting.kappa * x[:, :-1]
+    eps = eps if m.splitting.offset is None else eps + m.splitting.offset
+    made = (precision * m.linear.c * eps).square() + (
+        torch.finfo(torch.float64).eps * (x.abs() + base.abs())[:, 1:]
+    ).square()
+    return _independent(m.linear, x, filled(slope), made)
+
+
+def spread_of(linear: LinearChain, x: Tensor, slope: Tensor, doubt: Tensor) -> Tensor:
+    """The same (n,), of defects known but for an independent error of the size of `doubt` (n, T, D)."""
+    return _independent(linear, x, slope, (linear.c * doubt).square())
+
+
+def _independent(linear: LinearChain, x: Tensor, slope: Tensor, squares: Tensor) -> Tensor:
+    A = (linear.A + linear.c * slope[..., None]).square().amax(2, keepdim=True)
+    total = summed(A, squares.sum(2, keepdim=True))[:, 0]
+    return (total / x[:, -1].square().sum(1)).sqrt().nan_to_num(0.0)
+
+
+def scatter(at: Tensor, values: Tensor) -> Tensor:
+    """By how much values (n, m) at positions `at` (m,) differ from the line between their neighbours (n, m)."""
+    share = (at[1:-1] - at[:-2]) / (at[2:] - at[:-2])
+    between = values[:, :-2] + share * (values[:, 2:] - values[:, :-2])
+    inner = (values[:, 1:-1] - between).abs() / (1 + share.square() + (1 - share).square()).sqrt()
+    return torch.cat([inner[:, :1], inner, inner[:, -1:]], 1)
+
+
+def summed(A: Tensor, b: Tensor) -> Tensor:
+    """e_T (n, D) of e_{k+1} = A_k e_k + b_k from e_0 = 0; A (n, T, 1 or D), b (n, T, D): neighbours pair by pair."""
+    while b.shape[1] > 1:
+        if b.shape[1] % 2:
+            A, b = torch.cat([torch.ones_like(A[:, :1]), A], 1), torch.cat([torch.zeros_like(b[:, :1]), b], 1)
+        b = A[:, 1::2] * b[:, ::2] + b[:, 1::2]
+        A = A[:, 1::2] * A[:, ::2]
+    return b[:, 0]
+
+
+def edited(linear: EditedChain, base: Tensor, N: Tensor, x: Tensor, delta: Tensor, J: Tensor, image: Tensor) -> Tensor:
+    """How far (n, D) x_T moves when N becomes N + δ + J·(move of the states x), step by step through the edit."""
+    y, added = base[:, 0], base[:, 1:] + linear.c * (N + delta)
+    for k in range(N.shape[1]):
+        y = linear.after(linear.A[k] * y + added[:, k] + linear.c[k] * J[:, k] * (y - x[:, k]), k, image)
+    return y - x[:, -1]

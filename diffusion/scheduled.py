@@ -1,0 +1,50 @@
+"""What one call of the pipeline takes from its scheduler: a chain, and noises drawn as the scheduler draws them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .chain import Chain
+from .edit import Clip
+from .schedule import Schedule
+
+
+def chain_of(
+    scheduler: Any, steps: int, eta: float | None, clip_sample: bool | None = None, anew: bool | None = None
+) -> Chain:
+    """The scheduler's chain.
+
+    Args:
+        steps, eta: of the chain; None is the scheduler's own eta.
+        clip_sample: False leaves predicted images as they are, True clips them to [−1, 1] where the scheduler does not
+            clip; None does as the scheduler does.
+        anew: whether ε is taken anew from an image that is clipped; None does as the scheduler does.
+    """
+    schedule = Schedule.from_diffusers(scheduler)
+    for name, value in (("clip_sample", clip_sample), ("use_clipped_model_output", anew)):
+        if value not in (None, True, False):
+            raise TypeError(f"{name}: true, false or None is required, got {value!r}")
+    clip = schedule.clip
+    if clip_sample is not None:
+        clip = (clip or Clip(1.0, consistent=schedule.ancestral)) if clip_sample else None
+    if clip is not None and anew is not None:
+        clip = replace(clip, consistent=bool(anew))
+    return replace(schedule, clip=clip).chain(steps, eta=eta)
+
+
+def noises_of(scheduler: Any, chain: Chain, x_T: Tensor, draw: dict[str, Any]) -> Tensor | None:
+    """Fresh noise (B, T, …), one step after the other by `randn_tensor(shape, **draw)`; None for eta = 0.
+
+    DDPMScheduler draws none at t = 0.
+    """
+    if chain.eta == 0:
+        return None
+    fresh = chain.timesteps > (0 if isinstance(scheduler, DDPMScheduler) else -1)
+    none = torch.zeros_like(x_T)
+    return torch.stack([randn_tensor(x_T.shape, **draw) if one else none for one in fresh.tolist()], 1)

@@ -1,0 +1,106 @@
+"""The diffusers schedulers whose loops chains take step for step, and the options of each that they reproduce.
+
+`SCHEDULERS` is the one table: what is not in it, a class or an option, is refused by name wherever it comes in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .edit import Clip
+
+PREDICTED = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+
+
+class UnsupportedSchedulerError(TypeError, ValueError):
+    """A scheduler that is not reproduced, by its class or by an option; what it is, and what is known."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """One class of schedulers.
+
+    options: the values of each option that are reproduced; None, all that the class takes.
+    read: from the scheduler and its options, what a `Schedule` has besides ᾱ, spacing and prediction.
+    """
+
+    options: Mapping[str, tuple[Any, ...] | None]
+    read: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+
+
+def _clip(options: Mapping[str, Any], consistent: bool) -> Clip | None:
+    if not options["thresholding"] and not options["clip_sample"]:
+        return None
+    name, least = ("sample_max_value", 1.0) if options["thresholding"] else ("clip_sample_range", 0.0)
+    bound = float(options[name])
+    if not (bound >= 1 if options["thresholding"] else bound > 0):
+        raise ValueError(f"scheduler: {name} must be {least:g} or more, got {bound:g}")
+    return Clip(bound, float(options["dynamic_thresholding_ratio"]) if options["thresholding"] else None, consistent)
+
+
+def _ddim(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    final = float(scheduler.final_alpha_cumprod)
+    return {"final_alpha_cumprod": final, "diffusers_steps": True, "clip": _clip(options, consistent=False)}
+
+
+def _ddpm(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    variance = "large" if options["variance_type"] == "fixed_large" else "small"
+    return {"ancestral": True, "variance": variance, "clip": _clip(options, consistent=True)}
+
+
+# What DDIMScheduler and DDPMScheduler have in common. Their betas are read as ᾱ, whatever they are made of.
+COMMON: dict[str, tuple[Any, ...] | None] = {
+    "num_train_timesteps": None, "beta_start": None, "beta_end": None, "beta_schedule": None, "trained_betas": None,
+    "rescale_betas_zero_snr": None, "steps_offset": None, "timestep_spacing": ("leading", "linspace", "trailing"),
+    "prediction_type": tuple(PREDICTED), "clip_sample": None, "clip_sample_range": None, "thresholding": None,
+    "dynamic_thresholding_ratio": None, "sample_max_value": None,
+}  # fmt: skip
+SCHEDULERS = {
+    "DDIMScheduler": Known({**COMMON, "set_alpha_to_one": None}, _ddim),
+    "DDPMScheduler": Known({**COMMON, "variance_type": ("fixed_small", "fixed_small_log", "fixed_large")}, _ddpm),
+}
+
+
+def known_class(name: str, argument: str = "scheduler") -> Known:
+    """The row of the table, by the name of the class.
+
+    Raises:
+        UnsupportedSchedulerError: none of that name.
+    """
+    if name not in SCHEDULERS:
+        raise UnsupportedSchedulerError(
+            f"{argument}: {name} is not reproduced; known are {', '.join(SCHEDULERS)} of diffusers. Where the network "
+            "predicts noise, DDIM can sample it too: say so by DDIMScheduler.from_config(scheduler.config)"
+        )
+    return SCHEDULERS[name]
+
+
+def read_scheduler(scheduler: Any) -> dict[str, Any]:
+    """The arguments of the `Schedule` that has the chains of a diffusers scheduler.
+
+    Raises:
+        UnsupportedSchedulerError: a class that is not in the table, a subclass of one included, or an option out of it.
+        ValueError: an option that the scheduler's own class could not use either.
+    """
+    kind = type(scheduler)
+    name = kind.__name__ if kind.__module__.startswith("diffusers.") else f"{kind.__module__}.{kind.__name__}"
+    known, options = known_class(name), dict(scheduler.config)
+    for option, parameter in inspect.signature(kind.__init__).parameters.items():
+        value = options.get(option, parameter.default)
+        values = known.options.get(option, (parameter.default,))
+        if option != "self" and values is not None and value not in values:
+            raise UnsupportedSchedulerError(
+                f"scheduler: {option}={value!r} of {name} is not reproduced; known: {', '.join(map(repr, values))}"
+            )
+    alphas, N = scheduler.alphas_cumprod, options["num_train_timesteps"]
+    if not isinstance(alphas, Tensor) or len(alphas) != N:
+        raise ValueError(f"scheduler: num_train_timesteps={N} betas are required, got {len(alphas)} (trained_betas)")
+    return {
+        "alphas_cumprod": alphas, "steps_offset": int(options["steps_offset"]), "spacing": options["timestep_spacing"],
+        "prediction": PREDICTED[options["prediction_type"]], **known.read(scheduler, options),
+    }  # fmt: skip

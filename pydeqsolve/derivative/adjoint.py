@@ -1,0 +1,169 @@
+"""The adjoint solve u = g + Jᵀu: its scaling, its tolerance, and the status of what is returned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from ..loop.iterate import iterate
+from ..problem import Problem, Solver
+from ..solution import Adjoint, ConvergenceError, Status
+from ..stop import Stop
+from .linear import Products, System, blurred
+from .linearise import Good
+
+LOOSEST = 0.1  # of the tolerance that follows the forward solve: at 1, u = 0 would do
+FINEST = 1e-6  # of the same, where the forward solve has none
+ROUNDING = 2.0  # units of rounding of u within which a residual is as small as it gets
+
+_ADVICE = {
+    Status.MAX_STEPS: "the budget of products was spent: raise Implicit(stop=Stop(max_steps=...)) or "
+    "GMRES(restart=...), or loosen its rtol",
+    Status.STALLED: "I − J is singular or nearly so, or the tolerance is below what the precision that fn computes in "
+    "resolves, or restarts lose too much: loosen Implicit(stop=...), use a wider dtype, or raise GMRES(restart=...)",
+    Status.DIVERGED: "the adjoint iteration expands: use Implicit(solver=GMRES())",
+    Status.NONFINITE: "the gradient that came in, a slope of fn, or the adjoint itself is NaN, infinite or beyond its "
+    "dtype: so is the gradient that goes out",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class AdjointSolve:
+    """How u = g + Aᵀ u is solved, and a callback for the outcome; settings as in `Implicit`.
+
+    follows: the tolerance was left to the library, which asks for no more than the precision allows. eps: that of the
+    products, which may be computed in less than the dtype of g.
+    """
+
+    solver: Any
+    stop: Stop
+    follows: bool
+    on_failure: str
+    report: Callable[[Adjoint], None]
+    eps: float
+
+    def __call__(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> Tensor:
+        """u (n, T, D) of u = g + products(u), zero for the samples that are not `good`.
+
+        A sample whose g or u is not finite has a u that is not: what reads gradients for overflow must see it.
+        """
+        mask = good.mask_taken()
+        u, outcome = self._solve(products, torch.where(mask[:, None, None], g, 0.0), good)
+        self.report(_of_all(outcome, good))
+        failed = mask & (outcome.status != 0)
+        if self.on_failure == "phantom":
+            u = torch.where(failed[:, None, None], g, u)
+        elif bool(failed.any()):
+            message = f"the adjoint of solve did not converge: {_describe(outcome.status[mask])}"
+            if self.on_failure == "raise":
+                raise ConvergenceError(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return torch.where(mask[:, None, None], u, 0.0)
+
+    def _solve(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> tuple[Tensor, Adjoint]:
+        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+        finite = g.isfinite().flatten(1).all(1)
+        rhs = torch.where(finite[:, None, None], g, 0.0).to(wide).flatten(1)
+
+        def product(u: Tensor) -> Tensor:
+            return products(u.reshape(g.shape)).to(wide).flatten(1)
+
+        system = System.of(product, rhs, self._stop(good, g.device))
+        eps = max(self.eps, torch.finfo(g.dtype).eps)
+        pursued = replace(self.stop, rtol=0.0, atol=torch.maximum(system.goal, eps * system.norm), norm="l2")
+        solve = getattr(self.solver, "solve", None) or _by_fixed_point(self.solver)
+        u, outcome = solve(product, system.rhs, pursued)
+        lost = ~finite | ~(outcome.residual < torch.inf)
+        raised, size, again = system.deliver(u, outcome.residual * system.norm, g.dtype)
+        status, residual = self._judge(system, u, outcome.status, size, eps)
+        lost = lost | (status == int(Status.NONFINITE)) & ~(residual < torch.inf)
+        status = torch.where(lost, int(Status.NONFINITE), status)
+        residual = torch.where(lost, torch.inf, residual)
+        raised = torch.where((lost & raised.isfinite().all(1))[:, None], torch.nan, raised)
+        return raised.reshape(g.shape), Adjoint(status, residual, outcome.evaluations + again)
+
+    def _judge(self, system: System, u: Tensor, status: Tensor, size: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Status and relative residual (n,) of u (n, N), whose residual was measured to be `size` (n,)."""
+        floor = blurred(torch.zeros_like(size), u, eps)
+        size, goal = torch.maximum(size, floor), system.goal
+        if self.follows:
+            # No finer than rounding, but half of the digits are the least that deserve the name.
+            allowed = ROUNDING * torch.maximum(floor, eps * system.norm)
+            goal = torch.maximum(goal, torch.minimum(allowed, eps**0.5 * system.norm))
+        met = size <= goal
+        hopeless = ~met & ((floor > goal) | (status == int(Status.CONVERGED)))
+        hopeless &= (status == int(Status.CONVERGED)) | (status == int(Status.MAX_STEPS))
+        status = torch.where(hopeless, int(Status.STALLED), status)
+        status = torch.where(met, int(Status.CONVERGED), status)
+        status = torch.where(size < torch.inf, status, int(Status.NONFINITE))
+        return status, size / system.norm
+
+    def _stop(self, good: Good, device: torch.device) -> Stop:
+        """The tolerances of the samples that are solved for."""
+        tolerances = [
+            torch.as_tensor(t, dtype=torch.float64, device=device).expand(good.mask.shape[0])
+            for t in (self.stop.rtol, self.stop.atol)
+        ]
+        rtol, atol = (t if good.rows is None else t[good.rows] for t in tolerances)
+        return replace(self.stop, rtol=rtol, atol=atol)
+
+
+def following(stop: Stop) -> Stop:
+    """The adjoint's tolerance when none is given: the forward's rtol per sample, 1e-6 where that is 0.
+
+    At most .1; with a tolerance per block the smallest of a sample. As many products as the forward has steps, but no
+    fewer than 100.
+    """
+    rtol = torch.as_tensor(stop.rtol, dtype=torch.float64)
+    rtol = rtol.amin(1) if rtol.dim() == 2 else rtol
+    rtol = torch.where(rtol > 0, rtol, FINEST).clamp_max(LOOSEST)
+    return Stop(rtol if rtol.dim() else float(rtol), max_steps=max(Stop().max_steps, stop.max_steps))
+
+
+def worst(outcomes: list[Adjoint]) -> Adjoint:
+    """The outcome of several solves for the same samples: failed where one has, the largest residual, all products."""
+    status, residual, evaluations = (
+        torch.stack([getattr(outcome, name) for outcome in outcomes]) for name in ("status", "residual", "evaluations")
+    )
+    return Adjoint(status.amax(0), residual.amax(0), evaluations.sum(0))
+
+
+def _describe(status: Tensor) -> str:
+    counts = [(s, int((status == int(s)).sum())) for s in _ADVICE]
+    return "; ".join(f"{n} of {status.numel()} {s.name} ({_ADVICE[s]})" for s, n in counts if n)
+
+
+def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
+    """The outcome (n,) spread over all samples (B,); those left out are NONFINITE."""
+    if good.rows is None:
+        status = torch.where(good.mask, outcome.status, int(Status.NONFINITE))
+        return Adjoint(status, outcome.residual, outcome.evaluations)
+    B = good.mask.shape[0]
+    full = Adjoint(
+        outcome.status.new_full((B,), int(Status.NONFINITE)), outcome.residual.new_full((B,), torch.inf),
+        outcome.evaluations.new_zeros(B),
+    )  # fmt: skip
+    for name in ("status", "residual", "evaluations"):
+        getattr(full, name)[good.rows] = getattr(outcome, name)
+    return full
+
+
+def _by_fixed_point(solver: Solver) -> Callable[[Products, Tensor, Stop], tuple[Tensor, Adjoint]]:
+    """u = g + A u by a forward solver, as an adjoint solver for g (n, N) of ‖g‖ about 1 and an absolute tolerance."""
+
+    def solve(A: Products, g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
+        rhs = g[:, None]
+        layout = Layout.of(rhs, by_blocks=True)
+        problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False)
+        solved = iterate(problem, rhs, solver=solver, stop=stop)
+        norm = torch.linalg.vector_norm(g.double(), dim=1)
+        residual = solved.residual / torch.where(norm > 0, norm, 1.0)
+        return solved.z[:, 0], Adjoint(solved.status, residual, solved.evaluations)
+
+    return solve

@@ -1,0 +1,89 @@
+"""The linear systems u = g + A u of the adjoint: their scaling, and the residual of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..stop import Stop
+
+Products = Callable[[Tensor], Tensor]  # (B, N) to (B, N), row by row
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """u = g + A u for B samples, each divided by a power of two near the largest entry of its g.
+
+    Products and sums of squares then neither overflow nor vanish, whatever the scale of g, and scaling back is exact
+    wherever the dtype holds the result.
+    """
+
+    A: Products
+    rhs: Tensor  # (B, N): the scaled g
+    norm: Tensor  # (B,) float64: ‖rhs‖, one where it is zero
+    goal: Tensor  # (B,) float64: the largest ‖rhs + A u − u‖ that is asked for
+    exponent: Tensor  # (B,) int64: g = rhs · 2^exponent
+
+    @staticmethod
+    def of(A: Products, g: Tensor, stop: Stop) -> System:
+        """A maps (B, N) to (B, N); g (B, N) is finite; the goal is atol + rtol ‖g‖, per row."""
+        _, exponent = torch.frexp(g.abs().amax(1)) if g.shape[1] else (None, g.new_zeros(len(g)))
+        exponent = exponent.long()
+        rhs = _times_power(g, -exponent)
+        norm = torch.linalg.vector_norm(rhs.double(), dim=1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        rtol, atol = (torch.as_tensor(t, dtype=torch.float64, device=g.device).expand(len(g)) for t in _of(stop))
+        return System(A, rhs, norm, rtol * norm + _times_power(atol[:, None], -exponent)[:, 0], exponent)
+
+    def lowered(self, u: Tensor) -> Tensor:
+        """The unknown of this system for the u (B, N) of the unscaled one."""
+        return _times_power(u, -self.exponent)
+
+    def raised(self, u: Tensor) -> Tensor:
+        """The u (B, N) of the unscaled system: infinite where the dtype does not hold it."""
+        return _times_power(u, self.exponent)
+
+    def residual(self, u: Tensor) -> Tensor:
+        """rhs + A u − u, (B, N), by one product."""
+        return self.rhs + self.A(u) - u
+
+    def deliver(self, u: Tensor, size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The solution u (B, N) of this system as that of the unscaled one, in `dtype`.
+
+        size (B,): ‖rhs + A u − u‖. Returns the unscaled u, the size at exactly that u, and the rows (B,) bool for which
+        that took a product: those that `dtype` does not hold as they were. A row that overflows has size infinity.
+        """
+        raised = self.raised(u).to(dtype)
+        back = self.lowered(raised.to(u.dtype))
+        changed = (back != u).any(1) & size.isfinite()
+        if bool(changed.any()):
+            fits = raised.isfinite().all(1)
+            again = lengths(self.residual(torch.where(fits[:, None], back, 0.0)))
+            size = torch.where(changed, torch.where(fits, again, torch.inf), size)
+        return raised, size, changed
+
+
+def lengths(r: Tensor) -> Tensor:
+    """‖r‖ per row of r (B, N), (B,) float64."""
+    return torch.linalg.vector_norm(r.double(), dim=1)
+
+
+def blurred(residual: Tensor, u: Tensor, eps: float) -> Tensor:
+    """What is known of a residual (B,) that was measured at u (B, N) with rounding eps: not less than eps ‖u‖."""
+    return torch.maximum(residual, eps * lengths(u))
+
+
+def _of(stop: Stop) -> tuple[float | Tensor, float | Tensor]:
+    return stop.rtol, stop.atol
+
+
+def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
+    """x (B, N) · 2^exponent (B,), exact but for what x's dtype does not hold; in three factors that it does hold."""
+    part = exponent // 3
+    for e in (part, part, exponent - 2 * part):
+        # 2^e by its bits: torch.ldexp and torch.exp2 would take it from a float32 power.
+        x = x * ((e + 1023) << 52).view(torch.float64).to(x.dtype)[:, None]
+    return x

@@ -1,0 +1,93 @@
+"""The precision that a map computes in, which may be less than that of its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LATE = 20  # evaluations after which a map that casts without autocast is looked into
+
+
+def is_due(steps: int, device: torch.device) -> bool:
+    """A map is looked into at its first evaluation under autocast, and once if it takes long."""
+    return steps == LATE or (not steps and torch.is_autocast_enabled(device.type))
+
+
+def of_value(value: Any, dtype: torch.dtype) -> float:
+    """The largest machine epsilon of `dtype` and of the tensors in `value`."""
+    found = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    return max(torch.finfo(t).eps for t in (dtype, *(x.dtype for x in found if _is_real(x))))
+
+
+class Watch(TorchDispatchMode):
+    """While it is entered: the largest machine epsilon, `eps`, of what is computed from z."""
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__()
+        self.eps = torch.finfo(z.dtype).eps
+        self.derived = {_memory(z)}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # telling the compiler to keep out imports it, which takes seconds
+
+    def __torch_dispatch__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        result = fn(*args, **kwargs or {})
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if self.derived.isdisjoint(given):
+            self.derived.difference_update(map(_memory, made))  # memory that is used again
+        else:
+            self.derived.update(map(_memory, made))
+            self.eps = max(self.eps, *(torch.finfo(x.dtype).eps for x in made if _is_real(x)), 0.0)
+        return result
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def of_graph(f: Tensor, z: Tensor) -> float:
+    """The largest machine epsilon among the dtypes through which f depends on the leaf z, from f's autograd graph.
+
+    Casts inside the map are seen, those of autocast among them; what does not depend on z is not looked at. Under
+    autocast a function that autograd cannot look into (compiled, or of one's own) is taken to use autocast's dtype.
+    """
+    coarsest, eps = z.dtype, torch.finfo(z.dtype).eps
+    kind = z.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
+    for node in _between(f, z):
+        dtypes = [m.dtype for m in getattr(node, "_input_metadata", [])]
+        dtypes += [autocast] if isinstance(node, torch.autograd.function.BackwardCFunction) else []
+        for dtype in dtypes:
+            if dtype.is_floating_point and torch.finfo(dtype).eps > eps:
+                coarsest, eps = dtype, torch.finfo(dtype).eps
+    return torch.finfo(coarsest).eps
+
+
+def _between(f: Tensor, z: Tensor) -> list[Any]:
+    """The nodes of f's graph from which the leaf z can be reached."""
+    order: list[Any] = []  # parents before children
+    stack: list[tuple[Any, bool]] = [(f.grad_fn, False)]
+    seen: set[Any] = set()
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent, _ in node.next_functions)
+    reach: set[Any] = set()
+    for node in order:
+        if getattr(node, "variable", None) is z or any(parent in reach for parent, _ in node.next_functions):
+            reach.add(node)
+    return [node for node in order if node in reach]

@@ -1,0 +1,185 @@
+"""Exact inversion: roots of every step, to the error asked for, measured on the latent that is returned."""
+
+import pytest
+import torch
+from mixture import Mixture, latents, means
+
+from diffusion import Schedule, invert, load_checkpoint, sample
+from diffusion.backwards import OnNodes, joint_nodes, reversed_map, stiff_steps
+from diffusion.chain import interpolation
+from diffusion.exact import SOLVER, STIFFNESS
+from diffusion.sampler import Sampler
+from pydeqsolve import Status, Stop, solve
+
+SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
+
+
+def images(model, chain, count=4):
+    with torch.no_grad():
+        return sample(model, latents(count, 6), chain, method="sequential").x_0
+
+
+@pytest.mark.parametrize("steps", [10, 50, 100])
+@pytest.mark.parametrize("splitting", ["v", "gaussian"])
+def test_exact_inversion_of_a_mixture_reproduces_its_images(steps, splitting):
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(steps)
+    x_0 = images(model, chain)
+    found = invert(model, x_0, chain, "exact", splitting=splitting)
+    assert found.loss.max() <= 1e-10
+    again = sample(model, found.x_T, chain, method="sequential").x_0
+    assert (again - x_0).square().sum(1).max() <= 1e-10
+    assert found.status.tolist() == [Status.CONVERGED] * 4
+
+
+def test_exact_inversion_recovers_the_latent():
+    model, chain, x_T = Mixture(SCHEDULE, means()), SCHEDULE.chain(50), latents(4, 6)
+    x_0 = sample(model, x_T, chain, method="sequential").x_0
+    found = invert(model, x_0, chain)
+    assert (found.x_T - x_T).square().mean().sqrt() <= 1e-3
+
+
+def test_exact_inversion_recovers_the_latents_of_digits_where_steps_are_dense_next_to_the_image():
+    checkpoint = load_checkpoint("digits")
+    chain = checkpoint.schedule.chain(50, "quadratic")
+    x_T = latents(8, *checkpoint.shape).float()
+    with torch.no_grad():
+        x_0 = sample(checkpoint.model, x_T, chain, method="sequential").x_0
+    found = invert(checkpoint.model, x_0, chain)
+    assert (found.x_T - x_T).square().flatten(1).mean(1).sqrt().max() <= 1e-3
+    assert found.status.tolist() == [Status.CONVERGED] * 8
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(10, 25), (20, 14), (50, 13)])
+def test_real_digits_come_back_from_their_latents(steps, rows):
+    checkpoint = load_checkpoint("digits")
+    x_0, chain = checkpoint.images[:8], checkpoint.schedule.chain(steps)
+    found = invert(checkpoint.model, x_0, chain)
+    assert found.loss.median() <= 64 * 5e-6**2
+    assert found.evaluations.double().median() <= rows * steps
+    assert found.x_T.dtype == torch.float32
+    with torch.no_grad():
+        again = sample(checkpoint.model, found.x_T, chain, method="sequential").x_0
+    loss = (again - x_0).double().square().flatten(1).sum(1)
+    assert loss[found.converged].max() <= 64 * 5.1e-6**2  # a float32 network rounds by how many rows it sees
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_a_chain_of_few_steps_is_inverted_as_well_as_its_precision_allows(steps):
+    checkpoint = load_checkpoint("digits")
+    found = invert(checkpoint.model, checkpoint.images[:6], checkpoint.schedule.chain(steps))
+    assert found.loss.median() <= {1: 1e-5, 4: 2.1e-9, 8: 2.9e-9}[steps]  # of 200 rounds; a blank image leaves 45
+    assert found.loss.max() <= 1e-2
+
+
+def test_fashion_images_meet_the_default_error_on_a_coarse_quadratic_chain():
+    checkpoint = load_checkpoint("fashion")
+    found = invert(checkpoint.model, checkpoint.images[:2], checkpoint.schedule.chain(20, "quadratic"))
+    assert found.loss.max() <= 784 * 5e-6**2
+    assert found.converged.tolist() == [True] * 2
+
+
+def test_a_steep_network_is_inverted_step_by_step_where_all_steps_at_once_fail():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(20, "quadratic")
+    x_0 = images(model, chain)
+
+    def guided(x, t):  # away from the mean of all, as guidance goes
+        eps = Mixture(SCHEDULE, means()[:1], spread=1.5)(x, t)
+        return eps + 4.0 * (model(x, t) - eps)
+
+    found = invert(guided, x_0, chain)
+    again = sample(guided, found.x_T, chain, method="sequential").x_0
+    assert (again - x_0).square().mean(1).sqrt()[found.converged].le(1e-6).all()
+    assert found.converged.sum() >= 3
+
+
+@pytest.mark.parametrize("error", [1e-2, 1e-5, 1e-8])
+def test_an_image_is_called_converged_exactly_where_its_latent_makes_it_to_the_error_asked_for(error):
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(20)
+    x_0 = torch.cat([images(model, chain), 3 * latents(4, 6, seed=9)])
+    for dtype in (torch.float64, torch.float32):
+        found = invert(model, x_0.to(dtype), chain, error=error)
+        again = sample(model, found.x_T, chain, method="sequential").trajectory
+        assert found.x_T.dtype == dtype
+        off = (again[:, -1].double() - x_0.to(dtype).double()).square().mean(1).sqrt()
+        near = (off - error).abs() <= 1e-2 * error + 1e-7 * (dtype == torch.float32)
+        assert ((off <= error) == found.converged)[~near].all()
+        torch.testing.assert_close(found.error, (found.loss / 6).sqrt())
+
+
+def test_an_error_below_what_the_latent_can_be_rounded_to_is_not_called_converged():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(20)
+    x_0 = images(model, chain).float()
+    found = invert(model, x_0, chain, error=1e-12)
+    assert not found.converged.any()
+    assert found.status.tolist() == [Status.STALLED] * 4
+    assert found.error.max() <= 1e-6  # and goes as near as it can
+
+
+def test_a_finer_error_is_met_when_asked_for():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(10)
+    found = invert(model, images(model, chain), chain, error=1e-11)
+    assert found.converged.all()
+    assert found.loss.max() <= 6e-22
+
+
+def test_images_that_are_done_cost_nothing_more():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(20)
+    x_0 = images(model, chain)
+    alone = invert(model, x_0, chain)
+    hard = torch.full((1, 6), 40.0, dtype=torch.float64)
+    both = invert(model, torch.cat([x_0, hard]), chain)
+    assert both.evaluations[:4].tolist() == alone.evaluations.tolist()
+    assert torch.equal(both.x_T[:4], alone.x_T)
+
+
+def test_the_last_steps_of_a_coarse_chain_are_solved_by_themselves():
+    counts = [stiff_steps(SCHEDULE.chain(steps), STIFFNESS) for steps in (10, 20, 50, 100, 1000)]
+    assert counts == [2, 2, 2, 2, 1]
+    assert stiff_steps(Schedule.linear(1000, 1e-4, 0.02).chain(10, "trailing"), STIFFNESS) == 1
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 9, 17, 45])
+def test_the_rounds_never_exceed_those_allowed(rounds):
+    checkpoint = load_checkpoint("digits")
+    chain, calls = checkpoint.schedule.chain(10), []
+
+    def counted(x, t):
+        calls.append(len(x))
+        return checkpoint.model(x, t)
+
+    found = invert(counted, checkpoint.images[:3], chain, max_rounds=rounds, error=1e-9)
+    assert found.rounds <= rounds
+    assert found.rounds + found.check == len(calls)
+    assert int(found.evaluations.sum()) == sum(calls)
+    assert found.status.tolist() == [Status.MAX_STEPS] * 3
+    assert found.loss.isfinite().all()
+
+
+def test_an_image_that_exact_inversion_misses_is_never_worse_than_one_pass():
+    checkpoint = load_checkpoint("fashion")
+    x_0, chain = checkpoint.images[8:9], checkpoint.schedule.chain(20)
+    exact = invert(checkpoint.model, x_0, chain, max_rounds=60)
+    rough = invert(checkpoint.model, x_0, chain, "ddim")
+    assert exact.status.item() == Status.MAX_STEPS
+    assert exact.loss.item() <= rough.loss.item() * (1 + 1e-6)
+
+
+def test_a_round_on_nodes_leaves_the_solution_where_it_is_and_costs_their_rows_alone():
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(50)
+    x_0 = images(model, chain)
+    sampler = Sampler.of(model, x_0, chain, "epsilon", "v", None, None, (), None, None, None)
+    backward, image = reversed_map(sampler.map, 0, 40, sampler.map.splitting), torch.arange(4)
+    backward.evaluations = torch.zeros(4, dtype=torch.int64)
+    base = backward.linear.base(x_0, None)
+    with torch.no_grad():
+        start, stop = torch.zeros(4, 40, 6, dtype=torch.float64), Stop(1e-12, max_steps=200)
+        N = solve(backward, start, (image, base), solver=SOLVER, stop=stop, gradient=None).z
+        at = joint_nodes(40)
+        backward.evaluations.zero_()
+        on_nodes = OnNodes(backward, at, interpolation(at, 40))
+        moved = on_nodes(N, image, base)
+        smooth = on_nodes(N + 1e-3, image, base) - N
+    assert (moved - N).abs().max() <= 1e-9
+    assert smooth.abs().max() <= 0.9e-3  # the other steps follow the nodes
+    assert backward.evaluations.tolist() == [2 * len(at)] * 4
+    assert len(at) < 12

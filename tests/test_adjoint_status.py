@@ -109,6 +109,16 @@ def test_gmres_knows_the_residual_of_a_huge_u_to_no_less_than_its_rounding(gap, 
     assert outcome.status.item() == Status.STALLED
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_a_budget_of_no_products_gives_no_gradient_and_says_so(solver):
+    J = problems.with_spectrum(torch.linspace(-0.5, 0.5, 6, dtype=f64), 1)
+    solution, b, g = affine(J, 2, gradient=Implicit(solver, Stop(max_steps=0)))
+    with pytest.warns(RuntimeWarning, match="2 of 2 MAX_STEPS .*raise Implicit"):
+        (u,) = torch.autograd.grad(solution.z, b, g)
+    assert (u == 0).all()
+    assert solution.adjoint.residual.tolist() == [1.0, 1.0]
+
+
 # Scale
 
 

@@ -164,6 +164,8 @@ def _by_fixed_point(solver: Solver) -> Callable[[Products, Tensor, Stop], tuple[
         solved = iterate(problem, rhs, solver=solver, stop=stop)
         norm = torch.linalg.vector_norm(g.double(), dim=1)
         residual = solved.residual / torch.where(norm > 0, norm, 1.0)
-        return solved.z[:, 0], Adjoint(solved.status, residual, solved.evaluations)
+        none = solved.evaluations == 0  # a budget of no products: u = 0, whose residual is g
+        u = torch.where(none[:, None], 0.0, solved.z[:, 0])
+        return u, Adjoint(solved.status, torch.where(none, 1.0, residual), solved.evaluations)
 
     return solve

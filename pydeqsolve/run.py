@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +23,23 @@ if TYPE_CHECKING:
     from .iterate import Problem, Solver
 
 
-def _is_held(x: Tensor) -> bool:
-    """Whether anything but x itself refers to its memory: a view, an array, a storage; true when torch does not say."""
+def _references(x: Tensor) -> tuple[int, int]:
+    """How many refer to the memory of x, in C++ (tensors) and in Python (storages); (0, 0) if torch hides it."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None:
-        return True
     storage = x.untyped_storage()
-    return int(count(storage._cdata)) > _ALONE or sys.getrefcount(storage) > _ALONE
+    return (0, 0) if count is None else (int(count(storage._cdata)), sys.getrefcount(storage))
 
 
-_ALONE = 2  # the tensor and the storage, which its name and the counting call refer to
+@functools.cache
+def _alone() -> tuple[int, int]:
+    """`_references` of a tensor whose memory nobody else refers to."""
+    return _references(torch.empty(1, device="cpu"))
+
+
+def _is_held(x: Tensor) -> bool:
+    """Whether anything but x may refer to its memory."""
+    found, alone = _references(x), _alone()
+    return found[0] == 0 or found[0] > alone[0] or found[1] > alone[1]
 
 
 def _version(x: Tensor) -> int | None:
@@ -247,7 +255,8 @@ class Run:
             if unused and buffer.shape == self.z.shape:
                 return buffer
         buffer = ops.buffer_like(self.z)
-        self.buffers = [*self.buffers[-2:], buffer]
+        self.buffers.append(buffer)
+        del self.buffers[:-3]
         return buffer
 
     def finish(self, mode: Tensor) -> None:

@@ -68,6 +68,9 @@ DEFECTS = [
            "test_second_order.py::test_the_second_derivative_of_a_scalar_fixed_point_is_that_of_its_closed_slope"),
     Defect("refused trials are not halved", "search.py", "0.5 * (self.base.to(wide) + z.to(wide))", "self.base",
            "test_line_search.py::test_a_trial_that_grows_the_residual_is_halved_towards_the_iterate_before"),
+    Defect("iterate buffers are shared between solves in two threads", "run.py",
+           "self.buffers = [self.z]", "self.buffers = vars(ops).setdefault('pool', []); self.buffers.append(self.z)",
+           "test_aliasing.py::test_solves_in_two_threads_that_take_turns_find_what_each_finds_alone"),
 ]  # fmt: skip
 
 

@@ -31,8 +31,10 @@ def address(x: Tensor, name: str = "a tensor") -> int:
     """
     try:
         start = x.data_ptr()
-        plain = type(x) is Tensor and start and is_plain(x)
-        if plain and x.untyped_storage().nbytes() >= x.nbytes + x.storage_offset() * x.itemsize:
+        if (
+            type(x) is Tensor and start and x.is_contiguous() and not x.is_neg() and not x.is_nested
+            and x.untyped_storage().nbytes() >= x.nbytes + x.storage_offset() * x.itemsize
+        ):  # fmt: skip
             return start
     except RuntimeError as error:
         check_dense(name, x)

@@ -51,6 +51,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 INTERFACE = 9  # csrc/bindings.cpp
+LARGE_PAGE = 1 << 21  # bytes
 
 
 _native: Any
@@ -81,7 +82,8 @@ def start(ring: Ring, fresh: bool = True) -> None:
     backend = handle = None
     if _is_native(R):
         for name, x in ring.tensors().items():
-            address(x, f"{name} of the history")
+            if not fresh or type(x) is not Tensor:
+                address(x, f"{name} of the history")
         numbers = layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
         handle = bind(numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
         backend = None if handle is None else "cpu" if R.is_cpu else R.device.type
@@ -95,7 +97,7 @@ def start(ring: Ring, fresh: bool = True) -> None:
 def buffer_like(x: Tensor) -> Tensor:
     """An uninitialised tensor like x, on large pages where it is that long."""
     buffer = torch.empty_like(x)
-    if _native is not None and x.is_cpu:
+    if buffer.nbytes >= LARGE_PAGE and _native is not None and x.is_cpu:
         _native.use_large_pages(address(buffer), buffer.nbytes)
     return buffer
 

@@ -23,32 +23,28 @@ if TYPE_CHECKING:
     from .iterate import Problem, Solver
 
 
+_uses = getattr(torch._C, "_storage_Use_Count", None)
+
+
 def _references(x: Tensor) -> tuple[int, int]:
-    """How many refer to the memory of x, in C++ (tensors) and in Python (storages); (0, 0) if torch hides it."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
+    """How many refer to the memory of x, in C++ (tensors) and in Python (storages)."""
     storage = x.untyped_storage()
-    return (0, 0) if count is None else (int(count(storage._cdata)), sys.getrefcount(storage))
+    return _uses(storage._cdata), sys.getrefcount(storage)  # type: ignore[misc]
 
 
 @functools.cache
 def _alone() -> tuple[int, int]:
-    """`_references` of a tensor whose memory nobody else refers to."""
-    return _references(torch.empty(1, device="cpu"))
-
-
-def _is_held(x: Tensor) -> bool:
-    """Whether anything but x may refer to its memory."""
-    found, alone = _references(x), _alone()
-    return found[0] == 0 or found[0] > alone[0] or found[1] > alone[1]
-
-
-def _version(x: Tensor) -> int | None:
-    """How often x was changed in place, or None where nobody counts."""
-    return None if x.is_inference() else x._version
+    """`_references` of a tensor whose memory nobody else refers to; (-1, -1) where torch does not say."""
+    return (-1, -1) if _uses is None else _references(torch.empty(1, device="cpu"))
 
 
 WRITES_SOUGHT = 2  # calls of fn after which its argument is compared with a copy
 WRITES_SEEN = 4096  # entries of it, the leading ones
+
+
+def _leading(x: Tensor) -> Tensor:
+    """Of contiguous x, the entries in which writes are seen."""
+    return x if x.numel() <= WRITES_SEEN else x.view(-1)[:WRITES_SEEN]
 
 
 class Run:
@@ -58,6 +54,7 @@ class Run:
         self, problem: Problem, z0: Tensor, solver: Solver, stop: Stop, front: Front | None, history: History | None,
         keep_history: bool,
     ) -> None:  # fmt: skip
+        address(z0, "z0")
         B, T, D = z0.shape
         self.problem, self.stop, self.front, self.method = problem, stop, front, solver.method()
         self.earlier = history  # until the first measurement has been compared with it
@@ -88,6 +85,7 @@ class Run:
         self.finished: int | None = None  # samples finished at the last measurement, where that is known
         self.buffers = [self.z]
         self.calls = 0  # of fn
+        self.copy: Tensor | None = None  # of the leading entries that fn was given, for a while
         self.entries = T * D
         # Nothing then looks at a sample between its measurement and its move, which may follow each other natively.
         self.at_once = front is None and self.search is None and self.history is None and ops.can_step(self.ring)
@@ -123,20 +121,24 @@ class Run:
     def _watch(self, z: Tensor) -> None:
         """Notes what z (n, T, D), about to be given to fn, and the inputs are like."""
         self.calls += 1
-        self.given, self.versions = z, [_version(x) for x in (z, *self.inputs)]
+        self.given, self.version = z, z._version
+        if self.inputs:  # those made in inference mode have no versions
+            self.versions = [None if x.is_inference() else x._version for x in self.inputs]
         # What is written past autograd, by z.data or z.numpy(), changes no version.
-        seeks = self.calls <= WRITES_SOUGHT and z.is_cpu
-        self.copy = z.view(-1)[:WRITES_SEEN].clone() if seeks else None
+        if self.calls <= WRITES_SOUGHT and z.is_cpu:
+            is_first_guess = self.calls == 1 and self.earlier is None
+            self.copy = _leading(self.full) if is_first_guess else _leading(z).clone()
 
     def _unchanged(self) -> int:
         """How many samples fn was given. Raises ValueError when it has changed its arguments."""
         given, copy, self.given, self.copy = self.given, self.copy, self.full, None
-        for i, (x, version) in enumerate(zip((given, *self.inputs), self.versions, strict=True)):
-            if version is not None and x._version != version:
-                name = f"inputs[{i - 1}]" if i else "z"
-                raise ValueError(f"fn must not change its argument {name} in place")
+        if given._version != self.version:
+            raise ValueError("fn must not change its argument z in place")
+        for i, x in enumerate(self.inputs):
+            if self.versions[i] is not None and x._version != self.versions[i]:
+                raise ValueError(f"fn must not change its argument inputs[{i}] in place")
         if copy is not None:
-            found = given.view(-1)[:WRITES_SEEN]
+            found = _leading(given)
             if not torch.equal(found, copy) and not torch.allclose(found, copy, 0, 0, equal_nan=True):
                 raise ValueError("fn must not change its argument z in place, through z.data or z.numpy() either")
         return given.shape[0]
@@ -250,9 +252,11 @@ class Run:
         """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
         if self.z.device.type != "cpu":  # another stream may still read what Python has let go
             return torch.empty_like(self.z)
+        alone = _alone()
         for buffer in self.buffers:
-            unused = buffer is not self.z and buffer is not self.before and not _is_held(buffer)
-            if unused and buffer.shape == self.z.shape:
+            if buffer is self.z or buffer is self.before or buffer.shape != self.z.shape or _uses is None:
+                continue
+            if _references(buffer) == alone:
                 return buffer
         buffer = ops.buffer_like(self.z)
         self.buffers.append(buffer)

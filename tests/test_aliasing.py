@@ -143,6 +143,18 @@ def test_an_argument_that_fn_holds_in_any_way_is_never_written_again(solver, hol
             assert torch.equal(torch.as_tensor(kept), HOLDS[hold](expected) if hold == "a view" else expected)
 
 
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Picard()], ids=str)
+def test_memory_that_nobody_holds_is_written_again(solver):
+    places = []
+
+    def fn(z):
+        places.append(z.data_ptr())
+        return 0.9 * torch.cos(z) + 1
+
+    solve(fn, torch.zeros(4, 2, 500, dtype=f64), solver=solver, gradient=None, stop=Stop(rtol=0.0, max_steps=15))
+    assert len(set(places)) <= 3 < len(places)
+
+
 def test_what_a_callback_holds_is_never_written_again_and_may_be_written():
     seen, copies = [], []
 
@@ -207,29 +219,35 @@ def test_a_layer_that_starts_warm_leaves_the_solution_before_as_it_was():
 # Solves at the same time
 
 
-def test_solves_in_two_threads_take_turns_call_by_call_and_find_what_each_finds_alone():
-    rates, turns, found = (0.6, 0.9), threading.Barrier(2, timeout=30), {}
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Picard(), Broyden(line_search=2)], ids=str)
+def test_solves_in_two_threads_that_take_turns_find_what_each_finds_alone(solver):
+    rates, found = (0.6, 0.9), {}
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
     b = torch.linspace(-1, 1, 40, dtype=f64).reshape(4, 10)
 
-    def run(rate, wait):
-        def fn(z):
-            wait()
-            return rate * torch.cos(z) + b
+    def run(rate, callback=None):
+        return solve(lambda z: rate * torch.cos(z) + b, torch.zeros_like(b), stop=Stop(rtol=0.0, max_steps=12),
+                     solver=solver, callback=callback, gradient=None)  # fmt: skip
 
-        return solve(fn, torch.zeros_like(b), stop=Stop(rtol=0.0, max_steps=12), gradient=None)
+    def in_turn(i):
+        def hand_over(step, z, residual):
+            if step % 3 == 0:  # in a turn of three steps every buffer that is not in use is written
+                turns[1 - i].release()
+                assert turns[i].acquire(timeout=30)
 
-    def in_thread(rate):
-        found[rate] = run(rate, turns.wait)
+        assert turns[i].acquire(timeout=30)
+        found[i] = run(rates[i], hand_over)
+        turns[1 - i].release(12)
 
-    threads = [threading.Thread(target=in_thread, args=(rate,)) for rate in rates]
+    threads = [threading.Thread(target=in_turn, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for rate in rates:
-        alone = run(rate, lambda: None)
-        assert torch.equal(found[rate].z, alone.z)
-        assert torch.equal(found[rate].residual, alone.residual)
+    for i, rate in enumerate(rates):
+        alone = run(rate)
+        assert torch.equal(found[i].z, alone.z)
+        assert torch.equal(found[i].residual, alone.residual)
 
 
 def test_a_solve_inside_of_fn_leaves_the_outer_one_alone():

@@ -175,10 +175,21 @@ class Run:
         else:
             moves, z = leaving, self.z if ended else ops.advance(self.ring, self.z, mode, self.rows)[0]
         self.full[self.rows[moves]] = z[moves].to(self.full.dtype)
+        self._doubt(leaving, z)
         at = self.rows[leaving]
         self.result.table[at] = self.monitor.table[leaving]
         if self.history is not None:
             self._remember(leaving, mode)
+
+    def _doubt(self, leaving: Tensor, z: Tensor) -> None:
+        """STALLED, not CONVERGED, where z (n, T, D) is so small that squares of z and f vanish: no norm is known."""
+        if self.ring.dtype != torch.float64 or self.front is not None:
+            return
+        m = self.monitor
+        unseen = leaving & (m["status"] == int(Status.CONVERGED)) & (m["size"] == 0) & (m["atol"] < 1e-150)
+        if bool((unseen & (m["rtol"] < torch.inf)).any()):
+            unseen &= (z != 0).flatten(1).any(1)
+            m["status"] = torch.where(unseen & (m["rtol"] < torch.inf), float(Status.STALLED), m["status"])
 
     def _remember(self, leaving: Tensor, mode: Tensor) -> None:
         """Puts samples into the history: where they are, or where a refused step takes them back to."""

@@ -68,6 +68,19 @@ DEFECTS = [
            "test_second_order.py::test_the_second_derivative_of_a_scalar_fixed_point_is_that_of_its_closed_slope"),
     Defect("refused trials are not halved", "search.py", "0.5 * (self.base.to(wide) + z.to(wide))", "self.base",
            "test_line_search.py::test_a_trial_that_grows_the_residual_is_halved_towards_the_iterate_before"),
+    Defect("a spent search does not go back to the plain step", "search.py",
+           "self.back = fails & ~refused & ~self.plain", "self.back = fails & ~fails",
+           "test_line_search.py::test_after_the_last_halving_the_plain_step_is_taken"),
+    Defect("a residual whose square vanishes is called converged", "run.py", "        self._doubt(leaving, z)\n", "",
+           "test_status.py::test_a_fixed_point_of_zero_is_not_said_to_be_met_where_squares_vanish"),
+    Defect("a fixed point of zero is told to take more steps", "status.py", "zero = known & c.to_zero",
+           "zero = known & ~known",
+           "test_status.py::test_a_fixed_point_of_zero_is_told_to_set_atol"),
+    Defect("noise is told to take more steps", "status.py", "falls = known & ~zero & c.falling",
+           "falls = known & ~zero", "test_status.py::test_noise_in_fn_is_not_told_that_more_steps_help"),
+    Defect("the autocast dtype is forgotten", "monitor.py", "ROUNDING * precision(dtype, device)",
+           "ROUNDING * self.eps",
+           "test_status.py::test_under_autocast_the_rounding_is_that_of_its_dtype"),
 ]  # fmt: skip
 
 

@@ -6,6 +6,8 @@ the flags as late as it likes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,17 @@ def precision(dtype: torch.dtype, device: torch.device) -> float:
     return max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
 
 
+def _rows(n: int, row: list[float], device: torch.device) -> Tensor:
+    """n times the same row, (n, len(row)) float64; nothing is copied to a device, which might wait for it."""
+    if device.type == "cpu":
+        return torch.tensor(row, dtype=torch.float64, device=device).repeat(n, 1)
+    table = torch.zeros(n, len(row), dtype=torch.float64, device=device)
+    for i, value in enumerate(row):
+        if value:
+            table[:, i] = value
+    return table
+
+
 class Monitor:
     """What is known of n samples: a table (n, len(COLUMNS)) float64, one row per sample.
 
@@ -49,16 +62,13 @@ class Monitor:
     ) -> None:
         self.stop, self.safeguard = stop, safeguard
         self.eps = torch.finfo(dtype).eps
-        self.table = torch.zeros(n, len(COLUMNS), dtype=torch.float64, device=device)
-        for name in ("best", "previous", "residual", "recent", "earlier"):
-            self[name] = torch.inf
-        self["status"] = RUNNING
-        self["unknowns"], self["floor"] = unknowns, ROUNDING * precision(dtype, device)
+        first = dict.fromkeys(("best", "previous", "residual", "recent", "earlier"), math.inf)
+        first |= {"status": RUNNING, "unknowns": unknowns, "floor": ROUNDING * precision(dtype, device)}
+        first |= {name: t for name in ("rtol", "atol") if not isinstance(t := getattr(stop, name), Tensor)}
+        self.table = _rows(n, [float(first.get(name, 0.0)) for name in COLUMNS], device)
         for name in ("rtol", "atol"):
             tolerance = getattr(stop, name)
-            if not isinstance(tolerance, Tensor):
-                self[name] = tolerance
-            elif tolerance.dim() < 2:
+            if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
                 self[name] = tolerance.to(device, torch.float64)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,8 @@ class Run:
             self.monitor = Monitor(B, stop, z0.dtype, z0.device, safeguard, T * D)
         else:
             self.monitor = FrontMonitor(B, T, front, stop, z0.dtype, z0.device, safeguard)
-        self.result = Monitor(B, stop, z0.dtype, z0.device, safeguard)  # what finished samples leave behind
+        self.result = copy.copy(self.monitor)  # what finished samples leave behind, every sample once
+        self.result.table = torch.empty_like(self.monitor.table)
         self.history = History.begin(self.method, self.ring, z0.clone()) if keep_history else None
         self.rows = torch.arange(B, device=z0.device)  # (n,)
         self.inputs = list(problem.inputs)  # (n, …) each, when compact
@@ -258,5 +260,6 @@ class Run:
         solution = Solution(
             self.full, r["best"].clone(), evaluations, status, steps, rejections, rank_losses, history=history
         )
-        solution.course = Course(r.table, COLUMNS, self.full.dtype)
+        if status.device.type != "cpu" or bool(status.any()):  # a device is not waited for to save some memory
+            solution.course = Course(r.table, COLUMNS, self.full.dtype)
         return solution

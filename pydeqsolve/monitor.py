@@ -31,9 +31,10 @@ COLUMNS = (  # csrc/judge.h, Record
 def precision(dtype: torch.dtype, device: torch.device) -> float:
     """The unit of rounding that fn computes in: that of the state, or of autocast where that is on and coarser."""
     eps = torch.finfo(dtype).eps
-    if dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return eps
-    return max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
+    return max(eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
 
 
 def _rows(n: int, row: list[float], device: torch.device) -> Tensor:

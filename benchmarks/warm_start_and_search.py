@@ -51,6 +51,13 @@ def starts(name: str) -> problems.Map:
     return problems.Map(lambda z, W, b: b - z**3 - 0.3 * (W @ z[..., None])[..., 0], z0, None, (W, b))
 
 
+def compare(name: str, problem: problems.Map, stop: Stop) -> None:
+    """Prints how many samples converge, and in how many evaluations on average: without and with a line search."""
+    found = [solve(problem.fn, problem.start, solver=Broyden(line_search=k), stop=stop, gradient=None) for k in (0, 8)]
+    counts = [f"{int(s.converged.sum())} in {float(s.evaluations.double().mean()):.0f}" for s in found]
+    print(f"  {name:<32}{counts[0]:>16}{counts[1]:>16}")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}; evaluations per sample to 1e-6: cold, from the last z, from its history as well")
@@ -59,16 +66,22 @@ def main() -> None:
             counts = [drifting(solver, drift, warm) for warm in (None, lambda s: s.z, lambda s: s)]
             label = f"{type(solver).__name__}({solver.memory})"
             print(f"  drift {drift:g}  {label:<12}" + "".join(f"{c:>8.1f}" for c in counts))
-    print("starts solved of 200 to ‖r‖ ≤ 1e-8 in 200 evaluations: without, and with line_search=8")
+    print("starts solved of 200 to ‖r‖ ≤ 1e-8 in 200 evaluations: no search, line_search=8, and safeguard=1.2 with it")
     stop = Stop(rtol=0.0, atol=1e-8, norm="l2", max_steps=200)
     for name in ("monotone cubic", "tanh, gain 2"):
         problem = starts(name)
         for kind in ("good", "bad"):
             found = [
-                solve(problem.fn, problem.start, problem.inputs, solver=Broyden(kind=kind, line_search=k), stop=stop,
-                      gradient=None) for k in (0, 8)
+                solve(problem.fn, problem.start, problem.inputs, stop=stop, gradient=None,
+                      solver=Broyden(kind=kind, line_search=k, safeguard=growth))
+                for k, growth in ((0, 10.0), (8, 10.0), (8, 1.2))
             ]  # fmt: skip
             print(f"  {name:<16}Broyden {kind:<6}" + "".join(f"{int(s.converged.sum()):>6}" for s in found))
+    print("converged, in evaluations on average: without a search, with line_search=8")
+    compare("Poisson mixture, 500 starts", problems.poisson_mixture(500), Stop(rtol=1e-7, max_steps=3000))
+    for destruction in (1e-2, 1e-4, 1e-6):
+        stop = Stop(rtol=0.0, atol=1e-8, norm="l2", max_steps=5000)
+        compare(f"scattering, ε = {destruction:g}", problems.scattering(destruction), stop)
 
 
 if __name__ == "__main__":

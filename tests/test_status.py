@@ -263,3 +263,12 @@ def test_adjoint_solvers_that_do_not_suffice_are_told_what_does():
 @pytest.mark.parametrize("status", list(Status))
 def test_every_status_has_a_message(status):
     assert len(status.message) > 20
+
+
+def test_a_fixed_point_of_zero_is_not_said_to_be_met_where_squares_vanish():
+    # z and f below 1e-162: their squares are 0 in float64, so that no residual is known.
+    z0 = torch.full((2, 2), 1e-165, dtype=f64)
+    z0[1] = 0
+    solution = solve(lambda z: 0.5 * z, z0, solver=Picard(), gradient=None)
+    assert solution.status.tolist() == [Status.STALLED, Status.CONVERGED]
+    assert solve(lambda z: 0.5 * z, z0, solver=Picard(), stop=Stop(atol=1e-9), gradient=None).converged.all()

@@ -195,17 +195,18 @@ def describe_adjoint(status: Tensor, solver: Any) -> str:
     krylov, terms = hasattr(solver, "restart"), hasattr(solver, "terms")
     longer = "the restart of GMRES, Implicit(solver=GMRES(restart=…))"
     told = {
-        Status.MAX_STEPS: f"the budget ran out: raise {longer}, which its convergence depends on, or max_steps of "
-        "Implicit(stop=…)"
+        Status.MAX_STEPS: f"the budget ran out: raise Implicit(stop=Stop(max_steps=…)) or {longer}, which its "
+        "convergence depends on, or loosen the rtol"
         if krylov
         else "the terms do not suffice: raise them, or use GMRES"
         if terms
         else f"the budget ran out: raise max_steps of Implicit(stop=…), or use GMRES instead of {name}",
         Status.STALLED: "the residual no longer falls: I − J is singular at z*, or nearly so, and the gradient then "
-        "not defined; or the products are rounded more coarsely than the tolerance of Implicit(stop=…)"
-        + (f"; or raise {longer}" if krylov else "; or use GMRES"),
+        "not defined; or the tolerance is below what the precision that fn computes in resolves: loosen "
+        "Implicit(stop=…), use a wider dtype" + (f"; or raise {longer}" if krylov else "; or use GMRES"),
         Status.DIVERGED: f"J expands here (spectral radius above 1): use GMRES instead of {name}",
-        Status.NONFINITE: "the cotangent or a product with J is NaN or infinite, or the sample has no finite z",
+        Status.NONFINITE: "the gradient that came in, a slope of fn, or the adjoint itself is NaN, infinite or beyond "
+        "its dtype: so is the gradient that goes out",
     }
     counts = [(s, int((status == int(s)).sum())) for s in told]
     return "; ".join(f"{n} of {status.numel()} {s.name} ({told[s]})" for s, n in counts if n)

@@ -14,6 +14,7 @@ from ..layout import Layout
 from ..loop.iterate import iterate
 from ..problem import Problem, Solver
 from ..solution import Adjoint, ConvergenceError, Status
+from ..status import describe_adjoint
 from ..stop import Stop
 from .linear import Products, System, blurred
 from .linearise import Good
@@ -21,16 +22,6 @@ from .linearise import Good
 LOOSEST = 0.1  # of the tolerance that follows the forward solve: at 1, u = 0 would do
 FINEST = 1e-6  # of the same, where the forward solve has none
 ROUNDING = 2.0  # units of rounding of u within which a residual is as small as it gets
-
-_ADVICE = {
-    Status.MAX_STEPS: "the budget of products was spent: raise Implicit(stop=Stop(max_steps=...)) or "
-    "GMRES(restart=...), or loosen its rtol",
-    Status.STALLED: "I − J is singular or nearly so, or the tolerance is below what the precision that fn computes in "
-    "resolves, or restarts lose too much: loosen Implicit(stop=...), use a wider dtype, or raise GMRES(restart=...)",
-    Status.DIVERGED: "the adjoint iteration expands: use Implicit(solver=GMRES())",
-    Status.NONFINITE: "the gradient that came in, a slope of fn, or the adjoint itself is NaN, infinite or beyond its "
-    "dtype: so is the gradient that goes out",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +51,7 @@ class AdjointSolve:
         if self.on_failure == "phantom":
             u = torch.where(failed[:, None, None], g, u)
         elif bool(failed.any()):
-            message = f"the adjoint of solve did not converge: {_describe(outcome.status[mask])}"
+            message = f"the adjoint of solve did not converge: {describe_adjoint(outcome.status[mask], self.solver)}"
             if self.on_failure == "raise":
                 raise ConvergenceError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -132,11 +123,6 @@ def worst(outcomes: list[Adjoint]) -> Adjoint:
         torch.stack([getattr(outcome, name) for outcome in outcomes]) for name in ("status", "residual", "evaluations")
     )
     return Adjoint(status.amax(0), residual.amax(0), evaluations.sum(0))
-
-
-def _describe(status: Tensor) -> str:
-    counts = [(s, int((status == int(s)).sum())) for s in _ADVICE]
-    return "; ".join(f"{n} of {status.numel()} {s.name} ({_ADVICE[s]})" for s, n in counts if n)
 
 
 def _of_all(outcome: Adjoint, good: Good) -> Adjoint:

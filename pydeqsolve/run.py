@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .front import FrontMonitor
 from .history import History
-from .memory import address
+from .memory import address, is_let_go
 from .monitor import Monitor
 from .ring import Ring
 from .search import LineSearch
@@ -21,21 +19,6 @@ from .stop import Front, Stop
 
 if TYPE_CHECKING:
     from .iterate import Problem, Solver
-
-
-_uses = getattr(torch._C, "_storage_Use_Count", None)
-
-
-def _references(x: Tensor) -> tuple[int, int]:
-    """How many refer to the memory of x, in C++ (tensors) and in Python (storages)."""
-    storage = x.untyped_storage()
-    return _uses(storage._cdata), sys.getrefcount(storage)  # type: ignore[misc]
-
-
-@functools.cache
-def _alone() -> tuple[int, int]:
-    """`_references` of a tensor whose memory nobody else refers to; (-1, -1) where torch does not say."""
-    return (-1, -1) if _uses is None else _references(torch.empty(1, device="cpu"))
 
 
 WRITES_SOUGHT = 2  # calls of fn after which its argument is compared with a copy
@@ -105,7 +88,9 @@ class Run:
         self.partial = not self.problem.compact and self.rows.numel() != self.full.shape[0]
         if self.partial:
             z = self.full.index_copy(0, self.rows, z)
-        asked = None if self.front is None or wanted is None else self._scatter(wanted) if self.partial else wanted
+        asked = None if self.front is None or wanted is None else wanted.clone()  # a copy: fn may write into it
+        if asked is not None and self.partial:
+            asked = self._scatter(asked)
         self._watch(z)
         return self.problem.layout.unpack(z), self.inputs, asked
 
@@ -252,11 +237,9 @@ class Run:
         """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
         if self.z.device.type != "cpu":  # another stream may still read what Python has let go
             return torch.empty_like(self.z)
-        alone = _alone()
         for buffer in self.buffers:
-            if buffer is self.z or buffer is self.before or buffer.shape != self.z.shape or _uses is None:
-                continue
-            if _references(buffer) == alone:
+            unused = buffer is not self.z and buffer is not self.before and buffer.shape == self.z.shape
+            if unused and is_let_go(buffer):
                 return buffer
         buffer = ops.buffer_like(self.z)
         self.buffers.append(buffer)

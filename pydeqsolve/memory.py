@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import torch
 from torch import Tensor
 
@@ -65,3 +68,23 @@ def _instead_of_dense(x: Tensor) -> str:
     if not start or (x.storage_offset() + size) * x.element_size() > held:
         return f"one of shape {tuple(x.shape)} whose storage holds {held} bytes"
     return ""
+
+
+_uses = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _references(x: Tensor) -> tuple[int, int]:
+    """How many refer to the memory of x, in C++ (tensors) and in Python (storages)."""
+    storage = x.untyped_storage()
+    return _uses(storage._cdata), sys.getrefcount(storage)  # type: ignore[misc]
+
+
+@functools.cache
+def _alone() -> tuple[int, int]:
+    """`_references` of a tensor whose memory nobody else refers to."""
+    return _references(torch.empty(1, device="cpu"))
+
+
+def is_let_go(x: Tensor) -> bool:
+    """Whether nobody but the holder of x refers to its memory: no view, array or storage; false if torch hides it."""
+    return _uses is not None and _references(x) == _alone()

@@ -138,10 +138,11 @@ def _prepare(
 def _warn_of_one_dimension(z0: Any, n: int) -> None:
     """Says how a z0 whose tensors (n,) are all of one dimension was read, to the caller of `solve`."""
     one = isinstance(z0, Tensor)
+    many = f"{n} problem{'' if n == 1 else 's'}"
     warnings.warn(
-        f"{'z0' if one else 'every tensor of z0'} has shape ({n},), which is {n} problems of "
+        f"{'z0' if one else 'every tensor of z0'} has shape ({n},), which is {many} of "
         f"{'one unknown' if one else 'one unknown per tensor'} each: for one problem of {n} unknowns give z0[None], "
-        f"shape (1, {n}), and for {n} problems z0[:, None], shape ({n}, 1){'' if one else ', of each tensor'}",
+        f"shape (1, {n}), and for {many} z0[:, None], shape ({n}, 1){'' if one else ', of each tensor'}",
         UserWarning,
         stacklevel=3,
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pydeqsolve import DEQ, Anderson, Broyden, Front, Implicit, Phantom, Picard, Stop, solve
+from pydeqsolve import DEQ, Anderson, Broyden, Front, Implicit, Phantom, Picard, Stop, Unrolled, solve
 
 f64 = torch.float64
 SOLVERS = [Anderson(), Anderson(2, coupling="causal"), Broyden(), Broyden(line_search=4), Picard(), Anderson(memory=0)]
@@ -186,6 +186,20 @@ def test_blocks_of_a_front_that_fn_holds_are_never_written_again():
         assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))
 
 
+def test_a_mask_of_blocks_that_fn_writes_into_is_a_copy():
+    def chain(spoil):
+        def fn(z, wanted):
+            if spoil:
+                wanted.fill_(False)
+            return 0.5 * torch.nn.functional.pad(z, (0, 0, 1, 0))[:, :-1] + 1
+
+        front = Front(window=2)
+        return solve(fn, torch.zeros(2, 6, 3, dtype=f64), solver=Anderson(2, coupling="causal"), front=front,
+                     gradient=None)  # fmt: skip
+
+    assert torch.equal(chain(True).z, chain(False).z)
+
+
 # Layers
 
 
@@ -214,6 +228,17 @@ def test_a_layer_that_starts_warm_leaves_the_solution_before_as_it_was():
     layer(x + 0.1)
     assert torch.equal(first.z, before.z)
     assert_apart(first=first.z, second=layer.solution.z)
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), Phantom(), Unrolled()], ids=["implicit", "phantom", "unrolled"])
+def test_a_layer_that_was_asked_in_inference_mode_trains_from_there(gradient):
+    w = torch.tensor(0.5, requires_grad=True)
+    x = torch.randn(3, 4, generator=problems.generator(0))
+    layer = DEQ(lambda z, x: w * torch.cos(z) + x, warm_start=True, keep_history=False, gradient=gradient)
+    with torch.inference_mode():
+        layer(x)
+    layer(x + 0.1).sum().backward()
+    assert w.grad.isfinite()
 
 
 # Solves at the same time

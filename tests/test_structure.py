@@ -206,9 +206,10 @@ def told(z0, fn=torch.cos) -> list[str]:
 
 @pytest.mark.parametrize("n", [0, 1, 30])
 def test_a_first_guess_of_one_dimension_is_told_of_once_at_every_call(n):
+    many = "1 problem" if n == 1 else f"{n} problems"
     message = (
-        f"z0 has shape ({n},), which is {n} problems of one unknown each: for one problem of {n} unknowns give "
-        f"z0[None], shape (1, {n}), and for {n} problems z0[:, None], shape ({n}, 1)"
+        f"z0 has shape ({n},), which is {many} of one unknown each: for one problem of {n} unknowns give z0[None], "
+        f"shape (1, {n}), and for {many} z0[:, None], shape ({n}, 1)"
     )
     for _ in range(2):
         assert told(torch.zeros(n)) == [message]

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import precision
-from ..memory import address
+from ..memory import address, is_let_go
 from ..problem import Problem
 from ..step.backend import Backend
 from .untouched import Untouched
-
-_uses = getattr(torch._C, "_storage_Use_Count", None)
-
-
-def _references(x: Tensor) -> tuple[int, int]:
-    """How many refer to the memory of x, in C++ (tensors) and in Python (storages)."""
-    storage = x.untyped_storage()
-    return _uses(storage._cdata), sys.getrefcount(storage)  # type: ignore[misc]
-
-
-@functools.cache
-def _alone() -> tuple[int, int]:
-    """`_references` of a tensor whose memory nobody else refers to; (-1, -1) where torch does not say."""
-    return (-1, -1) if _uses is None else _references(torch.empty(1, device="cpu"))
 
 
 class Batch:
@@ -55,7 +39,7 @@ class Batch:
         z, partial = self.z, not self.problem.compact and self.size != self.full.shape[0]
         if partial:
             z = self.full.index_copy(0, self.rows, z)
-        asked = wanted if self.problem.causal else None
+        asked = None if wanted is None or not self.problem.causal else wanted.clone()  # a copy: fn may write into it
         if partial and asked is not None:
             asked = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device).index_copy(0, self.rows, asked)
         given = Untouched(z, self.inputs, self._calls)
@@ -106,11 +90,9 @@ class Batch:
         """A buffer for the next iterate that nobody looks at any more; fresh memory costs more than the step itself."""
         if not self.z.is_cpu:  # another stream may still read what Python has let go
             return torch.empty_like(self.z)
-        alone = _alone()
         for buffer in self._buffers:
-            if buffer is self.z or buffer is self.before or buffer.shape != self.z.shape or _uses is None:
-                continue
-            if _references(buffer) == alone:
+            unused = buffer is not self.z and buffer is not self.before and buffer.shape == self.z.shape
+            if unused and is_let_go(buffer):
                 return buffer
         buffer = self.backend.buffer_like(self.z)
         self._buffers.append(buffer)

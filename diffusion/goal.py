@@ -116,6 +116,12 @@ class Found:
         self.evaluations[images] += rows
         self.residual[images] = residual
 
+    def take(self, images: Tensor, x: Tensor, N: Tensor, error: Tensor) -> None:
+        """Keeps states (n, T+1, D) of some images with their estimate (n,), unless those known are better."""
+        better = (error < self.error[images]) | self.error[images].isinf() | error.isnan()
+        chosen = images[better]
+        self.x[chosen], self.N[chosen], self.error[chosen] = x[better], N[better], error[better]
+
     def judged(self, goal: Goal) -> None:
         """Says by `status` and `error` what was measured."""
         finite = self.x.isfinite().flatten(1).all(1) & self.N.isfinite().flatten(1).all(1)

@@ -1,8 +1,8 @@
 """All time steps in every round, and the error of x_0 measured at every step of the chain that is returned.
 
 The front of finished steps stops by a tolerance per step. What the steps that it froze lack is then measured, by one
-round at the states returned: images that miss the error asked for go on from there with a tolerance that is tighter by
-as much as they missed it. What a few such attempts do not settle is sampled step by step, which is exact.
+round at the states returned: images that miss the error asked for go on from there. What ten attempts do not settle is
+sampled step by step, which is exact.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .goal import Found, Goal
 from .nodes import START, possible, start
 from .sampler import Sampler, scale_of
 
-ATTEMPTS = 4
+ATTEMPTS = 10
 RTOL = 0.1  # rtol of the front for an error asked for of 1
 NEAR_FLOOR = 5.0  # an estimate within so many floors that no longer falls has come to the network's rounding
 
@@ -61,48 +61,60 @@ class Together:
         return guess
 
     def solve(self, guess: Tensor, images: Tensor) -> None:
-        """Samples the images (n,) from a guess of their N (n, T, D)."""
-        share = guess.new_ones(len(images))
-        before = torch.full_like(share, torch.inf)
-        visits = Visits.none(self.found.N, self.goal.precision)
+        """Samples the images (n,) from a guess of their N (n, T, D).
+
+        The first attempt is a solve. As long as each halves the error, the next is a mere measurement of the states
+        that the last made: one round of plain iteration. Where it does not, the front is solved for more tightly.
+        """
+        goal, share = self.goal, guess.new_ones(len(images))
+        front, before = torch.ones_like(images, dtype=torch.bool), torch.full_like(share, torch.inf)
+        visits = Visits.none(self.found.N, goal.precision)
         for _ in range(ATTEMPTS):
-            if not len(images) or not self.goal.left:
+            if not len(images) or not goal.left:
                 return
-            delta = self._attempt(images, guess, share, visits)
+            error, guess = torch.full_like(share, torch.inf), guess.clone()
+            for part, solving in ((front, True), (~front, False)):
+                if bool(part.any()) and goal.left and not self.found.stopped:
+                    guess[part], error[part] = self._attempt(images[part], guess[part], share[part], visits, solving)
             if self.found.stopped:
                 return
-            asked, error = self.goal.error[images], self.found.error[images]
-            stalled = (error > 0.5 * before) & (error > asked) & (error <= NEAR_FLOOR * self.goal.floor[images])
+            asked, slow = goal.error[images], error > 0.5 * before
+            stalled = slow & (error > asked) & (error <= NEAR_FLOOR * goal.floor[images])
             self.found.status[images[stalled]] = int(Status.STALLED)
+            share = torch.where(slow | front, share * (asked / error / 2).clamp(1e-3, 0.5), share)
             open_ = (error > asked) & ~stalled & error.isfinite()
-            share = (share * (asked / error / 2).clamp(1e-3, 0.5))[open_]
-            guess, before, images = (self.found.N[images] + delta)[open_], error[open_], images[open_]
+            share, guess, before, front, images = (v[open_] for v in (share, guess, error, slow, images))
         self._in_sequence(images)
 
-    def _attempt(self, images: Tensor, guess: Tensor, share: Tensor, visits: Visits) -> Tensor:
-        """One solve and the measurement of what it gave: the defects (n, T, D)."""
+    def _attempt(
+        self, images: Tensor, guess: Tensor, share: Tensor, visits: Visits, solving: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A solve, if so, and the measurement of what it gave: N' (n, T, D) there, and the estimate (n,)."""
         run, found, goal = self.run.pick(images), self.found, self.goal
-        m, base = run.map, run.base()
-        x, N, settled = m.linear.trajectory(base, guess, images), guess, torch.zeros_like(images, dtype=torch.bool)
-        T, most = guess.shape[1], self.portion or guess.shape[1]
+        m, base, T = run.map, run.base(), guess.shape[1]
+        x, N, settled = m.linear.trajectory(base, guess, images), guess, torch.full_like(images, not solving) > 0
+        most = self.portion or T
         measuring = -(-T // most)  # rounds that it may take
         measured = goal.left >= measuring
-        if goal.left > measuring or not measured:
+        if not measured and bool(found.error[images].isfinite().all()):
+            return guess, torch.full_like(share, torch.inf)  # what was measured before stays
+        if solving and (goal.left > measuring or not measured):
             rounds = min(T, goal.left - measuring if measured else goal.left)
-            stop = Stop(RTOL * share * goal.error[images], max_steps=rounds)
-            x, solution, rows = self._front(run, guess, stop, visits)
+            x, solution, rows = self._front(
+                run, guess, Stop(RTOL * share * goal.error[images], max_steps=rounds), visits
+            )
             N, settled = solution.z, solution.converged
             found.note(images, solution.evaluations, rows, solution.residual)
-        found.x[images], found.N[images] = x, N
-        delta = torch.zeros_like(N)
+        delta, error = torch.zeros_like(N), torch.full_like(share, torch.inf)
         if measured and not found.stopped:
             delta, rows = defects(m, images, x, N, visits, settled, run.conditioning, most)
             error = carried(m.linear, base, x, N, delta, visits.slope[images], visits.least[images], images)
             goal.raised(images, rounding(m, base, x, N, visits.slope[images], goal.precision))
-            found.error[images] = torch.maximum(error, goal.floor[images])
+            error = torch.maximum(error, goal.floor[images])
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())
             self._tell(images, x)
-        return delta
+        found.take(images, x, N, error)
+        return N + delta, error
 
     def _front(self, run: Sampler, guess: Tensor, stop: Stop, visits: Visits) -> tuple[Tensor, Solution, Tensor]:
         """The fixed point to a tolerance per step: states, solution and rows (n,); notes the visits."""

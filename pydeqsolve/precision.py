@@ -14,7 +14,12 @@ LATE = 20  # evaluations after which a map that casts without autocast is looked
 
 def is_due(steps: int, device: torch.device) -> bool:
     """A map is looked into at its first evaluation under autocast, and once if it takes long."""
-    return steps == LATE or (not steps and torch.is_autocast_enabled(device.type))
+    return steps == LATE or (not steps and is_autocast(device.type))
+
+
+def is_autocast(kind: str) -> bool:
+    """Whether autocast is on for devices of a kind, some of which do not know it."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def of_value(value: Any, dtype: torch.dtype) -> float:
@@ -63,7 +68,7 @@ def of_graph(f: Tensor, z: Tensor) -> float:
     """
     coarsest, eps = z.dtype, torch.finfo(z.dtype).eps
     kind = z.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
+    autocast = torch.get_autocast_dtype(kind) if is_autocast(kind) else z.dtype
     for node in _between(f, z):
         dtypes = [m.dtype for m in getattr(node, "_input_metadata", [])]
         dtypes += [autocast] if isinstance(node, torch.autograd.function.BackwardCFunction) else []

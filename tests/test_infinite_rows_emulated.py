@@ -4,6 +4,7 @@ import pytest
 from test_infinite_rows import *  # noqa: F403 - its tests become tests of this file
 from test_infinite_rows import Backend
 
+pytestmark = pytest.mark.check
 
 @pytest.fixture(scope="module")
 def backend() -> Backend:

@@ -133,7 +133,7 @@ def sample(
         callback: callback(round, trajectory, residual) after each round that evaluates every step of the full chain; a
             true return stops there, before the error is measured. Of sequential sampling, `edit` sees every state.
         solver: of all steps together; Anderson(2, coupling="causal"). Nodes have their own, `diffusion.secants`.
-        window: time steps evaluated at once, at most; None is all, or 100 in the solve of a chain that clips, whose
+        window: time steps evaluated at once, at most; None is all, or 100 for a chain that clips, whose
             clipped pixels are stiff: far ahead of the front their remainders are of no use yet.
         levels: step counts of coarser chains solved first, coarsest first; () is none: every step in every round, but
             for the first two, which evaluate a few time steps (`diffusion.nodes`) where "nodes" could be had.
@@ -194,7 +194,7 @@ def _solve(
     elif way == "nodes":
         Passes(run, goal, solver, bar, callback, found).solve()
     else:
-        together = Together(run, goal, solver, _front(run, window), window, bar, callback, found)
+        together = Together(run, goal, solver, _front(run, window), _front(run, window), bar, callback, found)
         together.solve(together.start(counts), run.image)
     found.judged(goal)
     return found, run.map.network.calls - before

@@ -6,7 +6,7 @@ from mixture import latents
 from torch import nn
 
 from diffusion import Schedule, load_checkpoint, sample
-from pydeqsolve import Anderson, Implicit
+from pydeqsolve import Anderson, Implicit, Status
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 HALVES = [torch.bfloat16, torch.float16]
@@ -78,7 +78,9 @@ def test_parallel_and_sequential_agree_to_the_precision_of_the_network_in_few_ro
     assert error.median() < goal
     assert (error < goal + each(oracle, exact)).all()
     assert got.rounds < max(25, steps // 20)
-    assert got.solution.converged.all()
+    # Where rounding alone keeps the estimate above, it says so.
+    assert got.solution.status.isin(torch.tensor([int(Status.CONVERGED), int(Status.STALLED)])).all()
+    assert (error <= got.error).all()
 
 
 @torch.no_grad()

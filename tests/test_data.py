@@ -57,7 +57,17 @@ def test_missing_files_say_how_to_get_them(tmp_path):
         (gzip.compress(idx(np.zeros((3, 5, 4))))[:10] + b"\xff" * 20, "not a whole gzip file"),
         (gzip.compress(idx(np.zeros((2, 5, 4)))), "2 t10k images but 3 labels"),
     ],
-    ids=["no archive", "cut short", "no header", "of two dimensions", "a value short", "of another length"],
+    ids=[
+        "no archive",
+        "cut short",
+        "no header",
+        "of two dimensions",
+        "a value short",
+        "longer than announced",
+        "too much announced",
+        "damaged",
+        "of another length",
+    ],
 )
 def test_damaged_idx_files_are_refused_by_reason(folder, content, words):
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(content)

@@ -122,7 +122,7 @@ def test_a_slope_that_is_unknown_is_taken_from_the_next_step_and_at_the_end_from
     "options",
     [{}, {"levels": ()}, {"levels": "nodes"}, {"levels": (8, 20)}, {"window": 30}, {"edit": lambda x, k, image: 0.9*x},
      {"eta": 0.5}, {"method": "auto"}, {"error": 1e-9}],
-    ids=str,
+    ids=["default", "together", "nodes", "levels", "window", "edit", "eta", "auto", "error"],
 )  # fmt: skip
 def test_a_cap_on_rounds_caps_every_model_call(options, most):
     model, options = Mixture(SCHEDULE, means()), dict(options)

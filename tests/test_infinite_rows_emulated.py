@@ -6,6 +6,7 @@ from test_infinite_rows import Backend
 
 pytestmark = pytest.mark.check
 
+
 @pytest.fixture(scope="module")
 def backend() -> Backend:
     return Backend("emulated")

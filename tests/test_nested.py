@@ -4,7 +4,8 @@ import problems
 import pytest
 import torch
 
-from pydeqsolve import Implicit, Phantom, Picard, Stop, Unrolled, closure, solve
+from pydeqsolve import Implicit, Phantom, Picard, Stop, Unrolled, solve
+from pydeqsolve.derivative import closure
 
 f64 = torch.float64
 TIGHT = Stop(rtol=1e-12, max_steps=400)

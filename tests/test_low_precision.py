@@ -66,8 +66,8 @@ def test_sums_over_a_thousand_steps_lose_nothing_to_a_low_precision_network(dtyp
     [(torch.bfloat16, 50), (torch.bfloat16, 100), (torch.bfloat16, 1000), (torch.float16, 50), (torch.float16, 100)],
 )
 def test_parallel_and_sequential_agree_to_the_precision_of_the_network_in_few_rounds(dtype, steps):
-    # Asked for rtol = 1e-4, of which no such network is capable, it takes the least that is, half an eps, and x_0 is to
-    # be within 10 rtol. An image that rounding alone moves by more, between the two networks, may move so here too.
+    # By default the error asked for is what such a network is capable of, five eps. An image that rounding alone moves
+    # by more, between the two networks, may move so here too.
     checkpoint = load_checkpoint("digits")
     chain, x = checkpoint.schedule.chain(steps), latents(4, *checkpoint.shape).float()
     exact = sample(checkpoint.model.float(), x, chain, method="sequential").x_0
@@ -79,7 +79,7 @@ def test_parallel_and_sequential_agree_to_the_precision_of_the_network_in_few_ro
     assert (error < goal + each(oracle, exact)).all()
     assert got.rounds < max(25, steps // 20)
     # Where rounding alone keeps the estimate above, it says so.
-    assert got.solution.status.isin(torch.tensor([int(Status.CONVERGED), int(Status.STALLED)])).all()
+    assert set(got.solution.status.tolist()) <= {int(Status.CONVERGED), int(Status.STALLED)}
     assert (error <= got.error).all()
 
 

@@ -198,9 +198,9 @@ def describe_adjoint(status: Tensor, solver: Any) -> str:
         Status.MAX_STEPS: f"the budget ran out: raise Implicit(stop=Stop(max_steps=…)) or {longer}, which its "
         "convergence depends on, or loosen the rtol"
         if krylov
-        else "the terms do not suffice: raise them, or use GMRES"
+        else "the terms do not suffice: raise them and Implicit(stop=Stop(max_steps=…)), or use GMRES"
         if terms
-        else f"the budget ran out: raise max_steps of Implicit(stop=…), or use GMRES instead of {name}",
+        else f"the budget ran out: raise Implicit(stop=Stop(max_steps=…)), or use GMRES instead of {name}",
         Status.STALLED: "the residual no longer falls: I − J is singular at z*, or nearly so, and the gradient then "
         "not defined; or the tolerance is below what the precision that fn computes in resolves: loosen "
         "Implicit(stop=…), use a wider dtype" + (f"; or raise {longer}" if krylov else "; or use GMRES"),

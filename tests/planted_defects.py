@@ -92,7 +92,7 @@ DEFECTS = [
            "self.back = fails & ~refused & ~self.plain", "self.back = fails & ~fails",
            "test_line_search.py::test_after_the_last_halving_the_plain_step_is_taken"),
     Defect("a residual whose square vanishes is called converged", "pydeqsolve/loop/judge.py",
-           "self._doubt(unseen & (z != 0).flatten(1).any(1))", "pass",
+           "_doubt(samples, unseen & (z != 0).flatten(1).any(1))", "pass",
            "test_status.py::test_a_fixed_point_of_zero_is_not_said_to_be_met_where_squares_vanish"),
     Defect("a fixed point of zero is told to take more steps", "pydeqsolve/status.py",
            "zero = known & c.to_zero", "zero = known & ~known",

@@ -116,11 +116,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 # What ranks can disagree on: the arguments of a call on this rank, by the name that the error is to say.
 DIFFERENT: dict[str, Any] = {
-    "x_T": lambda rank: {"x_T": latents(2, 6, seed=rank)},
-    "x_T (count)": lambda rank: {"x_T": latents(2 + rank, 6)},
-    "x_T (shape)": lambda rank: {"x_T": latents(4, 6).reshape(2 + 2 * (rank > 0), -1, 2)},
-    "x_T (dtype)": lambda rank: {"x_T": latents(2, 6).to(torch.float32 if rank else torch.float64)},
-    "x_T (not a tensor)": lambda rank: {"x_T": [1.0] if rank else latents(2, 6)},
+    "latent": lambda rank: {"x_T": latents(2, 6, seed=rank)},
+    "latent (count)": lambda rank: {"x_T": latents(2 + rank, 6)},
+    "latent (shape)": lambda rank: {"x_T": latents(4, 6).reshape(2 + 2 * (rank > 0), -1, 2)},
+    "latent (dtype)": lambda rank: {"x_T": latents(2, 6).to(torch.float32 if rank else torch.float64)},
+    "latent (not a tensor)": lambda rank: {"x_T": [1.0] if rank else latents(2, 6)},
     "chain": lambda rank: {"steps": 10 + rank},
     "chain (eta)": lambda rank: {"eta": 0.5 * min(rank, 1)},
     "generator": lambda rank: {"eta": 1.0, "generator": torch.Generator().manual_seed(rank)},

@@ -223,7 +223,7 @@ def test_images_of_other_channels_are_refused_under_the_name_they_were_given(gui
     model = DiffusersModel(UNet2DModel(in_channels=3, out_channels=3)).eval()
     model, inputs = (Guided(model, 2.0, torch.tensor(0)), (torch.tensor([1, 2, 0]),)) if guided else (model, ())
     words = r"images of 3 channels, the model's, are required, got \(2, 4, 4\)"
-    with pytest.raises(ValueError, match=f"x_T: {words}"):
+    with pytest.raises(ValueError, match=f"latent: {words}"):
         sample(model, X, CHAIN, inputs=inputs)
     with pytest.raises(ValueError, match=f"x_0: {words}"):
         invert(model, X, CHAIN, inputs=inputs)

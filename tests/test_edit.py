@@ -168,7 +168,7 @@ def test_a_step_that_removes_no_noise_changes_the_state_by_what_it_clips(method)
         alpha, eps = schedule.alphas_cumprod[t].item(), model(state, torch.full((2,), t))
         predicted = ((state - (1 - alpha) ** 0.5 * eps) / alpha**0.5).clamp(-0.5, 0.5)
         state = after**0.5 * predicted + (1 - after) ** 0.5 * eps
-    assert relative(sample(model, x, schedule.chain(3), method=method, stop=TIGHT).x_0, state) < 1e-7
+    assert relative(sample(model, x, schedule.chain(3), method=method, error=1e-9).x_0, state) < 1e-7
 
 
 @pytest.mark.parametrize("method", ["sequential", "parallel"])

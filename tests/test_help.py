@@ -53,6 +53,9 @@ DEPENDS = {
 }
 IN_WORDS = {
     "threads",
+    "spacing",
+    "eta",
+    "error",
     "splitting",
     "window",
     "levels",

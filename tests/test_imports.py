@@ -89,7 +89,7 @@ def test_the_arrows_point_from_solve_to_derivative_to_loop_to_step():
     assert not any(wings(reached(name)) & {"loop", "derivative"} for name in MODULES if name.startswith("step."))
     assert not any(wings(siblings(name)) & {"derivative"} for name in MODULES if name.startswith("loop."))
     assert {"derivative", "loop"} <= wings(siblings("solve"))
-    assert "loop.iterate" in siblings("derivative.implicit")
+    assert "loop.iterate" in siblings("derivative.adjoint")
     assert {"step"} <= wings(siblings("loop.iterate"))
 
 

@@ -140,7 +140,10 @@ def test_tensors_that_do_not_belong_are_named(folder, change, words):
         ({"schedule": {"name": "alphas_cumprod", "values": [0.5, 0.6]}}, "must decrease, but rises at t=1"),
         ({"schedule": {"name": "alphas_cumprod", "values": [0.5, None]}}, r"config\.json"),
         ({"schedule": {"name": "alphas_cumprod", "values": [10**400]}}, r"config\.json"),
-        ({"schedule": {"name": "alphas_cumprod", "values": [0.5, float("nan")]}}, r"values in \(0, 1\] are required"),
+        (
+            {"schedule": {"name": "alphas_cumprod", "values": [0.5, float("nan")]}},
+            r"values in \(0, 1\], or 0 at the last, are required",
+        ),
         ({"schedule": {"name": "linear", "n": 10, "start": "x", "end": 0.1}}, "start: a number is required"),
     ],
 )

@@ -274,7 +274,7 @@ def test_a_basis_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="images"):
         Splitting.fitted(chain, latents(3, 6))
     with pytest.raises(ValueError, match="basis"):
-        invert(Mixture(SCHEDULE, means(size=16)), latents(2, 1, 4, 4), chain, splitting=splitting)
+        invert(Mixture(SCHEDULE, means(size=16)), latents(2, 1, 4, 4).tanh(), chain, splitting=splitting)
 
 
 @torch.no_grad()

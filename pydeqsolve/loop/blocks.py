@@ -37,6 +37,9 @@ class BlockJudge(SampleJudge):
     def computes_in(self, eps: float) -> None:
         """Blocks have tolerances of their own."""
 
+    def settle(self, eps: float) -> None:
+        """Blocks have tolerances of their own."""
+
     def leave(self, batch: Batch, leaving: Tensor, z: Tensor) -> None:
         self.left.table[batch.rows[leaving]] = self.samples.table[leaving]
 

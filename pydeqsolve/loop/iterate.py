@@ -113,6 +113,7 @@ def loop(
         if not last and batch.size:
             step.advance(batch, verdict)
     step.finish(batch, verdict)
+    step.judge.settle(batch.eps)
     kept = None
     if isinstance(step, KeepingStep):  # a solve without steps has learnt nothing beyond what it was given
         kept = step.history.seal() if steps or history is None else history

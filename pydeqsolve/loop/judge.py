@@ -60,6 +60,7 @@ class SampleJudge:
             if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
                 self.samples[name] = tolerance.to(device, torch.float64)
         self.left = Records(SAMPLE, torch.empty_like(self.samples.table))
+        self.computes_in(rule.eps)
         self._at_once = stop.interval(device) == 1  # finished samples leave before the next step
 
     def computes_in(self, eps: float) -> None:
@@ -99,25 +100,25 @@ class SampleJudge:
     def leave(self, batch: Batch, leaving: Tensor, z: Tensor) -> None:
         """Stores the records of the samples `leaving` (n,), whose final iterates are in z (n, T, D).
 
-        STALLED, not CONVERGED, where a tolerance was met that no residual can resolve, which was by chance: both f and
-        z are rounded to eps / 2 (equality, a tolerance of zero, can be met); or where z is so small that squares of z
-        and f vanish, and no norm is known.
+        STALLED, not CONVERGED, where z is so small that squares of z and f vanish: no norm is known.
         """
-        samples, size = self.samples, self.samples["size"]
-        if not is_left_open(self.stop):
-            half, tolerance = batch.eps / 2, samples["atol"] + samples["rtol"] * size
-            self._doubt(leaving & (tolerance > 0) & (tolerance < half * size))
+        samples = self.samples
         if z.dtype == torch.float64:
-            unseen = leaving & (size == 0) & (samples["atol"] < 1e-150) & (samples["rtol"] < torch.inf)
+            unseen = leaving & (samples["size"] == 0) & (samples["atol"] < 1e-150) & (samples["rtol"] < torch.inf)
             if bool((unseen & (samples["status"] == int(Status.CONVERGED))).any()):
-                self._doubt(unseen & (z != 0).flatten(1).any(1))
-        self.left.table[batch.rows[leaving]] = self.samples.table[leaving]
+                _doubt(samples, unseen & (z != 0).flatten(1).any(1))
+        self.left.table[batch.rows[leaving]] = samples.table[leaving]
 
-    def _doubt(self, which: Tensor) -> None:
-        """STALLED, not CONVERGED, for the samples `which` (n,)."""
-        status = self.samples["status"]
-        which = which & (status == int(Status.CONVERGED))
-        self.samples["status"] = torch.where(which, float(Status.STALLED), status)
+    def settle(self, eps: float) -> None:
+        """STALLED, not CONVERGED, where the tolerance met is one that no residual resolves when fn computes with `eps`.
+
+        Which was by chance: both f and z are rounded to eps / 2. Equality, a tolerance of zero, can be met.
+        """
+        left, rtol = self.left, self.stop.rtol
+        if is_left_open(self.stop) or (not isinstance(rtol, Tensor) and rtol >= eps / 2):
+            return
+        tolerance = left["atol"] + left["rtol"] * left["size"]
+        _doubt(left, (tolerance > 0) & (tolerance < eps / 2 * left["size"]))
 
     def expire(self) -> None:
         """Ends what is still running for want of budget: MAX_STEPS, or DIVERGED when the residual had grown a lot."""
@@ -129,3 +130,10 @@ class SampleJudge:
     def select(self, keep: Tensor) -> None:
         """Keeps the samples whose positions are in `keep` (k,)."""
         self.samples.select(keep)
+
+
+def _doubt(records: Records, which: Tensor) -> None:
+    """STALLED, not CONVERGED, for the samples `which` (n,)."""
+    status = records["status"]
+    doubted = which & (status == int(Status.CONVERGED))
+    records["status"] = torch.where(doubted, float(Status.STALLED), status)

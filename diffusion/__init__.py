@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from .chain import Chain, Splitting
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from .edit import Clip, Inpaint
+from .clip import Clip
+from .edit import Inpaint
 from .fit import fit
 from .invert import Inversion, invert
 from .models import DiffusersModel, Guided

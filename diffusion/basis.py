@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .edit import Edit
+from .chain import Edit
 
 
 @dataclass(eq=False)

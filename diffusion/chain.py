@@ -8,21 +8,17 @@ cumulative sum: x_k = P_k (x_0 + Σ_{j<k} (c_j (b_j + N_j) + σ_j n_j) / P_{j+1}
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .edit import Edit
 from .recurrence import Recurrence
-from .spacing import time_steps_of
 
-if TYPE_CHECKING:
-    from .schedule import Schedule
+Edit = Callable[[Tensor, int, Tensor], Tensor]  # edit(x, k, image): what becomes of the states that k steps leave
 
 VARIANCE_FLOOR = 1e-2  # of the mean variance
 
@@ -30,32 +26,6 @@ VARIANCE_FLOOR = 1e-2  # of the mean variance
 @dataclass(frozen=True, eq=False)
 class Chain(Recurrence):
     """T DDIM steps (Song, Meng & Ermon 2021, Eq. 12) of a noise schedule; the fields are those of `Recurrence`."""
-
-    @staticmethod
-    def from_schedule(schedule: Schedule, steps: int, spacing: str | None = None, eta: float | None = None) -> Chain:
-        """The chain of `steps` of the schedule's N time steps.
-
-        spacing: "linspace" (evenly from 0 to N−1), "leading" (k⌊N/T⌋ + steps_offset), "trailing" (N, N − N/T, …,
-        less one) or "quadratic" (denser near the image, made strictly increasing); None is the schedule's own, and so
-        with eta. A chain ends at the schedule's final ᾱ. With `schedule.diffusers_steps` each step ends ⌊N/T⌋ below
-        its own t, as diffusers' DDIMScheduler has it.
-        """
-        N = len(schedule)
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise TypeError(f"steps: an integer is required, got {steps!r}")
-        if not 1 <= steps <= N:
-            raise ValueError(f"steps: 1 to {N}, the schedule's length, is required, got {steps}")
-        spacing = schedule.spacing if spacing is None else spacing
-        t = time_steps_of(N, steps, spacing, schedule.steps_offset, schedule.diffusers_steps or schedule.ancestral)
-        alphas = schedule.alphas_cumprod
-        final = alphas.new_tensor([schedule.final_alpha_cumprod])
-        if schedule.diffusers_steps:
-            previous = t - N // steps
-            after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
-        else:
-            after = torch.cat([alphas[t[1:]], final])
-        eta = schedule.eta if eta is None else eta
-        return Chain(t, alphas[t], after, eta, schedule.clip, schedule.variance, schedule.prediction)
 
     def coarsen(self, steps: int) -> tuple[Chain, Tensor]:
         """The chain of `steps` of the time steps, both ends included, and their positions (steps,) in this one."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import PREDICTIONS, VARIANCES, one_of, share_of_noise, signal, time_steps
-from .edit import Clip
+from .clip import Clip
 
 R = TypeVar("R", bound="Recurrence")
 

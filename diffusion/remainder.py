@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from .answers import ask, warn_of_training
 from .basis import Rotated
 from .chain import Chain, LinearChain, Splitting
 from .ranks import evaluate_shared
-
-if TYPE_CHECKING:
-    from .defects import Visits
+from .visits import Visits
 
 CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
 

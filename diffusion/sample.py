@@ -16,9 +16,8 @@ from .adjoint import check_gradient, through_chain
 from .answers import draw
 from .arguments import check_arguments, model_dtype, progress_bar
 from .basis import Rotated, rotate, rotate_states, rotated_callback, rotated_edit
-from .chain import Chain, Splitting
+from .chain import Chain, Edit, Splitting
 from .cost import cheapest, timed
-from .edit import Edit
 from .goal import Found, Goal
 from .nodes import nodes, possible
 from .passes import Passes

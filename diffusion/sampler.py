@@ -14,8 +14,7 @@ from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
 from .adjoint import through_chain
 from .answers import draw
 from .arguments import Silent, check_arguments, model_dtype
-from .chain import Chain, EditedChain, LinearChain, Splitting
-from .edit import Edit
+from .chain import Chain, Edit, EditedChain, LinearChain, Splitting
 from .phantom import through_phantom
 from .remainder import Model, Network, Remainders, move, reachable
 

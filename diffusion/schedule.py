@@ -2,17 +2,16 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .chain import Chain
 from .checks import PREDICTIONS, SPACINGS, VARIANCES, count, flag, one_of, real
-from .edit import Clip
+from .clip import Clip
 from .schedulers import read_scheduler
-
-if TYPE_CHECKING:
-    from .chain import Chain
+from .spacing import time_steps_of
 
 # What `to_config` records where it is not the usual.
 EXTRAS: dict[str, Any] = {
@@ -212,14 +211,32 @@ class Schedule:
         """The share of fresh noise of a chain for which none is asked."""
         return 1.0 if self.ancestral else 0.0
 
-    def chain(self, steps: int = 50, spacing: str | None = None, eta: float | None = None) -> "Chain":
-        """Return the DDIM chain of that many steps through this schedule; see `Chain.from_schedule`.
+    def chain(self, steps: int = 50, spacing: str | None = None, eta: float | None = None) -> Chain:
+        """Return the DDIM chain of `steps` of this schedule's N time steps, which ends at its final ᾱ.
 
-        spacing, eta: None is the schedule's own: of a scheduler what that does, else "linspace" and 0.
+        Args:
+            steps: T, 1 to N.
+            spacing: "linspace" (evenly from 0 to N−1), "leading" (k⌊N/T⌋ + steps_offset), "trailing" (N, N − N/T, …,
+                less one) or "quadratic" (denser near the image, made strictly increasing); None is the schedule's own.
+            eta: the share of fresh noise; None is the schedule's own: of a scheduler what that does, else 0.
+
+        With `diffusers_steps` each step ends ⌊N/T⌋ below its own t, as diffusers' DDIMScheduler has it.
         """
-        from .chain import Chain  # chain.py imports this module
-
-        return Chain.from_schedule(self, steps, spacing, eta)
+        N = len(self)
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"steps: an integer is required, got {steps!r}")
+        if not 1 <= steps <= N:
+            raise ValueError(f"steps: 1 to {N}, the schedule's length, is required, got {steps}")
+        spacing = self.spacing if spacing is None else spacing
+        t = time_steps_of(N, steps, spacing, self.steps_offset, self.diffusers_steps or self.ancestral)
+        alphas = self.alphas_cumprod
+        final = alphas.new_tensor([self.final_alpha_cumprod])
+        if self.diffusers_steps:
+            previous = t - N // steps
+            after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
+        else:
+            after = torch.cat([alphas[t[1:]], final])
+        return Chain(t, alphas[t], after, self.eta if eta is None else eta, self.clip, self.variance, self.prediction)
 
 
 def _clip(record: Any) -> Clip | None:

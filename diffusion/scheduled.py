@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .chain import Chain
-from .edit import Clip
+from .clip import Clip
 from .schedule import Schedule
 
 

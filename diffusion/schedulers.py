@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .edit import Clip
+from .clip import Clip
 
 PREDICTED = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 

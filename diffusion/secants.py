@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .defects import slopes
 from .nodes import Nodes
+from .visits import slopes
 
 MEMORY = 3  # m
 TELLING = 4.0  # a move of fewer units of rounding of the state says nothing

@@ -18,10 +18,11 @@ from pydeqsolve import Solution, Status, Stop
 
 from .arguments import Silent
 from .chain import interpolation
-from .defects import Visits, carried, defects, rounding
+from .defects import carried, defects, rounding
 from .goal import Found, Goal
 from .nodes import START, possible, start
 from .sampler import Sampler, scale_of
+from .visits import Visits
 
 ATTEMPTS = 10
 RTOL = 0.1  # rtol of the front for an error asked for of 1

@@ -9,21 +9,26 @@ matrix product over the batch rounds differently for another number of rows).
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .anderson import Anderson
+from .comparison import (
+    Fn,
+    bytes_alive,
+    close,
+    require,
+    same_sample,
+    with_troubles,
+)
 from .derivative.gradient import Gradient, Implicit
 from .problem import Solver
 from .solution import Solution
 from .solve import solve
 from .stop import Stop
-
-Fn = Callable[..., Tensor]
-NAN, EXPLODES, NO_FIXED_POINT, EXACT = range(1, 5)  # troubles of the samples added by `check_independence`
 
 
 def check_independence(
@@ -36,7 +41,7 @@ def check_independence(
     With `gradient`, the derivatives of Σ z² with respect to floating inputs and to `parameters` are compared, to
     `tolerance` relative to their largest entry.
     """
-    B, stop, troubled = z0.shape[0], stop or Stop(), _with_troubles(fn)
+    B, stop, troubled = z0.shape[0], stop or Stop(), with_troubles(fn)
     none = torch.zeros(B, dtype=torch.int64, device=z0.device)
 
     def run(rows: Tensor, trouble: Tensor) -> tuple[Solution, list[Tensor]]:
@@ -59,13 +64,13 @@ def check_independence(
         at = int((order == i).nonzero())
         cases = [("alone", alone[i][0], 0), ("permuted", permuted, at), ("beside bad ones", crowded, i + 4)]
         for where, other, j in cases:
-            _same_sample(f"sample {i} {where}", together, i, other, j, bitwise, tolerance)
+            same_sample(f"sample {i} {where}", together, i, other, j, bitwise, tolerance)
     split = len(grads) - sum(p.requires_grad for p in parameters)
     for k, g in enumerate(grads):
         pieces = [each[1][k] for each in alone]
         expected = torch.cat(pieces) if k < split else torch.stack(pieces).sum(0)
-        _close(f"gradient {k} together and alone", g, expected, tolerance)
-        _close(f"gradient {k} beside bad ones", crowded_grads[k][4:] if k < split else crowded_grads[k], g, tolerance)
+        close(f"gradient {k} together and alone", g, expected, tolerance)
+        close(f"gradient {k} beside bad ones", crowded_grads[k][4:] if k < split else crowded_grads[k], g, tolerance)
 
 
 def check_scale_invariance(
@@ -80,7 +85,7 @@ def check_scale_invariance(
         scaled = solve(lambda z, *x, s=s: fn(z / s, *x) * s, z0 * s, inputs, solver=solver, stop=stop, gradient=None)
         scaled.z, scaled.residual = scaled.z / s, scaled.residual / s
         for i in range(z0.shape[0]):
-            _same_sample(f"sample {i} scaled by 2^{k}", plain, i, scaled, i, True, 0.0)
+            same_sample(f"sample {i} scaled by 2^{k}", plain, i, scaled, i, True, 0.0)
 
 
 def check_rotation_equivariance(
@@ -103,11 +108,11 @@ def check_rotation_equivariance(
     )
     back = turn(turned.z, Q.T)
     for i in range(B):
-        _require(plain.status[i] == turned.status[i], f"sample {i} rotated: status {turned.status[i]}")
+        require(plain.status[i] == turned.status[i], f"sample {i} rotated: status {turned.status[i]}")
         apart = int((plain.evaluations[i] - turned.evaluations[i]).abs())
         allowed = 1 + int(plain.evaluations[i]) // 10
-        _require(apart <= allowed, f"sample {i} rotated: evaluations differ by {apart}, more than {allowed}")
-        _close(f"sample {i} rotated: z", back[i], plain.z[i], tolerance)
+        require(apart <= allowed, f"sample {i} rotated: evaluations differ by {apart}, more than {allowed}")
+        close(f"sample {i} rotated: z", back[i], plain.z[i], tolerance)
 
 
 def check_affine_exactness(
@@ -127,12 +132,12 @@ def check_affine_exactness(
         lambda z, A, b: (A @ z[..., None])[..., 0] + b, torch.zeros(B, D, dtype=dtype), (A.to(dtype), b.to(dtype)),
         solver=solver, stop=Stop(rtol=rtol, max_steps=most), gradient=None,
     )  # fmt: skip
-    _require(
+    require(
         bool(solution.converged.all()),
         f"affine map of {D} unknowns not solved in {most} evaluations: residuals {solution.residual.tolist()}",
     )
     # ‖z − z*‖ ≤ ‖r‖ / (1 − .9), and the stop rule bounds ‖r‖ by rtol ‖f‖.
-    _close("affine solution", solution.z.double(), exact, 20 * rtol)
+    close("affine solution", solution.z.double(), exact, 20 * rtol)
 
 
 def check_best_residual(
@@ -151,11 +156,11 @@ def check_best_residual(
     measured, goal = norm[stop.norm](r), stop.atol + stop.rtol * norm[stop.norm](f)
     for i in range(len(z0)):
         least, said = float(finite[:, i].min()), float(solution.residual[i])
-        _require(said == least, f"sample {i}: residual {said}, least of the trace {least}")
+        require(said == least, f"sample {i}: residual {said}, least of the trace {least}")
         true = float(measured[i])
         if said < float("inf"):
-            _require(abs(true - said) <= 1e-9 * said, f"sample {i}: residual {said}, ‖f(z) − z‖ of its z {true}")
-        _require(
+            require(abs(true - said) <= 1e-9 * said, f"sample {i}: residual {said}, ‖f(z) − z‖ of its z {true}")
+        require(
             not solution.converged[i] or said <= goal[i] * (1 + 1e-9),
             f"sample {i}: CONVERGED, but the residual of its z is {said} and the tolerance {float(goal[i])}",
         )
@@ -173,9 +178,9 @@ def check_evaluations(
 
     stop = replace(stop or Stop(), check_every=1)
     solution = solve(counted, z0, inputs, solver=solver, stop=stop, gradient=None, compact=True)
-    _require(len(rows) == solution.steps, f"{len(rows)} calls of fn, but steps is {solution.steps}")
+    require(len(rows) == solution.steps, f"{len(rows)} calls of fn, but steps is {solution.steps}")
     total = int(solution.evaluations.sum())
-    _require(sum(rows) == total, f"{sum(rows)} rows passed to fn, but evaluations add up to {total}")
+    require(sum(rows) == total, f"{sum(rows)} rows passed to fn, but evaluations add up to {total}")
 
 
 def check_resume(
@@ -191,15 +196,15 @@ def check_resume(
         short = replace(stop, max_steps=k)
         first = solve(fn, z0, inputs, solver=solver, stop=short, gradient=None, keep_history=True)
         rest = solve(fn, first, inputs, solver=solver, stop=stop, gradient=None)
-        _require(bool(whole.converged.all()), "the uninterrupted solve did not converge: raise stop.max_steps")
+        require(bool(whole.converged.all()), "the uninterrupted solve did not converge: raise stop.max_steps")
         for i in range(len(z0)):
             what = f"sample {i} interrupted after {k} steps"
-            _require(bool(rest.converged[i]), f"{what}: did not converge")
+            require(bool(rest.converged[i]), f"{what}: did not converge")
             apart = (rest.z[i].double() - whole.z[i].double()).abs().max()
-            _require(torch.equal(rest.z[i], whole.z[i]), f"{what}: z differs by {float(apart)}")
-            _require(rest.residual[i] == whole.residual[i], f"{what}: residual {rest.residual[i]}")
+            require(torch.equal(rest.z[i], whole.z[i]), f"{what}: z differs by {float(apart)}")
+            require(rest.residual[i] == whole.residual[i], f"{what}: residual {rest.residual[i]}")
             extra = int(first.evaluations[i] + rest.evaluations[i] - whole.evaluations[i])
-            _require(extra in (0, 1), f"{what}: {extra} evaluations more")
+            require(extra in (0, 1), f"{what}: {extra} evaluations more")
 
 
 def check_gradient(
@@ -222,7 +227,7 @@ def check_gradient(
         x.copy_(value)
         return terms(None)
 
-    _require(bool(leaves), "no input or parameter requires a gradient")
+    require(bool(leaves), "no input or parameter requires a gradient")
     grads = torch.autograd.grad(terms(gradient or Implicit(stop=Stop(rtol=1e-10))).sum(), leaves)
     for k, (x, g) in enumerate(zip(leaves, grads, strict=True)):
         v = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x)
@@ -238,7 +243,7 @@ def check_gradient(
         # A fixed point is off by a few roundings of its entries, whichever way it was found, and so is either loss.
         rounding = 8 * torch.finfo(z0.dtype).eps * float(above.abs().sum()) / h
         allowed = max(tolerance * float(g.norm() * v.norm()), rounding)
-        _require(abs(found - expected) <= allowed, f"derivative {k}: {found}, central difference {expected}")
+        require(abs(found - expected) <= allowed, f"derivative {k}: {found}, central difference {expected}")
 
 
 def check_dtype(
@@ -254,9 +259,9 @@ def check_dtype(
     for dtype in dtypes:
         eps = torch.finfo(dtype).eps
         z = solve(fn, z0.to(dtype), solver=solver, stop=Stop(rtol=2 * eps), gradient=None).z
-        _require(z.dtype == dtype, f"z0 is {dtype}, z is {z.dtype}")
-        _require(z.device == z0.device, f"z0 is on {z0.device}, z on {z.device}")
-        _close(f"{dtype} solution", z.double(), exact, ulps * eps)
+        require(z.dtype == dtype, f"z0 is {dtype}, z is {z.dtype}")
+        require(z.device == z0.device, f"z0 is on {z0.device}, z on {z.device}")
+        close(f"{dtype} solution", z.double(), exact, ulps * eps)
 
 
 def check_constant_memory(
@@ -268,58 +273,10 @@ def check_constant_memory(
     def count(step: int, z: Tensor, residual: Tensor) -> None:
         if step in (early, late):
             gc.collect()
-            alive[step] = _bytes_alive()
+            alive[step] = bytes_alive()
 
     stop = Stop(rtol=0.0, atol=0.0, max_steps=late)
     solve(fn, z0, inputs, solver=solver, stop=stop, gradient=None, callback=count)
-    _require(late in alive, "the solve ended before `late`: give a map that converges more slowly")
+    require(late in alive, "the solve ended before `late`: give a map that converges more slowly")
     grown = alive[late] - alive[early]
-    _require(grown <= 0, f"{grown} bytes more are alive after {late} steps than after {early}")
-
-
-def _with_troubles(fn: Fn) -> Fn:
-    """fn with one more input, a code per sample: 0 leaves it alone, others make that sample go wrong."""
-
-    def troubled(z: Tensor, *rest: Tensor) -> Tensor:
-        *inputs, code = rest
-        f = fn(z, *inputs)
-        code = code.reshape(-1, *[1] * (z.dim() - 1))
-        f = torch.where(code == NAN, torch.nan, f)
-        f = torch.where(code == EXPLODES, 10 * z * z + 10, f)
-        f = torch.where(code == NO_FIXED_POINT, z + 1, f)
-        return torch.where(code == EXACT, z, f)
-
-    return troubled
-
-
-def _bytes_alive() -> int:
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) is Tensor:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _require(holds: bool | Tensor, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
-
-
-def _same_sample(what: str, one: Solution, i: int, other: Solution, j: int, bitwise: bool, tolerance: float) -> None:
-    for name in ("status", "evaluations"):
-        a, b = int(getattr(one, name)[i]), int(getattr(other, name)[j])
-        _require(a == b, f"{what}: {name} {b}, in the plain batch {a}")
-    if bitwise:
-        apart = (one.z[i].detach().double() - other.z[j].detach().double()).abs().max()
-        _require(torch.equal(one.z[i], other.z[j]), f"{what}: z differs by {float(apart)}")
-        _require(one.residual[i] == other.residual[j], f"{what}: residual {other.residual[j]}, not {one.residual[i]}")
-    else:
-        _close(f"{what}: z", other.z[j], one.z[i], tolerance)
-
-
-def _close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Largest error within tolerance × largest entry of `expected`; NaN nowhere."""
-    found, expected = found.detach(), expected.detach()
-    error, size = float((found - expected).abs().max()), float(expected.abs().max())
-    _require(error <= tolerance * size, f"{what}: off by {error}, largest entry {size}")
+    require(grown <= 0, f"{grown} bytes more are alive after {late} steps than after {early}")

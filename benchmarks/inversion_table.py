@@ -30,9 +30,9 @@ from torch import Tensor
 
 from diffusion import invert, load_checkpoint, sample
 from diffusion.chain import Chain
-from diffusion.checkpoint import Checkpoint
-from diffusion.data import digits, fashion
 from diffusion.invert import Inversion
+from diffusion.models.checkpoint import Checkpoint
+from diffusion.training.data import digits, fashion
 from pydeqsolve import Status
 
 TURNS = 20

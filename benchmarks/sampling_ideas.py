@@ -2,7 +2,8 @@
 
 Run: OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling_ideas.py --model digits --steps 100 --noises 32
 
-secants: what the nodes have (`diffusion.secants`) at all steps: a Jacobian of N from the last rounds, the chain solved.
+secants: what the nodes have (`diffusion.methods.secants`) at all steps: a Jacobian of N from the last rounds, the
+chain solved.
 multistep: N at the nodes one after the other, each state from the last values of N by Adams and Bashforth's formula on
 the chain's own sums; then a spline. mean wiggle: what a spline misses of N, averaged over other images, is added to it.
 Errors are relative, of x_0 against sequential sampling: median and nine in ten.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from diffusion.arguments import Silent
 from diffusion.chain import interpolation
-from diffusion.nodes import placed
+from diffusion.methods.nodes import placed
 from diffusion.sampler import Sampler
 
 MEMORY = 3

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Chain, Checkpoint, defects, load_checkpoint, nodes, passes, sample, secants, together
+from diffusion import Chain, Checkpoint, load_checkpoint, sample
 from diffusion.chain import LinearChain, interpolation
+from diffusion.methods import defects, nodes, passes, secants, together
 from pydeqsolve import Anderson, Picard
 
 

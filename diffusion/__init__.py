@@ -3,18 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 from .chain import Chain, Splitting
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .clip import Clip
 from .edit import Inpaint
-from .fit import fit
 from .invert import Inversion, invert
-from .models import DiffusersModel, Guided
+from .models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .models.statistics import Statistics
+from .models.wrappers import DiffusersModel, Guided
 from .sample import Sample, sample
 from .schedule import Schedule
-from .statistics import Statistics
 
 if TYPE_CHECKING:
     from .pipeline import DEQDDIMPipeline as DEQDDIMPipeline
+    from .training.fit import fit
 
 __all__ = [
     "Chain",
@@ -37,7 +37,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # diffusers is an extra and takes seconds to import: only who asks for the pipeline pays.
+    # Only who trains pays for the training; diffusers, an extra, takes seconds to import.
+    if name == "fit":
+        from .training.fit import fit
+
+        return fit
     if name == "DEQDDIMPipeline":
         from .pipeline import DEQDDIMPipeline
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pydeqsolve import Implicit, Phantom, Status
 
-from . import exact as exactly
 from .arguments import check_arguments, progress_bar
 from .chain import Chain, Splitting
-from .descent import EPOCHS, LEARNING_RATES, Descent, Epoch
-from .exact import Outcome, exact, one_pass
-from .loss import Best, default_error
+from .inversion import exact as exactly
+from .inversion.descent import EPOCHS, LEARNING_RATES, Descent, Epoch
+from .inversion.exact import Outcome, exact, one_pass
+from .inversion.loss import Best, default_error
 from .remainder import Model
 from .sampler import Sampler
 
@@ -109,7 +109,7 @@ def invert(
             "ddim": the chain read backwards with ε taken one state too early; T rows, approximate.
             "exact": x_k = (x_{k+1} − c_k (b_k + N(x_k))) / A_k, as fixed points: each stiff step next to the image by
                 itself, then every other k at once, on a few nodes first; where the image sampled from that is not yet
-                as near as asked, every step by itself (`diffusion.exact`).
+                as near as asked, every step by itself (`diffusion.inversion.exact`).
             "naive": Adam on x_T through the sequential chain (Pokle et al. 2022, Algorithm 1).
             "deq": Adam on x_T, a parallel solve per epoch, warm-started from the last (Algorithms 2 and 3).
         splitting: as in `sample`; None is "v", and for "exact" what removes most of the noise, κ = 0.85 σ/(σ² + 0.01).

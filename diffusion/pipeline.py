@@ -26,15 +26,15 @@ try:
 except ImportError as error:
     raise ImportError("DEQDDIMPipeline needs diffusers: pip install pydeqsolve[diffusers]") from error
 
-from .answers import WRAPPERS
 from .arguments import check_options
-from .autoencoder import Autoencoder
 from .chain import Chain
 from .invert import Inversion, find_latents, warn_of_range
-from .models import DiffusersModel, Guided, check_parts
+from .models.answers import WRAPPERS
+from .models.autoencoder import Autoencoder
+from .models.scheduled import chain_of, noises_of
+from .models.wrappers import DiffusersModel, Guided, check_parts
 from .sample import sample
 from .schedule import Schedule
-from .scheduled import chain_of, noises_of
 
 INPUTS = ("class_labels", "prompt_embeds", "negative_prompt_embeds", "negative_class_labels")
 OUTPUTS = ("pil", "np", "pt", "latent")

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .answers import ask, warn_of_training
 from .basis import Rotated
 from .chain import Chain, LinearChain, Splitting
+from .methods.visits import Visits
+from .models.answers import ask, warn_of_training
 from .ranks import evaluate_shared
-from .visits import Visits
 
 CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
 

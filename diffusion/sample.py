@@ -12,20 +12,19 @@ from torch import Tensor
 
 from pydeqsolve import Implicit, Phantom, Solution, Status
 
-from .adjoint import check_gradient, through_chain
-from .answers import draw
 from .arguments import check_arguments, model_dtype, progress_bar
 from .basis import Rotated, rotate, rotate_states, rotated_callback, rotated_edit
 from .chain import Chain, Edit, Splitting
-from .cost import cheapest, timed
-from .goal import Found, Goal
-from .nodes import nodes, possible
-from .passes import Passes
-from .phantom import through_phantom
+from .gradients import check_gradient, through_chain, through_phantom
+from .methods.fastest import cheapest, timed
+from .methods.goal import Found, Goal
+from .methods.nodes import nodes, possible
+from .methods.passes import Passes
+from .methods.together import Together
+from .models.answers import draw
 from .ranks import agree
 from .remainder import Model
 from .sampler import SOLVER, Sampler
-from .together import Together
 
 METHODS = ("sequential", "parallel", "auto")
 # Steps. On digits at T = 300: 9 T rows in 39 rounds, 18 T in 39 without a window, which hardly ends at T = 1000.
@@ -98,10 +97,10 @@ def sample(
 
     x_{k+1} = a_k x_k + c_k ε(x_k, t_k) + σ_k n_k (Song et al. 2021, Eq. 12), either one step after the other
     ("sequential") or as the fixed point of all steps together ("parallel"; Pokle et al. 2022, Eq. 10, split linearly).
-    Both give the same images, to the error asked for, which is measured on what is returned (`diffusion.defects`).
-    "auto" takes whichever should be faster here: it times a few model calls, once per model, batch size and device, and
-    counts rounds and evaluations (`diffusion.cost`). So what it does depends on the machine; fix `method` and `levels`
-    for the same computation everywhere.
+    Both give the same images, to the error asked for, which is measured on what is returned
+    (`diffusion.methods.defects`). "auto" takes whichever should be faster here: it times a few model calls, once per
+    model, batch size and device, and counts rounds and evaluations (`diffusion.methods.fastest`). So what it does
+    depends on the machine; fix `method` and `levels` for the same computation everywhere.
 
     Args:
         model: model(x, t, *inputs), x (N, …), t (N,) int64 → same shape as x; `prediction` says of what.
@@ -116,7 +115,7 @@ def sample(
         inputs: per-image conditioning (B, …), gathered for the rows that are evaluated.
         gradient: None; Implicit() for the exact gradient with respect to x_T, inputs and parameters, by one
             sweep back over the steps; Implicit(solver=Anderson(2, coupling="causal")) for the same with all steps at
-            once, to its `stop`; Phantom(steps, damping) for the approximate one. See `diffusion.adjoint`.
+            once, to its `stop`; Phantom(steps, damping) for the approximate one. See `diffusion.gradients`.
         edit: edit(x, k, image) → x, what becomes of the states x (n, …), float64, that k of the T steps leave,
             k = 1 … T, of the images numbered `image` (n,): `Inpaint`, or a function of your own. It must treat images
             alone and answer alike when asked again: every round applies it to all T states in turn, so what calls a
@@ -131,14 +130,14 @@ def sample(
         rows_per_call: evaluations per model call; None is 256 on a CPU, all on a GPU. Calls of one round count once.
         callback: callback(round, trajectory, residual) after each round that evaluates every step of the full chain; a
             true return stops there, before the error is measured. Of sequential sampling, `edit` sees every state.
-        solver: of all steps together; Anderson(2, coupling="causal"). Nodes have their own, `diffusion.secants`.
+        solver: of all steps together; Anderson(2, coupling="causal"). Nodes have `diffusion.methods.secants`.
         window: time steps evaluated at once, at most; None is all, or 100 for a chain that clips, whose
             clipped pixels are stiff: far ahead of the front their remainders are of no use yet.
         levels: step counts of coarser chains solved first, coarsest first; () is none: every step in every round, but
-            for the first two, which evaluate a few time steps (`diffusion.nodes`) where "nodes" could be had.
+            for the first two, which evaluate a few time steps (`diffusion.methods.nodes`) where "nodes" could be had.
             "nodes": the nonlinear work on a few time steps and every step evaluated once, which saves most of the
-            evaluations (`diffusion.passes`; it needs eta = 0, no edit and no window). None is "nodes" for chains of 250
-            steps and more that allow it, else ().
+            evaluations (`diffusion.methods.passes`; it needs eta = 0, no edit and no window). None is "nodes" for
+            chains of 250 steps and more that allow it, else ().
 
     Returns:
         Sample.

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Front, Implicit, Phantom, Solution, Stop, solve
 
-from .adjoint import through_chain
-from .answers import draw
 from .arguments import Silent, check_arguments, model_dtype
 from .chain import Chain, Edit, EditedChain, LinearChain, Splitting
-from .phantom import through_phantom
+from .gradients import through_chain, through_phantom
+from .models.answers import draw
 from .remainder import Model, Network, Remainders, move, reachable
 
 SOLVER = Anderson(memory=2, coupling="causal")

@@ -11,8 +11,9 @@ from xml.sax.saxutils import escape
 
 import networkx
 
-LEFT_OUT = ("diffusion/__main__", "diffusion/cli", "diffusion/frechet", "diffusion/fit", "diffusion/training",
-            "diffusion/data", "diffusion/program/", "pydeqsolve/testing", "pydeqsolve/comparison")  # fmt: skip
+LEFT_OUT = (
+    "diffusion/__main__", "diffusion/training/", "diffusion/program/", "pydeqsolve/testing", "pydeqsolve/comparison",
+)  # fmt: skip
 PITCH, ROW, HIGH, MARGIN, BAND = 128, 54, 28, 22, 46
 NATIVE = "pydeqsolve/step/native"
 COLOURS = {"diffusion": "#d55e00", "pydeqsolve": "#0072b2", "csrc": "#009e73"}

@@ -131,7 +131,7 @@ DEFECTS = [
            "self._buffers = vars(precision).setdefault('pool', []); self._buffers.append(self.z)",
            "test_aliasing.py::test_solves_in_two_threads_that_take_turns_find_what_each_finds_alone"),
     # Sampling and inversion.
-    Defect("a nodes solve that skips its verification", "diffusion/passes.py",
+    Defect("a nodes solve that skips its verification", "diffusion/methods/passes.py",
            "self.found.error[images] = torch.maximum(error, self.goal.floor[images])",
            "self.found.error[images] = self.goal.floor[images]",
            "test_error.py::test_a_network_as_easy_as_a_tenth_of_x_is_not_said_to_have_converged_before_it_has"),
@@ -141,9 +141,9 @@ DEFECTS = [
            "self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config),",
            "test_pipeline.py::test_another_scheduler_is_refused_by_name_however_it_comes_in"),
     # Files and programs.
-    Defect("fsync dropped", "diffusion/files.py", "os.fsync(file.fileno())", "file.fileno()",
+    Defect("fsync dropped", "diffusion/models/files.py", "os.fsync(file.fileno())", "file.fileno()",
            "test_files.py::test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_writer_returns"),
-    Defect("fsync of the folder dropped", "diffusion/files.py", "_sync_folder(path.parent)", "path.parent",
+    Defect("fsync of the folder dropped", "diffusion/models/files.py", "_sync_folder(path.parent)", "path.parent",
            "test_files.py::test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_writer_returns"),
     Defect("a digest ignores dtypes", "diffusion/digest.py", "{tuple(x.shape)} {x.dtype}", "{tuple(x.shape)}",
            "test_digest.py::test_what_differs_has_another_digest"),

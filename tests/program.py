@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 import diffusion
-from diffusion.cli import main
+from diffusion.program.cli import main
 
 ROOT = Path(diffusion.__file__).parent.parent
 

@@ -164,7 +164,7 @@ def test_what_is_no_generator_is_named(generator, error, words):
 
 
 def test_a_generator_of_another_device_is_refused(monkeypatch):
-    from diffusion.answers import draw
+    from diffusion.models.answers import draw
 
     class Elsewhere(torch.Generator):
         device = torch.device("cuda", 1)

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from diffusion import checkpoint as module
-from diffusion.checkpoint import load_checkpoint, save_checkpoint, save_images
-from diffusion.files import write_tensors
+from diffusion.models import checkpoint as module
+from diffusion.models.checkpoint import load_checkpoint, save_checkpoint, save_images
+from diffusion.models.files import write_tensors
+from diffusion.models.unet import UNet
 from diffusion.schedule import Schedule
-from diffusion.unet import UNet
 
 SHAPE = (1, 4, 4)
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import diffusion
 import pydeqsolve
 from diffusion import load_checkpoint, sample
-from diffusion.frechet import load_features
+from diffusion.models.unet import UNet
 from diffusion.program import pictures
 from diffusion.program.doctor import advice
-from diffusion.unet import UNet
+from diffusion.training.frechet import load_features
 
 
 def test_sampled_images_are_those_of_the_library(tmp_path, capsys):
@@ -283,7 +283,8 @@ def test_a_model_that_returns_nan_fails_without_writing_images(tmp_path, capsys,
 def test_a_file_that_cannot_be_written_in_full_is_not_left_behind(tmp_path):
     # a limit on the size of files stands for a full disk: the write itself fails, whoever runs the test
     script = (
-        "import resource, sys; from diffusion.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
+        "import resource, sys; from diffusion.program.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
         f"sys.exit(main(['sample', '--steps', '3', '--no-pictures', '--output', {str(tmp_path / 'out')!r}]))"
     )
     process = program("-c", script)
@@ -306,7 +307,7 @@ def test_a_program_that_has_loaded_torch_starts_again_with_its_wait_policy(tmp_p
     script = tmp_path / "policy.py"
     script.write_text(
         "import os, sys\nprint(os.environ.get('OMP_WAIT_POLICY'), flush=True)\n"
-        "import diffusion.program.commands\nfrom diffusion.cli import main\n"
+        "import diffusion.program.commands\nfrom diffusion.program.cli import main\n"
         "diffusion.program.commands.run_sample = lambda args: print(os.environ['OMP_WAIT_POLICY']) or sys.exit(5)\n"
         "sys.exit(main())\n"
     )

@@ -4,8 +4,9 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Schedule, cost, sample
-from diffusion.cost import TOGETHER, Timing
+from diffusion import Schedule, sample
+from diffusion.methods import fastest as cost
+from diffusion.methods.fastest import TOGETHER, Timing
 from diffusion.sampler import Sampler
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)

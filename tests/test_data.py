@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.data import class_folder, digits, fashion, image_folder, picture_files, read_picture
+from diffusion.training.data import class_folder, digits, fashion, image_folder, picture_files, read_picture
 
 
 def idx(values):

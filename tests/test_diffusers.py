@@ -213,7 +213,7 @@ def test_an_option_that_is_not_reproduced_is_refused_by_name(make, words):
 
 
 def test_an_option_that_a_later_version_adds_is_refused_unless_it_is_at_its_default(monkeypatch):
-    from diffusion import schedulers
+    from diffusion.models import schedulers
 
     old = schedulers.SCHEDULERS["DDIMScheduler"]
     fewer = {name: values for name, values in old.options.items() if name != "rescale_betas_zero_snr"}

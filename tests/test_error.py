@@ -6,7 +6,7 @@ from mixture import Mixture, latents, means
 
 from diffusion import Schedule, load_checkpoint, sample
 from diffusion.chain import LinearChain
-from diffusion.defects import SAFETY, carried, filled, summed
+from diffusion.methods.defects import SAFETY, carried, filled, summed
 from pydeqsolve import Status
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)

@@ -5,9 +5,9 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Schedule, invert, load_checkpoint, sample
-from diffusion.backwards import OnNodes, joint_nodes, reversed_map, stiff_steps
 from diffusion.chain import interpolation
-from diffusion.exact import SOLVER, STIFFNESS
+from diffusion.inversion.backwards import OnNodes, joint_nodes, reversed_map, stiff_steps
+from diffusion.inversion.exact import SOLVER, STIFFNESS
 from diffusion.sampler import Sampler
 from pydeqsolve import Status, Stop, solve
 

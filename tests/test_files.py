@@ -6,7 +6,7 @@ import stat
 import pytest
 import torch
 
-from diffusion.files import read_tensors, write_json, write_tensors
+from diffusion.models.files import read_tensors, write_json, write_tensors
 
 A, B = ({"a": torch.full((3,), value)} for value in (1.0, 2.0))
 

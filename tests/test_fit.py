@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from diffusion.checkpoint import load_checkpoint
-from diffusion.data import Dataset
-from diffusion.files import read_tensors, write_tensors
-from diffusion.fit import fit, recipes
+from diffusion.models.checkpoint import load_checkpoint
+from diffusion.models.files import read_tensors, write_tensors
+from diffusion.models.unet import UNet
 from diffusion.schedule import Schedule
-from diffusion.training import STATE, Run
-from diffusion.unet import UNet
+from diffusion.training.data import Dataset
+from diffusion.training.fit import fit, recipes
+from diffusion.training.run import STATE, Run
 
 SHAPE = (1, 4, 4)
 IMAGES = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)

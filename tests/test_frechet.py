@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 
 from diffusion import load_checkpoint
-from diffusion.checkpoint import SHIPPED
-from diffusion.data import Dataset
-from diffusion.frechet import (
+from diffusion.models.checkpoint import SHIPPED
+from diffusion.training.data import Dataset
+from diffusion.training.frechet import (
     FEATURES_FILE,
     fit_classifier,
     frechet_distance,

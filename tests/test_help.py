@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from diffusion.descent import EPOCHS, LEARNING_RATES
-from diffusion.fit import fit, recipes
+from diffusion.inversion.descent import EPOCHS, LEARNING_RATES
 from diffusion.program.commands import CLASSIFIER_STEPS
 from diffusion.program.demo import LONG
 from diffusion.program.options import build_parser
 from diffusion.program.reproduction.plan import PLANS, Plan
+from diffusion.training.fit import fit, recipes
 
 
 def commands():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion.checkpoint import load_checkpoint, save_checkpoint, save_images
-from diffusion.files import read_json, read_tensors, write_tensors
+from diffusion.models.checkpoint import load_checkpoint, save_checkpoint, save_images
+from diffusion.models.files import read_json, read_tensors, write_tensors
+from diffusion.models.statistics import Statistics
+from diffusion.models.unet import UNet
 from diffusion.schedule import Schedule
-from diffusion.statistics import Statistics
-from diffusion.unet import UNet
 
 SHAPE = (1, 4, 4)
 ARGUMENTS = {"shape": SHAPE, "channels": 8, "multipliers": (1,), "blocks": (1,), "groups": 4, "embedding": 8}
@@ -71,7 +71,7 @@ def test_a_network_larger_than_its_file_is_refused_before_memory_is_taken(folder
         build(self, *args, **options)
 
     monkeypatch.setattr(UNet, "__init__", spied)
-    monkeypatch.setattr("diffusion.checkpoint.read_tensors", None)
+    monkeypatch.setattr("diffusion.models.checkpoint.read_tensors", None)
     with pytest.raises(ValueError, match=words):
         load_checkpoint(folder)
     assert devices in ([], ["meta"])

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from diffusion.checkpoint import load_checkpoint
-from diffusion.models import DiffusersModel, Guided
+from diffusion.models.checkpoint import load_checkpoint
+from diffusion.models.wrappers import DiffusersModel, Guided
 
 
 class Affine(nn.Module):

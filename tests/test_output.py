@@ -8,8 +8,8 @@ import torch
 from program import run, write_pictures
 from safetensors.torch import load_file
 
-from diffusion import training
-from diffusion.unet import UNet
+from diffusion.models.unet import UNet
+from diffusion.training import run as training
 
 SAMPLE = ["sample", "--steps", 2, "--count", 1]
 WRITES = {

@@ -41,7 +41,7 @@ with warnings.catch_warnings(record=True) as seen:
 print(warning.message)
 from diffusion import load_checkpoint
 print(load_checkpoint("digits").shape)
-from diffusion.cli import main
+from diffusion.program.cli import main
 print(main(["--version"]))
 """
 

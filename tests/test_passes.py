@@ -6,7 +6,7 @@ from mixture import Mixture, latents, means
 
 from diffusion import Schedule, load_checkpoint, sample
 from diffusion.chain import LinearChain, interpolation
-from diffusion.nodes import START, NodeChain, nodes
+from diffusion.methods.nodes import START, NodeChain, nodes
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 
@@ -166,7 +166,7 @@ def test_a_callback_sees_the_round_of_all_steps_and_may_stop_there():
 @pytest.mark.parametrize("width", [1, 5])
 @pytest.mark.parametrize("T", [40, 150])
 def test_states_at_the_nodes_are_those_of_the_whole_chain_with_a_spline_between(monkeypatch, T, width, small):
-    monkeypatch.setattr("diffusion.nodes.SMALL", small)
+    monkeypatch.setattr("diffusion.methods.nodes.SMALL", small)
     A = 0.9 + 0.2 * latents(T, width, seed=3).sigmoid()
     linear, at = LinearChain(A, latents(T, 1, seed=4)), nodes(T)
     spread = interpolation(at, T)

@@ -9,16 +9,16 @@ from program import program, run, signal_when, write_pictures
 from safetensors.torch import load_file
 
 from diffusion import Schedule, invert
-from diffusion.files import read_tensors, write_tensors
+from diffusion.models.files import read_tensors, write_tensors
+from diffusion.models.unet import UNet
 from diffusion.program.record import Record
-from diffusion.unet import UNet
 
 DESCENT = ["invert", "--method", "deq", "--steps", "8", "--count", "3", "--batch", "2", "--lr", "0.1", "--no-pictures"]
 
 # A shell that runs the tests in the background has them, and their children, ignore Ctrl-C.
 INTERRUPTIBLE = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
+    "from diffusion.program.cli import main; sys.exit(main(sys.argv[1:]))"
 )
 
 

@@ -10,13 +10,13 @@ from PIL import Image
 from program import kill_when, run
 
 from diffusion import load_checkpoint, sample
-from diffusion.checkpoint import SHIPPED
-from diffusion.cli import main
-from diffusion.files import fingerprint, read_tensors, write_tensors
+from diffusion.models.checkpoint import SHIPPED
+from diffusion.models.files import fingerprint, read_tensors, write_tensors
+from diffusion.models.unet import UNet
+from diffusion.program.cli import main
 from diffusion.program.reproduction.figures import chain_residual, paper_states
 from diffusion.program.reproduction.ledger import Ledger, Measurement
 from diffusion.program.reproduction.page import power, short
-from diffusion.unet import UNet
 
 SMALL = [
     "report", "--model", "digits", "--threads", 1, "--steps", 6, "--runs", 2, "--samples", 4, "--batch", 3,

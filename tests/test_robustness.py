@@ -12,11 +12,11 @@ from program import kill_when, program, run, write_pictures
 from safetensors.torch import load_file, save_file
 
 from diffusion import Schedule, load_checkpoint, save_checkpoint
-from diffusion.unet import UNet
+from diffusion.models.unet import UNet
 
 SHAPE = (1, 4, 4)
 LIMITED = (
-    "import resource, sys; from diffusion.cli import main; import diffusion.program.inversion, "
+    "import resource, sys; from diffusion.program.cli import main; import diffusion.program.inversion, "
     "diffusion.program.commands, diffusion.program.reproduction.command; "
     "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); sys.exit(main(sys.argv[1:]))"
 )

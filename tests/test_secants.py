@@ -5,9 +5,9 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Schedule, load_checkpoint, sample
-from diffusion.nodes import Nodes
+from diffusion.methods.nodes import Nodes
+from diffusion.methods.secants import MEMORY, Secants
 from diffusion.sampler import Sampler, scale_of
-from diffusion.secants import MEMORY, Secants
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion import Schedule, Splitting, Statistics, fit, load_checkpoint, sample, save_checkpoint
-from diffusion import statistics as module
-from diffusion.checkpoint import add_statistics
-from diffusion.files import read_tensors
-from diffusion.unet import UNet
+from diffusion.models import statistics as module
+from diffusion.models.checkpoint import add_statistics
+from diffusion.models.files import read_tensors
+from diffusion.models.unet import UNet
 
 BASES = ("pixels", "frequencies", "covariance")
 SCHEDULE = Schedule.linear()
@@ -115,7 +115,7 @@ def test_shipped_checkpoints_sample_the_same_in_parallel_with_every_splitting(na
 @pytest.mark.parametrize("basis", BASES)
 def test_the_shipped_digits_carry_the_statistics_of_their_training_images(basis):
     pytest.importorskip("sklearn")
-    from diffusion.data import digits
+    from diffusion.training.data import digits
 
     checkpoint, chain = load_checkpoint("digits"), SCHEDULE.chain(5)
     assert_same_map(checkpoint.splitting(chain, basis), Splitting.fitted(chain, digits().train, basis))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.unet import Attention, UNet, sinusoids
+from diffusion.models.unet import Attention, UNet, sinusoids
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": (1, 1), "groups": 4, "embedding": 8, "timesteps": 20}
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from pydeqsolve import ConvergenceError
 
 from ..chain import Chain
-from ..checkpoint import IMAGES, Checkpoint, load_checkpoint
-from ..configuration import CONFIG, WEIGHTS
-from ..data import Dataset, class_folder, digits, fashion, image_folder
-from ..files import read_json, write_json, write_tensors
-from ..fit import fit, recipes
-from ..frechet import FEATURES_FILE, fit_classifier, save_features
+from ..models.checkpoint import IMAGES, Checkpoint, load_checkpoint
+from ..models.configuration import CONFIG, WEIGHTS
+from ..models.files import read_json, write_json, write_tensors
 from ..sample import Sample, sample
+from ..training.data import Dataset, class_folder, digits, fashion, image_folder
+from ..training.fit import fit, recipes
+from ..training.frechet import FEATURES_FILE, fit_classifier, save_features
 from . import pictures
 from .machine import device_of
 from .output import finite, say, writable

@@ -13,10 +13,10 @@ from torch import Tensor
 from pydeqsolve import Status
 
 from ..chain import Chain
-from ..checkpoint import Checkpoint
-from ..descent import EPOCHS
-from ..files import write_json
+from ..inversion.descent import EPOCHS
 from ..invert import METHODS, invert
+from ..models.checkpoint import Checkpoint
+from ..models.files import write_json
 from ..sample import Sample, sample
 from . import pictures
 from .commands import load, noise, options_of

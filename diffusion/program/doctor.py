@@ -15,7 +15,7 @@ import torch
 
 from pydeqsolve import build_info
 
-from ..checkpoint import SHIPPED
+from ..models.checkpoint import SHIPPED
 from .machine import cores
 
 EXTRAS = {"matplotlib": "viz", "sklearn": "data", "PIL": "data", "diffusers": "diffusers"}

@@ -14,12 +14,12 @@ from torch import Tensor
 from pydeqsolve import Implicit, Phantom, Status
 
 from ..chain import Chain
-from ..checkpoint import Checkpoint
-from ..data import picture_files, read_picture
-from ..descent import EPOCHS, LEARNING_RATES, Epoch
-from ..files import fingerprint, write_json
+from ..inversion.descent import EPOCHS, LEARNING_RATES, Epoch
 from ..invert import METHODS, Inversion, invert
+from ..models.checkpoint import Checkpoint
+from ..models.files import fingerprint, write_json
 from ..sample import sample
+from ..training.data import picture_files, read_picture
 from . import pictures
 from .commands import load, options_of
 from .machine import device_of

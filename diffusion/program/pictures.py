@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..chain import Chain
-from ..files import replacing
+from ..models.files import replacing
 from .output import require
 
 DPI = 100

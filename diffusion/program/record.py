@@ -21,9 +21,18 @@ from torch import Tensor
 
 from pydeqsolve import Status
 
-from ..descent import Epoch
-from ..files import Stored, check_parts, parse_json, read_header, read_json, read_tensors, write_json, write_tensors
+from ..inversion.descent import Epoch
 from ..invert import Inversion
+from ..models.files import (
+    Stored,
+    check_parts,
+    parse_json,
+    read_header,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 TENSORS, SETTINGS = "inversion.safetensors", "inversion.json"
 SAVE_EVERY = 5.0  # seconds

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diffusion import load_checkpoint, sample
-from diffusion.data import digits
+from diffusion.training.data import digits
 from pydeqsolve import Anderson, Implicit
 
 

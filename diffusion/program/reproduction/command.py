@@ -14,7 +14,7 @@ import torch
 
 import pydeqsolve
 
-from ...files import write_json, write_text
+from ...models.files import write_json, write_text
 from .. import pictures
 from ..doctor import environment
 from ..machine import device_of

@@ -12,7 +12,7 @@ from pydeqsolve import Anderson, Stop
 
 from ...arguments import Silent, model_dtype
 from ...chain import Chain, LinearChain
-from ...checkpoint import Checkpoint
+from ...models.checkpoint import Checkpoint
 from ...remainder import Network
 from ...sample import sample
 from ...sampler import SOLVER, Sampler

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...digest import digest
-from ...files import parse_json, read_tensors, write_tensors
+from ...models.files import parse_json, read_tensors, write_tensors
 from ..output import say
 
 RESULT, CONTENT = "result", "content"

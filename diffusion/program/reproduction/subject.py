@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint import SHIPPED, Checkpoint
-from ...data import Dataset, class_folder, digits
-from ...files import fingerprint
-from ...frechet import FEATURES_FILE, FeatureSpace, fit_classifier, load_features, save_features
+from ...models.checkpoint import SHIPPED, Checkpoint
+from ...models.files import fingerprint
 from ...sample import Sample, sample
+from ...training.data import Dataset, class_folder, digits
+from ...training.frechet import FEATURES_FILE, FeatureSpace, fit_classifier, load_features, save_features
 from ..commands import load, options_of
 from ..output import say
 from .ledger import Ledger

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.files import Stored, parse_json, read_header, read_tensors, write_tensors
+from ..models.weights import FLOATS, build, check_stored, skeleton
 from .data import Dataset
-from .files import Stored, parse_json, read_header, read_tensors, write_tensors
-from .weights import FLOATS, build, check_stored, skeleton
 
 FEATURES_FILE = "features.safetensors"
 ROWS = 512  # per call of the classifier

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .program.options import MISUSED, OK, build_parser
+from .options import MISUSED, OK, build_parser
 
 FAILED, INTERRUPTED = 1, 130
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)  # of what the user gave
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .program.machine import threads
-    from .program.summary import table
+    from .machine import threads
+    from .summary import table
 
     with threads(args.threads):
         summary = _commands()[args.command](args)
-    from .program.output import finite
+    from .output import finite
 
     print(json.dumps(finite(summary), indent=1) if args.json else table(summary), flush=True)
     if summary.get("agrees", True):
@@ -58,11 +58,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _commands() -> dict[str, Callable[[argparse.Namespace], dict[str, Any]]]:
     """Return the commands by name; imported here, because they import torch."""
-    from .program.commands import run_classifier, run_fit, run_sample
-    from .program.demo import run_demo
-    from .program.doctor import run_doctor
-    from .program.inversion import run_invert
-    from .program.reproduction.command import run_report
+    from .commands import run_classifier, run_fit, run_sample
+    from .demo import run_demo
+    from .doctor import run_doctor
+    from .inversion import run_invert
+    from .reproduction.command import run_report
 
     return {
         "demo": run_demo, "sample": run_sample, "invert": run_invert, "fit": run_fit, "report": run_report,

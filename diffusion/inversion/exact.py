@@ -29,10 +29,10 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Broyden, Picard
 
+from ..chain import Splitting
+from ..sampler import Sampler
 from .backwards import SPARE, Backwards, removing, stiff_steps
-from .chain import Splitting
 from .loss import Best
-from .sampler import Sampler
 
 STIFFNESS = 0.7  # 1 − σ̄_{k+1}/σ̄_k from which a step is solved by itself
 # κ = SHARE·σ/(σ² + RESOLUTION²) removes SHARE of the noise, but little of noise so faint that a network cannot tell it

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pydeqsolve import Status, Stop, solve
 
-from .chain import Chain, LinearChain, Splitting, interpolation
-from .remainder import Remainders, rounding
-from .sampler import Sampler
+from ..chain import Chain, LinearChain, Splitting, interpolation
+from ..remainder import Remainders, rounding
+from ..sampler import Sampler
 
 NOISE = 64.0  # residuals within so many units of the network's rounding are taken for its doing where they stay
 SPARE = 10  # of the evaluations allowed to an image, what a solve leaves to each of the steps after it

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .chain import EditedChain, LinearChain, Splitting, interpolation
-from .remainder import Remainders
+from ..chain import EditedChain, LinearChain, Splitting, interpolation
+from ..remainder import Remainders
 
 if TYPE_CHECKING:
-    from .sampler import Sampler
+    from ..sampler import Sampler
 
 FEWEST_STEPS = 60  # with fewer the nodes are too few to tell what they miss
 STEPS_PER_NODE, MOST_NODES = 4.5, 24

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain import VARIANCE_FLOOR, Chain, Splitting, cosine_basis, cosines
+from ..chain import VARIANCE_FLOOR, Chain, Splitting, cosine_basis, cosines
 from .files import Stored
 
 PREFIX = "data."

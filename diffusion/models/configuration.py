@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from ..schedule import Schedule
 from . import statistics, weights
 from .files import Stored, parse_json
-from .schedule import Schedule
 from .unet import UNet
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from pydeqsolve import Solution, Status
 
 if TYPE_CHECKING:
-    from .sampler import Sampler
+    from ..sampler import Sampler
 
 ERROR = 1e-3  # asked for by default
 FLOOR = 5.0  # a network that computes with machine epsilon u is asked for no less than FLOOR·u

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import IMAGES, save_checkpoint
-from .configuration import CONFIG, WEIGHTS
-from .files import Stored, check_parts, parse_json, read_header, read_json, read_tensors, write_tensors
-from .schedule import Schedule
-from .statistics import Statistics
+from ..models.checkpoint import IMAGES, save_checkpoint
+from ..models.configuration import CONFIG, WEIGHTS
+from ..models.files import Stored, check_parts, parse_json, read_header, read_json, read_tensors, write_tensors
+from ..models.statistics import Statistics
+from ..schedule import Schedule
 
 STATE = Path("training") / "state.safetensors"
 AGAIN = "pass resume=False to replace it"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, Splitting
+from ..chain import Chain, Splitting
+from ..schedule import Schedule
 from .configuration import (
     ARCHITECTURES,
     CONFIG,
@@ -27,12 +28,11 @@ from .configuration import (
     described,
 )
 from .files import read_header, read_json, read_tensors, write_json, write_tensors
-from .models import INDEX, read_diffusers, read_pipeline
-from .schedule import Schedule
 from .statistics import Statistics, check_stored, read_statistics
 from .weights import build
+from .wrappers import INDEX, read_diffusers, read_pipeline
 
-SHIPPED = Path(__file__).parent / "checkpoints"
+SHIPPED = Path(__file__).parents[1] / "checkpoints"
 IMAGES = "images.safetensors"
 
 

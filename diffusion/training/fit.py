@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import IMAGES, Checkpoint, add_statistics, check_images, load_checkpoint, save_images
-from .configuration import ARCHITECTURES, PREDICTIONS, check_timesteps
+from ..models.checkpoint import IMAGES, Checkpoint, add_statistics, check_images, load_checkpoint, save_images
+from ..models.configuration import ARCHITECTURES, PREDICTIONS, check_timesteps
+from ..models.unet import UNet
+from ..schedule import Schedule
 from .data import Dataset, digits, fashion
-from .schedule import Schedule
-from .training import Run
-from .unet import UNet
+from .run import Run
 
 KEPT = 32  # images that were not trained on, beside a checkpoint
 

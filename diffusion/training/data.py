@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import require_file
+from ..models.files import require_file
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package puts the files
 FASHION_PACKAGE = "dataset-fashion-mnist"

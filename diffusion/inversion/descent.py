@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pydeqsolve import Implicit, Phantom, Stop
 
+from ..sampler import Sampler
 from .exact import Outcome
-from .sampler import Sampler
 
 EPOCHS = {"naive": 400, "deq": 400}
 # Measured on digits at T = 10 … 100 as the best of 0.01, 0.03, 0.1, 0.3, for each method by itself.

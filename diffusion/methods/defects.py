@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .chain import EditedChain, LinearChain
-from .remainder import Remainders
+from ..chain import EditedChain, LinearChain
+from ..remainder import Remainders
 from .visits import Visits
 
 SAFETY = 2.0  # by which the first-order estimate is raised: J is known along one direction only

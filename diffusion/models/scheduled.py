@@ -10,9 +10,9 @@ from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .chain import Chain
-from .clip import Clip
-from .schedule import Schedule
+from ..chain import Chain
+from ..clip import Clip
+from ..schedule import Schedule
 
 
 def chain_of(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .clip import Clip
+from ..clip import Clip
 
 PREDICTED = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 

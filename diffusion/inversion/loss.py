@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pydeqsolve import Stop
 
-from .sampler import Sampler
+from ..sampler import Sampler
 
 LOSS_STOP = Stop(rtol=1e-7, max_steps=1000)  # of the sampling that measures it
 LONG = 100  # steps up to which that is done one by one

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .basis import Rotated
+from ..basis import Rotated
+from ..remainder import CPU_ROWS
 from .nodes import START
-from .remainder import CPU_ROWS
 
 if TYPE_CHECKING:
-    from .sampler import Sampler
+    from ..sampler import Sampler
 
 # Rows of each round, as shares of T, of the shipped models with all steps at once, without a start on the nodes and
 # after one, the last to measure the error; and on the nodes, as shares of n, besides the evaluation of all steps, of

@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..schedule import Schedule
 from .answers import WRAPPERS
 from .files import read_json
-from .schedule import Schedule
 from .schedulers import known_class
 
 INDEX = "model_index.json"

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from pydeqsolve import Front, Picard, Status, Stop, solve
 
-from .arguments import Silent
-from .chain import interpolation
+from ..arguments import Silent
+from ..chain import interpolation
+from ..sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
 from .defects import carried, filled, rounding, scatter, spread_of
 from .goal import Found, Goal
 from .nodes import Nodes, between
-from .sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
 from .secants import Secants, rows_of
 from .together import NEAR_FLOOR, Together
 from .visits import slopes

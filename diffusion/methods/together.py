@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pydeqsolve import Solution, Status, Stop
 
-from .arguments import Silent
-from .chain import interpolation
+from ..arguments import Silent
+from ..chain import interpolation
+from ..sampler import Sampler, scale_of
 from .defects import carried, defects, rounding
 from .goal import Found, Goal
 from .nodes import START, possible, start
-from .sampler import Sampler, scale_of
 from .visits import Visits
 
 ATTEMPTS = 10

@@ -142,6 +142,7 @@ def assemble(
     backend = choose(ring)
     batch = Batch(problem, z0, z0 if history is None else history.z, backend)
     judge = _judge(batch, stop, front, solver)
+    judge.computes_in(batch.eps)
     if history is not None:
         judge.samples["steps"] = (history.since - 1).clamp_min(0)
     if keep_history:

@@ -62,13 +62,17 @@ class SampleJudge:
             if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
                 self.samples[name] = tolerance.to(device, torch.float64)
         self.left = Records(SAMPLE, torch.empty_like(self.samples.table))
-        self.computes_in(rule.eps)
         self._at_once = stop.interval(device) == 1  # finished samples leave before the next step
+
+    @property
+    def records(self) -> Records:
+        """What holds the tolerances."""
+        return self.samples
 
     def computes_in(self, eps: float) -> None:
         """Takes note that fn computes with machine epsilon `eps`, of the state's dtype or coarser."""
         if is_left_open(self.stop) and eps > RTOL:
-            self.samples["rtol"] = self.samples["rtol"].clamp_min(eps)
+            self.records["rtol"] = self.records["rtol"].clamp_min(eps)
         self.samples["floor"] = ROUNDING * eps
 
     def wanted(self, T: int) -> Tensor | None:

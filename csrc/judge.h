@@ -128,7 +128,7 @@ static inline double total_of(const Block* blocks, std::int64_t T, int norm) {
   return norm == 2 ? total : std::sqrt(norm == 1 ? total : total / static_cast<double>(T));
 }
 
-// What becomes of the T blocks of one sample; `FrontMonitor.judge_blocks` in words. norms (T, 2) are those of r and f
+// What becomes of the T blocks of one sample; `judge_blocks` of rules.py in words. norms (T, 2) are those of r and f
 // as measured, wanted (T,) said of which blocks; mode, broken and open (T,) are written, open being wanted of the next
 // step.
 static inline void judge_front(Record& s, Block* blocks, std::int64_t T, const double* norms, const bool* wanted,

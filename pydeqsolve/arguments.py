@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ def check_stop(stop: Any) -> None:
     """Raises TypeError unless `stop` is a `Stop`."""
     if not isinstance(stop, Stop):
         raise TypeError(f"stop must be a Stop, got {_words(stop)}")
+
+
+def check_tolerances(name: str, stop: Stop, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises ValueError unless the tolerances of `stop` that are tensors have one of the `shapes`."""
+    for kind in ("rtol", "atol"):
+        tolerance = getattr(stop, kind)
+        if isinstance(tolerance, Tensor) and tuple(tolerance.shape) not in shapes:
+            raise ValueError(f"{name}.{kind} must have shape {shapes[0]}, got {tuple(tolerance.shape)}")
 
 
 def check_gradient(gradient: Any) -> None:

@@ -53,7 +53,11 @@ class Watch(TorchDispatchMode):
 
 
 def _memory(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    """What stands for the memory of x while it lives: views of one another share it."""
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have no storage of their own
+        return id(x)
 
 
 def _is_real(x: Any) -> bool:

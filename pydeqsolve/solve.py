@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .anderson import Anderson
-from .arguments import check_gradient, check_inputs, check_solver, check_stop
+from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .derivative.unroll import unroll
@@ -81,12 +81,12 @@ def solve(
     history = None
     if isinstance(z0, Solution):
         z0, history = detached(z0.z), z0.history
-    problem, flat = _prepare(fn, z0, inputs, solver, stop, compact, front)
+    problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front)
     if not any(problem.layout.shapes):
         _warn_of_one_dimension(z0, flat.shape[0])
     if history is not None:
         history.check(solver.method(), flat)
-    _check_rest(gradient, snapshots, callback, trace, keep_history)
+    _check_rest(snapshots, callback, trace, keep_history)
     refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0])
     found = iterate(
         problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback, history=history,
@@ -107,14 +107,15 @@ def solve(
 
 
 def _prepare(
-    fn: Callable[..., Any], z0: Any, inputs: Sequence[Tensor], solver: Solver, stop: Stop, compact: bool | None,
-    front: Front | None,
+    fn: Callable[..., Any], z0: Any, inputs: Sequence[Tensor], solver: Solver, stop: Stop,
+    gradient: Gradient | None, compact: bool | None, front: Front | None,
 ) -> tuple[Problem, Tensor]:  # fmt: skip
     """The problem and the flat first guess, after checking every argument."""
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}")
     check_solver(solver)
     check_stop(stop)
+    check_gradient(gradient)
     if front is not None and not isinstance(front, Front):
         raise TypeError(f"front must be a Front or None, got {type(front).__name__}")
     if compact is not None and not isinstance(compact, bool):
@@ -124,11 +125,9 @@ def _prepare(
     B, T, D = flat.shape
     if B and not T * D:
         raise ValueError("z0 must have at least one entry per sample")
-    for name in ("rtol", "atol"):
-        tolerance = getattr(stop, name)
-        allowed = [(B,), (), *([(B, T), (1, T)] if front is not None else [])]
-        if isinstance(tolerance, Tensor) and tuple(tolerance.shape) not in allowed:
-            raise ValueError(f"stop.{name} must have shape ({B},), got {tuple(tolerance.shape)}")
+    check_tolerances("stop", stop, [(B,), (), *([(B, T), (1, T)] if front is not None else [])])
+    if isinstance(gradient, Implicit) and gradient.stop is not None:
+        check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
     check_inputs(inputs, B, flat.device)
     compact = bool(inputs) if compact is None else compact
     layout = replace(layout, template=_skeleton(z0))
@@ -148,9 +147,8 @@ def _warn_of_one_dimension(z0: Any, n: int) -> None:
     )
 
 
-def _check_rest(gradient: Any, snapshots: Any, callback: Any, trace: Any, keep_history: Any) -> None:
+def _check_rest(snapshots: Any, callback: Any, trace: Any, keep_history: Any) -> None:
     """Raises for the arguments that `_prepare` does not look at."""
-    check_gradient(gradient)
     if not isinstance(snapshots, (tuple, list)):
         raise TypeError(f"snapshots must be a tuple of steps, got {type(snapshots).__name__}")
     for k in snapshots:

@@ -52,7 +52,7 @@ HOPELESS = 1e6  # evaluations that nobody is advised to wait for
 class Course:
     """How each of B samples of a solve went, read from the table (B, len(columns)) float64 that it leaves behind.
 
-    Columns as in `monitor.Monitor`; each is (B,).
+    Columns as in `step.records.Records`; each is (B,).
     """
 
     table: Tensor

@@ -1,5 +1,6 @@
 """The adjoint's tolerance, that of the forward solve and of the precision of fn; the memory of small systems."""
 
+import re
 import warnings
 
 import problems
@@ -114,3 +115,10 @@ def test_small_states_take_a_few_words_per_entry(D, words):
         _, outcome = GMRES().solve(lambda u: 0.5 * u.roll(1, 1), g, Stop(rtol=1e-5))
     assert (outcome.status == Status.CONVERGED).all()
     assert max(sizes) <= words
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 3)])
+def test_a_tolerance_of_the_adjoint_that_fits_no_sample_is_refused_before_the_solve(shape):
+    gradient = Implicit(stop=Stop(rtol=torch.full(shape, 1e-5)))
+    with pytest.raises(ValueError, match=re.escape(f"gradient.stop.rtol must have shape (5,), got {shape}")):
+        solve(lambda z: 0.5 * z + 1, torch.zeros(5, 3), gradient=gradient)

@@ -292,3 +292,13 @@ def test_picard_refuses_no_block():
     )  # fmt: skip
     assert out.converged.all()
     assert out.rejections.item() == 0
+
+
+@pytest.mark.parametrize("solver", [Picard(), CAUSAL], ids=["picard", "causal"])
+def test_the_default_tolerance_of_blocks_is_no_finer_than_bfloat16(solver):
+    W = (0.3 * problems.orthogonal(8, 4)).bfloat16()
+    x = torch.randn(4, 40, 8, generator=problems.generator(3)).bfloat16()
+    fn = lambda z, x, wanted: torch.tanh(torch.nn.functional.pad(z[:, :-1], (0, 0, 1, 0)) @ W + x)  # noqa: E731
+    solution = solve(fn, torch.zeros_like(x), (x,), solver=solver, front=Front(), gradient=None)
+    assert solution.converged.all()
+    assert solution.evaluations.max() <= 8  # to 1e-5 it takes twice as many: until nothing changes

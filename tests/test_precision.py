@@ -120,3 +120,16 @@ solution.z.sum().backward()
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_slow_map_may_compute_with_tensors_that_have_no_storage(kind):
+    A = 0.9 * torch.eye(4)
+    held = A.to_mkldnn() if kind == "mkldnn" else A.to_sparse() if kind == "sparse_coo" else A.to_sparse_csr()
+    multiply = (
+        (lambda z: z.T.to_mkldnn().to_dense().T @ held.to_dense()) if kind == "mkldnn" else (lambda z: (held @ z.T).T)
+    )
+    solution = solve(lambda z: multiply(z) + 1, torch.zeros(2, 4), solver=Picard(), stop=Stop(max_steps=200))
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.z, torch.full((2, 4), 10.0), rtol=1e-3, atol=0)

@@ -265,6 +265,17 @@ def test_every_status_has_a_message(status):
     assert len(status.message) > 20
 
 
+@pytest.mark.parametrize(
+    ("norm", "status"), [("rms", Status.STALLED), ("l2", Status.STALLED), ("max", Status.CONVERGED)]
+)
+def test_a_residual_whose_square_vanishes_meets_no_tolerance(norm, status):
+    # The squares of z are there, those of residuals a millionth of it are not.
+    solution = solve(
+        lambda z: 0.5 * z + 1e-160, torch.zeros(1, 4, dtype=f64), solver=Picard(), stop=Stop(norm=norm), gradient=None
+    )
+    assert solution.status.tolist() == [status]
+
+
 def test_a_fixed_point_of_zero_is_not_said_to_be_met_where_squares_vanish():
     # z and f below 1e-162: their squares are 0 in float64, so that no residual is known.
     z0 = torch.full((2, 2), 1e-165, dtype=f64)

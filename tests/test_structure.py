@@ -169,6 +169,13 @@ def test_an_empty_batch_gives_an_empty_solution_and_is_never_evaluated(gradient,
     assert solution.check().steps == 0
 
 
+@pytest.mark.parametrize("gradient", [None, Implicit(), Phantom()], ids=str)
+def test_snapshots_of_an_empty_batch_are_empty(gradient):
+    W = torch.ones(2, requires_grad=True)
+    solution = solve(lambda z: 0.5 * z + W, torch.zeros(0, 2), snapshots=(1, 2), gradient=gradient)
+    assert [z.shape for z in solution.snapshots] == [(0, 2)] * 2
+
+
 def test_strides_of_state_inputs_and_value_do_not_matter():
     z0 = torch.randn(4, 3, 5, dtype=f64, generator=problems.generator(0))
     x = torch.randn(4, 3, 5, dtype=f64, generator=problems.generator(1))

@@ -111,10 +111,14 @@ def following(stop: Stop) -> Stop:
     At most .1; with a tolerance per block the smallest of a sample. As many products as the forward has steps, but no
     fewer than 100.
     """
-    rtol = torch.as_tensor(stop.rtol, dtype=torch.float64)
-    rtol = rtol.amin(1) if rtol.dim() == 2 else rtol
-    rtol = torch.where(rtol > 0, rtol, FINEST).clamp_max(LOOSEST)
-    return Stop(rtol if rtol.dim() else float(rtol), max_steps=max(Stop().max_steps, stop.max_steps))
+    rtol: float | Tensor
+    if isinstance(stop.rtol, Tensor):
+        rtol = stop.rtol.double()
+        rtol = rtol.amin(1) if rtol.dim() == 2 else rtol
+        rtol = torch.where(rtol > 0, rtol, FINEST).clamp_max(LOOSEST)
+    else:  # no tensor: the compiler would stop at reading it
+        rtol = min(float(stop.rtol) or FINEST, LOOSEST)
+    return Stop(rtol, max_steps=max(Stop().max_steps, stop.max_steps))
 
 
 def worst(outcomes: list[Adjoint]) -> Adjoint:

@@ -45,8 +45,10 @@ class Good:
         """(B, T, D) → (n, T, D), what fn is given."""
         if self.rows is not None:
             return z[self.rows]
+        if not len(z):
+            return z
         first = self.mask.to(torch.uint8).argmax(0, keepdim=True)
-        stand_in = z.detach().index_select(0, first).nan_to_num(0.0, 0.0, 0.0) if len(z) else z
+        stand_in = z.detach().index_select(0, first).nan_to_num(0.0, 0.0, 0.0)
         return torch.where(self.mask[:, None, None], z, stand_in)
 
     def mask_taken(self) -> Tensor:

@@ -34,11 +34,12 @@ class BlockJudge(SampleJudge):
             self.blocks[name] = tolerance
         self.open = open_blocks(self.samples, self.blocks, front)  # (n, T), those that the next step is to evaluate
 
-    def computes_in(self, eps: float) -> None:
-        """Blocks have tolerances of their own."""
+    @property
+    def records(self) -> Records:
+        return self.blocks
 
     def settle(self, eps: float) -> None:
-        """Blocks have tolerances of their own."""
+        """A block may be exact, whatever its tolerance."""
 
     def leave(self, batch: Batch, leaving: Tensor, z: Tensor) -> None:
         self.left.table[batch.rows[leaving]] = self.samples.table[leaving]

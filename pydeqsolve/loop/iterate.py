@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -73,9 +72,13 @@ def _counting_versions(problem: Problem, z0: Tensor, *, callback: Callback | Non
         return iterate(replace(problem, fn=within(problem.fn)), z0, callback=told, **options)
 
 
-@functools.cache
+_hidden: list[Callable[..., Outcome]] = []  # made once; the compiler warns of functools.cache
+
+
 def _out_of_sight() -> Callable[..., Outcome]:
-    return torch.compiler.disable(loop)
+    if not _hidden:
+        _hidden.append(torch.compiler.disable(loop))
+    return _hidden[0]
 
 
 @torch.no_grad()
@@ -142,6 +145,7 @@ def assemble(
     backend = choose(ring)
     batch = Batch(problem, z0, z0 if history is None else history.z, backend)
     judge = _judge(batch, stop, front, solver)
+    judge.computes_in(batch.eps)
     if history is not None:
         judge.samples["steps"] = (history.since - 1).clamp_min(0)
     if keep_history:

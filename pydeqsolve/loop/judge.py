@@ -19,6 +19,8 @@ from ..step.rules import Rule
 from ..stop import RTOL, Stop, is_left_open
 from .batch import Batch
 
+UNSEEN = 1e-160  # root of a sum of squares that float64 rounds coarsely, or to zero
+SMALL = 1e-140  # ‖f‖ of states of which less than `UNSEEN` is more than rounding
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
 
 
@@ -60,13 +62,17 @@ class SampleJudge:
             if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
                 self.samples[name] = tolerance.to(device, torch.float64)
         self.left = Records(SAMPLE, torch.empty_like(self.samples.table))
-        self.computes_in(rule.eps)
         self._at_once = stop.interval(device) == 1  # finished samples leave before the next step
+
+    @property
+    def records(self) -> Records:
+        """What holds the tolerances."""
+        return self.samples
 
     def computes_in(self, eps: float) -> None:
         """Takes note that fn computes with machine epsilon `eps`, of the state's dtype or coarser."""
         if is_left_open(self.stop) and eps > RTOL:
-            self.samples["rtol"] = self.samples["rtol"].clamp_min(eps)
+            self.records["rtol"] = self.records["rtol"].clamp_min(eps)
         self.samples["floor"] = ROUNDING * eps
 
     def wanted(self, T: int) -> Tensor | None:
@@ -100,11 +106,12 @@ class SampleJudge:
     def leave(self, batch: Batch, leaving: Tensor, z: Tensor) -> None:
         """Stores the records of the samples `leaving` (n,), whose final iterates are in z (n, T, D).
 
-        STALLED, not CONVERGED, where z is so small that squares of z and f vanish: no norm is known.
+        STALLED, not CONVERGED, where z is so small that squares of the residual asked for vanish: it is not known.
         """
         samples = self.samples
-        if z.dtype == torch.float64:
-            unseen = leaving & (samples["size"] == 0) & (samples["atol"] < 1e-150) & (samples["rtol"] < torch.inf)
+        if z.dtype == torch.float64 and self.rule.norm != "max":
+            goal = samples["atol"] + samples["rtol"] * samples["size"]
+            unseen = leaving & (samples["size"] < SMALL) & (goal < UNSEEN) & (samples["rtol"] < torch.inf)
             if bool((unseen & (samples["status"] == int(Status.CONVERGED))).any()):
                 _doubt(samples, unseen & (z != 0).flatten(1).any(1))
         self.left.table[batch.rows[leaving]] = samples.table[leaving]

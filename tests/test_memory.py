@@ -217,6 +217,21 @@ def test_a_change_of_an_input_in_place_is_noticed(context):
         solve(lambda z, x, y: 0.5 * z + y.mul_(0.9), torch.zeros(2, 3), (x, y), gradient=None)
 
 
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, torch.Tensor.t], ids=["contiguous", "transposed"])
+def test_a_change_of_an_input_made_in_inference_mode_is_noticed(layout):
+    with torch.inference_mode():
+        x, y = torch.ones(3, 3), layout(torch.ones(3, 3))
+        with pytest.raises(ValueError, match=r"fn must not change its argument inputs\[1\] in place"):
+            solve(lambda z, x, y: 0.5 * z + y.mul_(0.9), torch.zeros(3, 3), (x, y))
+
+
+def test_inputs_made_in_inference_mode_may_be_nan_or_empty():
+    with torch.inference_mode():
+        x, y = torch.full((2, 3), torch.nan), torch.ones(2, 0)
+        assert solve(lambda z, x, y: 0.5 * z + 1, torch.zeros(2, 3), (x, y)).converged.all()
+        assert solve(lambda z, x, y: 0.5 * z + 1, torch.zeros(0, 3), (x[:0], y[:0])).z.shape == (0, 3)
+
+
 def test_in_inference_mode_a_layer_finds_what_it_finds_outside():
     torch.manual_seed(0)
     linear = torch.nn.Linear(4, 4)

@@ -16,26 +16,36 @@ def _leading(x: Tensor) -> Tensor:
     return x if x.numel() <= SEEN else x.view(-1)[:SEEN]
 
 
+def _first(x: Tensor) -> Tensor:
+    """Of an input x (n, …), which need not be contiguous, the samples in which writes are seen: one at least."""
+    return x[: max(1, SEEN * x.shape[0] // max(1, x.numel()))]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or torch.allclose(a, b, 0, 0, equal_nan=True)
+
+
 class Untouched:
     """What z (n, T, D), about to be given to fn, and the inputs are like; `check` says whether they still are.
 
-    What is written past autograd, by z.data or z.numpy(), changes no version: in the first `SOUGHT` calls a copy tells.
+    What is written past autograd, by z.data or z.numpy(), changes no version, and inputs made in inference mode have
+    none: in the first `SOUGHT` calls a copy tells.
     """
 
     def __init__(self, z: Tensor, inputs: Sequence[Tensor], call: int) -> None:
         self.z, self.version, self.inputs = z, z._version, inputs
-        if inputs:  # those made in inference mode have no versions
-            self.versions = [None if x.is_inference() else x._version for x in inputs]
-        self.copy = _leading(z).clone() if call < SOUGHT and z.is_cpu else None
+        self.versions = [None if x.is_inference() else x._version for x in inputs]
+        early = call < SOUGHT
+        self.copies = {i: _first(x).clone() for i, x in enumerate(inputs) if early and self.versions[i] is None}
+        self.copy = _leading(z).clone() if early and z.is_cpu else None
 
     def check(self) -> None:
         """Raises ValueError where fn has changed an argument."""
         if self.z._version != self.version:
             raise ValueError("fn must not change its argument z in place")
         for i, x in enumerate(self.inputs):
-            if self.versions[i] is not None and x._version != self.versions[i]:
+            version, copy = self.versions[i], self.copies.get(i)
+            if (version is not None and x._version != version) or (copy is not None and not _equal(_first(x), copy)):
                 raise ValueError(f"fn must not change its argument inputs[{i}] in place")
-        if self.copy is not None:
-            found = _leading(self.z)
-            if not torch.equal(found, self.copy) and not torch.allclose(found, self.copy, 0, 0, equal_nan=True):
-                raise ValueError("fn must not change its argument z in place, through z.data or z.numpy() either")
+        if self.copy is not None and not _equal(_leading(self.z), self.copy):
+            raise ValueError("fn must not change its argument z in place, through z.data or z.numpy() either")

@@ -79,7 +79,7 @@ def main() -> None:
             print(f"  {name:<16}Broyden {kind:<6}" + "".join(f"{int(s.converged.sum()):>6}" for s in found))
     print("converged, in evaluations on average: without a search, with line_search=8")
     compare("Poisson mixture, 500 starts", problems.poisson_mixture(500), Stop(rtol=1e-7, max_steps=3000))
-    for destruction in (1e-2, 1e-4, 1e-6):
+    for destruction in (1e-2, 3e-3, 1e-4, 1e-6):
         stop = Stop(rtol=0.0, atol=1e-8, norm="l2", max_steps=5000)
         compare(f"scattering, ε = {destruction:g}", problems.scattering(destruction), stop)
 

@@ -58,6 +58,7 @@ class Course:
     table: Tensor
     columns: tuple[str, ...]
     dtype: torch.dtype
+    stopped: bool = False  # by the callback
 
     def __getitem__(self, name: str) -> Tensor:
         return self.table[:, self.columns.index(name)]
@@ -104,6 +105,8 @@ Cause = tuple[Tensor, Callable[[Tensor], str]]
 def _causes(status: Status, at: Tensor, c: Course) -> list[Cause]:
     """The samples `at` (B,) bool, which ended with `status`, by cause, each with the function that says it."""
     known = at & c["best"].isfinite() & (c["size"] > 0)
+    if status is Status.MAX_STEPS and c.stopped:
+        return [(at, lambda at: "the callback ended the solve before the tolerance was met")]
     if status is Status.MAX_STEPS:
         zero = known & c.to_zero
         falls = known & ~zero & c.falling

@@ -162,6 +162,16 @@ def test_a_budget_that_is_too_small_is_told_how_much_it_takes():
     assert int(said.split("to some ")[1].split()[0]) == pytest.approx(needed, rel=0.25)
 
 
+def test_a_solve_that_the_callback_ends_is_not_told_of_its_budget():
+    solution = solve(
+        lambda z: 0.9 * z + 1, torch.zeros(2, 3), solver=Picard(), callback=lambda step, z, r: step == 3, gradient=None
+    )
+    assert solution.status.tolist() == [Status.MAX_STEPS] * 2
+    with pytest.raises(ConvergenceError, match="the callback ended the solve") as told:
+        solution.check()
+    assert "budget" not in str(told.value)
+
+
 @pytest.mark.parametrize("stop", [Stop(rtol=0.0, max_steps=9), Stop(max_steps=0), Stop(max_steps=1)], ids=str)
 def test_a_budget_that_cannot_be_foretold_has_a_message_too(stop):
     assert "raise Stop.max_steps" in message(

@@ -7,7 +7,6 @@ cotangent u = (I − Jᵀ)⁻¹ g for f, which autograd then carries on to θ: p
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,12 +21,6 @@ from .adjoint import AdjointSolve, following
 from .gmres import GMRES
 from .implicit import attach
 from .linearise import Good, Replace, evaluate, is_wanted, of_finite
-
-
-class LinearSolver(Protocol):
-    """Solves u = g + A u per sample; see `GMRES.solve`."""
-
-    def solve(self, A: Callable[[Tensor], Tensor], g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]: ...
 
 
 class Gradient(Protocol):

@@ -35,7 +35,7 @@ class BlockJudge(SampleJudge):
         self.open = open_blocks(self.samples, self.blocks, front)  # (n, T), those that the next step is to evaluate
 
     @property
-    def records(self) -> Records:
+    def tolerances(self) -> Records:
         return self.blocks
 
     def settle(self, eps: float) -> None:

@@ -97,7 +97,7 @@ def loop(
     watches += [calling(callback)] if callback is not None else []
     batch, step = assemble(problem, z0, solver, stop, front, history, keep_history)
     verdict = Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device))
-    interval, steps, eps = stop.interval(z0.device), 0, batch.eps
+    interval, steps, eps, stopped = stop.interval(z0.device), 0, batch.eps, False
     while steps < stop.max_steps and batch.size:
         wanted = step.judge.wanted(z0.shape[1])
         f = batch.evaluate(wanted)
@@ -109,7 +109,8 @@ def loop(
         steps += 1
         last = steps == stop.max_steps
         verdict = step.measure(batch, f, wanted, last)
-        if watches and any(watch(steps, batch, step.judge) for watch in watches):
+        stopped = any(watch(steps, batch, step.judge) for watch in watches)
+        if stopped:
             break
         if last or steps % interval == 0:
             verdict = step.retire(batch, verdict)
@@ -128,7 +129,7 @@ def loop(
         batch.full, left["best"].clone(), evaluations, status, steps, rejections, rank_losses,
         None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
         # It explains failures; a device is not waited for to save some memory.
-        Course(left.table, SAMPLE, z0.dtype) if not status.is_cpu or bool(status.any()) else None,
+        Course(left.table, SAMPLE, z0.dtype, stopped) if not status.is_cpu or bool(status.any()) else None,
     )  # fmt: skip
 
 

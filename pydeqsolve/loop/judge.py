@@ -65,14 +65,14 @@ class SampleJudge:
         self._at_once = stop.interval(device) == 1  # finished samples leave before the next step
 
     @property
-    def records(self) -> Records:
-        """What holds the tolerances."""
+    def tolerances(self) -> Records:
+        """The records that hold rtol and atol."""
         return self.samples
 
     def computes_in(self, eps: float) -> None:
         """Takes note that fn computes with machine epsilon `eps`, of the state's dtype or coarser."""
         if is_left_open(self.stop) and eps > RTOL:
-            self.records["rtol"] = self.records["rtol"].clamp_min(eps)
+            self.tolerances["rtol"] = self.tolerances["rtol"].clamp_min(eps)
         self.samples["floor"] = ROUNDING * eps
 
     def wanted(self, T: int) -> Tensor | None:

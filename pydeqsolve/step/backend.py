@@ -46,8 +46,6 @@ def choose(ring: Ring, fresh: bool = True) -> Backend:
 class Backend:
     """The reference: every pass in PyTorch, on any device."""
 
-    fuses = False  # whether `step` joins the passes
-
     def __init__(self, ring: Ring) -> None:
         self.ring = ring
 
@@ -140,8 +138,6 @@ class Native(Backend):
 
 class NativeCPU(Native):
     """The C++ kernels, on torch's threads."""
-
-    fuses = True
 
     def judge_blocks(
         self, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor, rule: Rule, front: Front

@@ -70,3 +70,13 @@ def test_a_truncation_that_misses_the_tolerance_is_told_unless_it_is_meant():
 def test_impossible_counts_are_refused_by_name():
     with pytest.raises(ValueError, match="terms must be at least 1"):
         Neumann(0)
+
+
+def test_where_the_map_expands_what_is_advised_is_gmres_and_not_more_terms():
+    b = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
+    z0 = torch.zeros(1, 3, dtype=torch.float64)
+    solution = solve(lambda z, b: b - 1.5 * z, z0, (b,), gradient=Implicit(solver=Neumann(30)))
+    with pytest.warns(RuntimeWarning, match="use GMRES where it expands"):
+        solution.z.sum().backward()
+    assert solution.adjoint.status.tolist() == [Status.MAX_STEPS]
+    assert solution.adjoint.residual.item() > 1

@@ -201,7 +201,8 @@ def describe_adjoint(status: Tensor, solver: Any) -> str:
         Status.MAX_STEPS: f"the budget ran out: raise Implicit(stop=Stop(max_steps=…)) or {longer}, which its "
         "convergence depends on, or loosen the rtol"
         if krylov
-        else "the terms do not suffice: raise Implicit(solver=Neumann(terms=…), stop=Stop(max_steps=…)), or use GMRES"
+        else "the terms do not suffice: raise Implicit(solver=Neumann(terms=…), stop=Stop(max_steps=…)) where J "
+        "contracts; use GMRES where it expands (spectral radius above 1), for more terms are then worse"
         if terms
         else f"the budget ran out: raise Implicit(stop=Stop(max_steps=…)), or use GMRES instead of {name}",
         Status.STALLED: "the residual no longer falls: I − J is singular at z*, or nearly so, and the gradient then "

@@ -172,7 +172,7 @@ def find_latents(
     )  # fmt: skip
     target, network = sampler.x_T, sampler.map.network
     asked = default_error(network.dtype, x_0.dtype) if error is None else float(error)
-    best = Best(sampler, target, x_0.dtype)
+    best = Best(sampler, target, x_0.dtype, asked)
     bar = progress_bar(progress, "inverting", "epoch" if method in EPOCHS else "round")
     try:
         if method in EPOCHS:

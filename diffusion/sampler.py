@@ -184,14 +184,6 @@ class Sampler:
         drift = self.drift if self.drift is None or len(self.drift) == 1 else self.drift[images]
         return Sampler(self.map, self.x_T[images], [c[images] for c in self.conditioning], drift, self.image[images])
 
-    def check(self, N: Tensor | None, stop: Stop) -> tuple[Tensor, int, Tensor]:
-        """x_0 (B, D) to a tight tolerance, from a guess of the remainders; rounds and rows (B,)."""
-        if N is None:
-            trajectory, _, rounds, rows = self.sequential(Silent())
-        else:
-            trajectory, _, rounds, rows = self.solve(N, SOLVER, stop, None, Silent(), None)
-        return trajectory[:, -1], rounds, rows
-
     def differentiable_sequential(self, x_T: Tensor) -> tuple[Tensor, Tensor]:
         """x_0 (B, D) with the graph of the whole chain, and rows (B,)."""
         trajectory, _, _, rows = self.at(x_T).sequential(Silent())

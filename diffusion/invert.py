@@ -14,8 +14,9 @@ from torch import Tensor
 from pydeqsolve import Implicit, Phantom, Status
 
 from . import exact as exactly
-from .arguments import check_arguments, progress_bar
+from .arguments import check_arguments, check_settings, progress_bar
 from .chain import Chain, Splitting
+from .checks import real
 from .descent import EPOCHS, LEARNING_RATES, Descent, Epoch
 from .exact import Outcome, exact, one_pass
 from .loss import Best, default_error
@@ -157,6 +158,14 @@ def find_latents(
 ) -> Inversion:  # fmt: skip
     """`invert` of states of any range, such as an autoencoder's latents."""
     check_arguments(model, x_0, "x_0", chain, prediction, inputs)
+    check_settings(
+        counts={"rows_per_call": rows_per_call}, tensors={"mean": mean, "variance": variance}, solver=solver,
+        functions={"callback": callback, "optimizer": optimizer},
+    )  # fmt: skip
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: a torch.Generator or None is required, got {type(generator).__name__}")
+    if lr is not None and real("lr", lr) <= 0:
+        raise ValueError(f"lr: a positive number is required, got {lr}")
     if method not in METHODS:
         raise ValueError(f"method: one of {', '.join(METHODS)} is required, got {method!r}")
     if chain.eta != 0:

@@ -89,8 +89,10 @@ class Sampler:
         if split.basis is not None:
             raise ValueError("splitting: one with a basis is for sample alone")
         D = x_T[0].numel() if len(x_T) else x_T.shape[1:].numel()
-        if split.kappa.shape[1] not in (1, D):
-            raise ValueError(f"splitting: κ must be (steps, 1) or (steps, {D}), got {tuple(split.kappa.shape)}")
+        T = len(chain)
+        for part, values in (("κ", split.kappa), ("b", split.offset)):
+            if values is not None and tuple(values.shape) not in ((T, 1), (T, D)):
+                raise ValueError(f"splitting: {part} must be ({T}, 1) or ({T}, {D}), got {tuple(values.shape)}")
         chain, split = move(chain, split, x_T.device)
         flat = x_T.detach().double().flatten(1)
         network = Network(model, prediction, x_T.shape[1:], model_dtype(model, x_T.dtype), rows, group)

@@ -27,7 +27,7 @@ def through_phantom(
         return trajectory
     B, T = trajectory.shape[0], len(chain_map.chain)
     attached = x_T.double().flatten(1)
-    if phantom.steps == 1:
+    if phantom.steps == 1 or not B:
         scale = phantom.damping * chain_map.linear.P
         return trajectory.detach() + scale * (attached - attached.detach())[:, None]
     k = torch.arange(T, device=trajectory.device)

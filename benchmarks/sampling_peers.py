@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from diffusion import Chain, Checkpoint, load_checkpoint, sample
-from pydeqsolve import Stop
 
 CALL = 256  # rows of a model call
 MOST_ROUNDS = 60  # of a method that does not finish (the paper takes 15)
@@ -208,14 +207,13 @@ def compare(checkpoint: Checkpoint, steps: int, latents: list[Tensor], error: fl
     }
     for name, solve in peers.items():
         print(cheapest(solve, peer, latents, expected, error, name, steps, base), flush=True)
-    stop = Stop(rtol=error / 10, max_steps=steps)
     for name, options in {
         "ours, all steps together": {"levels": ()},
         "ours, on nodes": {"levels": "nodes"} if steps >= 60 else None,
         "ours, automatic": {"method": "auto"},
     }.items():
         if options is not None:
-            run = partial(ours, splitting="gaussian", stop=stop, **options)
+            run = partial(ours, splitting="gaussian", error=error, **options)
             run(latents[0])
             print(measure(run, latents, expected)[0].line(name, steps, base), flush=True)
     if diffusers_ddim(checkpoint, latents[0], 2) is None:

@@ -1,15 +1,18 @@
-"""What a call is given: arguments checked, the model's own dtype, and the bar that shows how far it is."""
+"""Argument checks, the model's own dtype, and progress bars."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pydeqsolve import Anderson, Broyden, Picard
+
 from .chain import Chain
+from .checks import count
 
 
 def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
@@ -37,6 +40,23 @@ def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, 
         if not isinstance(c, Tensor) or c.dim() == 0 or len(c) != len(x):
             got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
             raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
+
+
+def check_settings(
+    *, counts: Mapping[str, Any], tensors: Mapping[str, Any], functions: Mapping[str, Any], solver: Any
+) -> None:
+    """Raises, by name, for a count below 1, what is no tensor or no function, or no solver; None is always allowed."""
+    for name, value in counts.items():
+        if value is not None:
+            count(name, value, least=1)
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: a tensor or None is required, got {type(value).__name__}")
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name}: a function or None is required, got {type(value).__name__}")
+    if solver is not None and not isinstance(solver, (Anderson, Broyden, Picard)):
+        raise TypeError(f"solver: Anderson(), Broyden() or Picard() is required, got {solver!r}")
 
 
 def check_options(options: dict[str, Any], function: Callable[..., Any], given: set[str], name: str) -> None:

@@ -36,8 +36,10 @@ def through_chain(
     coupling="causal" solves for all steps at once, to gradient.stop (None: rtol 1e-6), and images that miss it are
     swept.
     """
-    if not torch.is_grad_enabled() or not len(trajectory):
+    if not torch.is_grad_enabled():
         return trajectory
+    if not len(trajectory):
+        return trajectory + x_T.double().flatten(1)[:, None]
     seen = None if solution is None else weakref.ref(solution)
     backward = ChainAdjoint(chain_map, noise, len(conditioning), gradient, seen, x_T.dtype)
     parameters = [] if latent_alone else backward.leaves(trajectory, conditioning)
@@ -261,7 +263,7 @@ def through_phantom(
         return trajectory
     B, T = trajectory.shape[0], len(chain_map.chain)
     attached = x_T.double().flatten(1)
-    if phantom.steps == 1:
+    if phantom.steps == 1 or not B:
         scale = phantom.damping * chain_map.linear.P
         return trajectory.detach() + scale * (attached - attached.detach())[:, None]
     k = torch.arange(T, device=trajectory.device)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pydeqsolve import Implicit, Phantom, Status
 
-from .arguments import check_arguments, progress_bar
+from .arguments import check_arguments, check_settings, progress_bar
 from .chain import Chain, Splitting
+from .checks import real
 from .inversion import exact as exactly
 from .inversion.descent import EPOCHS, LEARNING_RATES, Descent, Epoch
 from .inversion.exact import Outcome, exact, one_pass
@@ -157,6 +158,14 @@ def find_latents(
 ) -> Inversion:  # fmt: skip
     """`invert` of states of any range, such as an autoencoder's latents."""
     check_arguments(model, x_0, "x_0", chain, prediction, inputs)
+    check_settings(
+        counts={"rows_per_call": rows_per_call}, tensors={"mean": mean, "variance": variance}, solver=solver,
+        functions={"callback": callback, "optimizer": optimizer},
+    )  # fmt: skip
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: a torch.Generator or None is required, got {type(generator).__name__}")
+    if lr is not None and real("lr", lr) <= 0:
+        raise ValueError(f"lr: a positive number is required, got {lr}")
     if method not in METHODS:
         raise ValueError(f"method: one of {', '.join(METHODS)} is required, got {method!r}")
     if chain.eta != 0:
@@ -172,7 +181,7 @@ def find_latents(
     )  # fmt: skip
     target, network = sampler.x_T, sampler.map.network
     asked = default_error(network.dtype, x_0.dtype) if error is None else float(error)
-    best = Best(sampler, target, x_0.dtype)
+    best = Best(sampler, target, x_0.dtype, asked)
     bar = progress_bar(progress, "inverting", "epoch" if method in EPOCHS else "round")
     try:
         if method in EPOCHS:

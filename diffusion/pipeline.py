@@ -38,7 +38,7 @@ from .schedule import Schedule
 
 INPUTS = ("class_labels", "prompt_embeds", "negative_prompt_embeds", "negative_class_labels")
 OUTPUTS = ("pil", "np", "pt", "latent")
-GIVEN = {"model", "x_T", "latent", "x_0", "chain", "prediction", "method", "inputs", "noises"}  # by the pipeline itself
+GIVEN = {"model", "latent", "x_0", "chain", "prediction", "method", "inputs", "noises"}  # by the pipeline itself
 HUB = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")  # options of a download
 
 
@@ -46,8 +46,9 @@ HUB = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "r
 class DEQDDIMPipelineOutput(BaseOutput):
     """What the pipeline returns.
 
-    images: as `output_type` says. rounds: model calls one after the other. evaluations: (B,) model rows per image, a
-    guided one counts once. converged: (B,) bool, the image met its tolerance; all true for sequential sampling.
+    images: as `output_type` says. rounds: model calls one after the other. evaluations: (B,) network evaluations per
+    image, a guided one counts once. converged: (B,) bool, the image meets the error asked for; of sequential sampling,
+    it is finite.
     """
 
     images: Any
@@ -119,25 +120,14 @@ class DEQDDIMPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        batch_size: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        eta: float | None = None,
-        num_inference_steps: int = 50,
-        latents: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_class_labels: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-        method: str = "parallel",
-        clip_sample: bool | None = None,
-        use_clipped_model_output: bool | None = None,
-        **options: Any,
-    ) -> DEQDDIMPipelineOutput | tuple[Any]:
+        self, batch_size: int | None = None, generator: torch.Generator | list[torch.Generator] | None = None,
+        eta: float | None = None, num_inference_steps: int = 50, latents: Tensor | None = None,
+        class_labels: Tensor | None = None, prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None, negative_class_labels: Tensor | None = None,
+        guidance_scale: float = 1.0, output_type: str = "pil", return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None, method: str = "parallel",
+        clip_sample: bool | None = None, use_clipped_model_output: bool | None = None, **options: Any,
+    ) -> DEQDDIMPipelineOutput | tuple[Any]:  # fmt: skip
         """Images sampled from the latents, which are drawn from `generator` when not given.
 
         Args:
@@ -152,7 +142,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
             callback_on_step_end: callback(pipe, step, timestep, {"latents": x}) → dict. In parallel it is called after
                 every round with the images of the moment, and what it returns must be empty or the same tensor: a hook
                 that changes states is `edit`, which diffusers' callbacks of that kind become. With
-                method="sequential" it is called after every step, and the latents that it returns are gone on with.
+                method="sequential" it is called after every step, and the latents that it returns replace the current.
                 Setting `pipe._interrupt = True` in it ends parallel sampling after that round.
             method: "parallel" or "sequential".
             clip_sample: False leaves predicted images as they are, whatever the scheduler does; None does as it does.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pydeqsolve import Implicit, Phantom, Solution, Status
 
-from .arguments import check_arguments, model_dtype, progress_bar
+from .arguments import check_arguments, check_settings, model_dtype, progress_bar
 from .basis import Rotated, rotate, rotate_states, rotated_callback, rotated_edit
 from .chain import Chain, Edit, Splitting
 from .gradients import check_gradient, through_chain, through_phantom
@@ -151,6 +151,10 @@ def sample(
     """
     if group is not None:
         callback = agree(group, locals())  # which are the arguments alone, here
+    check_settings(
+        counts={"rows_per_call": rows_per_call, "window": window}, solver=solver,
+        tensors={"noises": noises, "mean": mean, "variance": variance}, functions={"edit": edit, "callback": callback},
+    )  # fmt: skip
     if isinstance(splitting, Splitting) and splitting.basis is not None:
         return _in_basis(
             model, latent, chain, prediction, splitting, edit, callback, noises, method=method, error=error,
@@ -208,8 +212,7 @@ def _finish(
         trajectory = through_chain(run.map, trajectory, latent, list(inputs), run.noise, gradient, solution)
     elif isinstance(gradient, Phantom):
         trajectory = through_phantom(run.map, trajectory, latent, list(inputs), run.drift, gradient)
-    images = trajectory.to(latent.dtype)
-    images = images.unflatten(2, latent.shape[1:]) if len(latent) else images
+    images = trajectory.to(latent.dtype).unflatten(2, latent.shape[1:])
     converged = found.status == int(Status.CONVERGED)
     return Sample(images[:, -1], images, solution, rounds, found.evaluations, found.error, converged)
 
@@ -250,6 +253,8 @@ def _way(
         raise ValueError(f"method: one of {', '.join(METHODS)} is required, got {method!r}")
     if isinstance(levels, str) and levels != "nodes":
         raise ValueError(f'levels: step counts, "nodes" or None is required, got {levels!r}')
+    if levels is not None and not isinstance(levels, (str, Sequence)):
+        raise TypeError(f'levels: step counts, "nodes" or None is required, got {levels!r}')
     able = possible(run, _front(run, window))
     if levels == "nodes" and not able:
         raise ValueError('levels: "nodes" needs eta = 0, no edit, no window and a chain of at least 60 steps')

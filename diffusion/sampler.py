@@ -87,8 +87,10 @@ class Sampler:
         if split.basis is not None:
             raise ValueError("splitting: one with a basis is for sample alone")
         D = x_T[0].numel() if len(x_T) else x_T.shape[1:].numel()
-        if split.kappa.shape[1] not in (1, D):
-            raise ValueError(f"splitting: κ must be (steps, 1) or (steps, {D}), got {tuple(split.kappa.shape)}")
+        T = len(chain)
+        for part, values in (("κ", split.kappa), ("b", split.offset)):
+            if values is not None and tuple(values.shape) not in ((T, 1), (T, D)):
+                raise ValueError(f"splitting: {part} must be ({T}, 1) or ({T}, {D}), got {tuple(values.shape)}")
         chain, split = move(chain, split, x_T.device)
         flat = x_T.detach().double().flatten(1)
         network = Network(model, prediction, x_T.shape[1:], model_dtype(model, x_T.dtype), rows, group)
@@ -181,14 +183,6 @@ class Sampler:
         """The same problem for some of the images, by position (k,)."""
         drift = self.drift if self.drift is None or len(self.drift) == 1 else self.drift[images]
         return Sampler(self.map, self.x_T[images], [c[images] for c in self.conditioning], drift, self.image[images])
-
-    def check(self, N: Tensor | None, stop: Stop) -> tuple[Tensor, int, Tensor]:
-        """x_0 (B, D) to a tight tolerance, from a guess of the remainders; rounds and rows (B,)."""
-        if N is None:
-            trajectory, _, rounds, rows = self.sequential(Silent())
-        else:
-            trajectory, _, rounds, rows = self.solve(N, SOLVER, stop, None, Silent(), None)
-        return trajectory[:, -1], rounds, rows
 
     def differentiable_sequential(self, x_T: Tensor) -> tuple[Tensor, Tensor]:
         """x_0 (B, D) with the graph of the whole chain, and rows (B,)."""

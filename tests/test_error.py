@@ -267,3 +267,11 @@ def test_a_result_says_on_one_line_what_was_found():
     got = sample(Mixture(SCHEDULE, means()), latents(2, 6), SCHEDULE.chain(10))
     assert "2 of 2 converged" in repr(got)
     assert "\n" not in repr(got)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 10, 300])
+def test_a_network_that_answers_nan_is_said_to_have(T):
+    got = sample(lambda x, t: x * torch.nan, latents(2, 6), SCHEDULE.chain(T))
+    assert got.error.isnan().all()
+    assert got.solution.status.tolist() == [Status.NONFINITE] * 2

@@ -31,6 +31,30 @@ def test_exact_inversion_of_a_mixture_reproduces_its_images(steps, splitting):
     assert found.status.tolist() == [Status.CONVERGED] * 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [1, 3])
+def test_in_long_chains_too_an_image_converged_is_one_that_sequential_sampling_makes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = 0.3 * torch.randn(6, 6, dtype=torch.float32, generator=generator).double()
+    x_0 = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 9))
+
+    def network(x, t):
+        return 0.8 * torch.tanh(x @ matrix.T) + 0.2 * x
+
+    chain = SCHEDULE.chain(101)
+    found = invert(network, x_0, chain, error=1e-8)
+    again = sample(network, found.x_T, chain, method="sequential").x_0
+    assert found.converged.all()
+    assert ((again - x_0).square().mean(1).sqrt() <= 1e-8).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [4, 101])
+def test_a_network_that_answers_nan_inverts_nothing(steps):
+    found = invert(lambda x, t: x * torch.nan, latents(2, 6), SCHEDULE.chain(steps))
+    assert found.status.tolist() == [Status.NONFINITE] * 2
+
+
 def test_exact_inversion_recovers_the_latent():
     model, chain, x_T = Mixture(SCHEDULE, means()), SCHEDULE.chain(50), latents(4, 6)
     x_0 = sample(model, x_T, chain, method="sequential").x_0

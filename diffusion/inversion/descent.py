@@ -146,6 +146,8 @@ def check_state(state: Mapping[str, Tensor], B: int, T: int, D: int, named_momen
 
     named_moments: the optimiser is Adam, whose moments are known by name; another one keeps what it likes as "adam.…".
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: tensors by name are required, got {type(state).__name__}")
     epochs = len(state["history"]) if "history" in state and state["history"].dim() else 0
     shapes: dict[str, tuple[int, ...]] = {
         "x_T": (B, D), "best": (B, D), "best_loss": (B,), "history": (epochs, B), "evaluations": (B,), "rounds": (),

@@ -124,7 +124,7 @@ class Found:
 
     def judged(self, goal: Goal) -> None:
         """Says by `status` and `error` what was measured."""
-        finite = self.x.isfinite().flatten(1).all(1) & self.N.isfinite().flatten(1).all(1)
+        finite = self.x.isfinite().flatten(1).all(1) & self.N.isfinite().flatten(1).all(1) & ~self.error.isnan()
         measured = self.error <= goal.error
         self.status[measured] = int(Status.CONVERGED)
         if not goal.loose:

@@ -46,7 +46,7 @@ def main() -> None:
     with torch.no_grad():
         found = invert(checkpoint.model, real, chain, prediction=checkpoint.prediction)
         between = sample(
-            checkpoint.model, spherical(found.x_T[0], found.x_T[1], args.count), chain, checkpoint.prediction
+            checkpoint.model, spherical(found.x_T[0], found.x_T[1], args.count), chain, prediction=checkpoint.prediction
         )
     ends = between.x_0[[0, -1]]
     print(f"loss of the inversions: {found.loss[0]:.1e}, {found.loss[1]:.1e} ({found.rounds} rounds)")

@@ -144,13 +144,20 @@ class Sampler:
         bar: Any,
         callback: Any,
         margin: float = MARGIN,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Solution, int, Tensor]:
-        """The fixed point of all steps together, from a guess of N (B, T, D): trajectory, solution, rounds, rows."""
+        """The fixed point of all steps together, from a guess of N (B, T, D): trajectory, solution, rounds, rows.
+
+        weight (B, T): by which a step's tolerance is multiplied.
+        """
         m, base, image = self.map, self.base(), self.image
         count = len(image) if self.numbers is None or not len(image) else int(image.max()) + 1
         m.evaluations = torch.zeros(count, dtype=torch.int64, device=base.device)
         before, scale = m.network.calls, scale_of(m.chain)
         stop = block_stop(replace(stop, rtol=reachable(stop.rtol, m.network.dtype)), scale)
+        if weight is not None:
+            tolerance = torch.as_tensor(stop.atol, dtype=torch.float64, device=base.device)
+            stop = replace(stop, atol=tolerance.reshape(-1, 1) * weight)
 
         def report(step: int, y: Tensor, residual: Tensor) -> Any:
             bar.update()

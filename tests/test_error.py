@@ -7,6 +7,8 @@ from mixture import Mixture, latents, means
 from diffusion import Schedule, load_checkpoint, sample
 from diffusion.chain import LinearChain
 from diffusion.methods.defects import SAFETY, carried, filled, summed
+from diffusion.methods.together import weight_of
+from diffusion.methods.visits import Visits
 from pydeqsolve import Status
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -99,6 +101,46 @@ def test_defects_carried_by_a_linear_network_are_its_error():
     assert (error >= SAFETY * true * (1 - 1e-9)).all()  # J = 0 may say more
     slope = torch.full((2, 40), 0.0, dtype=torch.float64)
     assert (carried(linear, base, x, N, 0 * N, slope, slope, torch.arange(2)) == 0).all()
+
+
+def test_what_moves_have_told_sets_a_linear_chain_of_one_entry_right_at_once():
+    linear, J = chain_of(), latents(1, 40, seed=6)[0]
+    x_T, N = latents(2, 1), 0.1 * latents(2, 40, 1, seed=4)
+    base = linear.base(x_T, None).expand(2, -1, 1)
+    visits = Visits.none(N, 1e-16)
+    i, k = torch.ones(2, 40).nonzero(as_tuple=True)
+    for guess in (0 * N, N):  # two visits of every step tell J, but of the first, which never moves
+        x = linear.trajectory(base, guess)
+        visits.note(i, k, x[i, k], J[k, None] * x[i, k])
+    delta = J[None, :, None] * x[:, :-1] - N
+    found = linear.trajectory(base, N + visits.foretold(linear, delta, torch.arange(2)))
+    right = [x_T]
+    for step in range(40):
+        right.append((linear.A[step] + linear.c[step] * J[step]) * right[-1])
+    torch.testing.assert_close(found, torch.stack(right, 1), rtol=1e-9, atol=1e-9)
+    plain = linear.trajectory(base, N + delta)
+    assert (plain - torch.stack(right, 1)).norm() > 1e-3
+
+
+def test_what_is_not_finite_is_corrected_by_its_defects_alone_and_harms_no_other_image():
+    linear, N = chain_of(), latents(2, 40, 3)
+    visits = Visits.none(N, 1e-16)
+    visits.change[:], visits.direction[:] = 0.1 * N, N
+    visits.change[0, 5] = torch.inf
+    told = visits.foretold(linear, N, torch.arange(2))
+    assert torch.equal(told[0], N[0])
+    assert told[1].isfinite().all()
+    assert not torch.equal(told[1], N[1])
+
+
+def test_tolerances_are_tighter_where_there_is_no_signal_but_for_those_at_rounding():
+    chain = SCHEDULE.chain(40)
+    weight = weight_of(chain, torch.tensor([1e-4, 1e-7], dtype=torch.float64), 1e-7)
+    assert weight[0, 0] == pytest.approx(0.5, rel=1e-3)
+    assert weight[0, -1] == pytest.approx(1.0, rel=1e-3)
+    assert (weight[0].diff() >= 0).all()
+    assert (weight[1] * 1e-7 >= 0.5e-7).all()
+    assert (weight_of(chain, torch.tensor([1e-9], dtype=torch.float64), 1e-7) == 1).all()
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 64])

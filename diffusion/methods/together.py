@@ -17,7 +17,7 @@ from torch import Tensor
 from pydeqsolve import Solution, Status, Stop
 
 from ..arguments import Silent
-from ..chain import interpolation
+from ..chain import Chain, interpolation
 from ..sampler import Sampler, scale_of
 from .defects import carried, defects, rounding
 from .goal import Found, Goal
@@ -26,7 +26,19 @@ from .visits import Visits
 
 ATTEMPTS = 10
 RTOL = 0.1  # rtol of the front for an error asked for of 1
+POWER = 4  # of σ: the tolerance is halved where it is 1
+GAIN = 0.7  # a solve that missed is followed by one for so much of the error asked for
+SLOW = 0.8  # a round that leaves more of the error than this is followed by a solve
 NEAR_FLOOR = 5.0  # an estimate within so many floors that no longer falls has come to the network's rounding
+
+
+def weight_of(chain: Chain, rtol: Tensor, precision: float) -> Tensor:
+    """1/(1 + σ^POWER) (n, T), by which a step's tolerance is multiplied, no less than leaves it at rounding; rtol (n,).
+
+    What a step without signal lacks is amplified by all that follow, and a correction takes away least of it.
+    """
+    weight = 1 / (1 + scale_of(chain)[:, 0].pow(POWER))
+    return torch.maximum(weight, (precision / 2 / rtol)[:, None]).clamp_max(1.0)
 
 
 @dataclass(eq=False)
@@ -64,8 +76,9 @@ class Together:
     def solve(self, guess: Tensor, images: Tensor) -> None:
         """Samples the images (n,) from a guess of their N (n, T, D).
 
-        The first attempt is a solve. As long as each halves the error, the next is a mere measurement of the states
-        that the last made: one round of plain iteration. Where it does not, the front is solved for more tightly.
+        The first attempt is a solve. What it leaves is corrected by the defects that were measured and by what their
+        steps' moves have told (`Visits.foretold`), and measured again, as long as the error falls. Where it does not,
+        the front is solved for more tightly.
         """
         goal, share = self.goal, guess.new_ones(len(images))
         front, before = torch.ones_like(images, dtype=torch.bool), torch.full_like(share, torch.inf)
@@ -79,10 +92,10 @@ class Together:
                     guess[part], error[part] = self._attempt(images[part], guess[part], share[part], visits, solving)
             if self.found.stopped:
                 return
-            asked, slow = goal.error[images], error > 0.5 * before
+            asked, slow = goal.error[images], error > SLOW * before
             stalled = slow & (error > asked) & (error <= NEAR_FLOOR * goal.floor[images])
             self.found.status[images[stalled]] = int(Status.STALLED)
-            share = torch.where(slow | front, share * (asked / error / 2).clamp(1e-3, 0.5), share)
+            share = torch.where(front, share * (GAIN * asked / error).clamp(1e-3, 0.5), share)
             open_ = (error > asked) & ~stalled & error.isfinite()
             share, guess, before, front, images = (v[open_] for v in (share, guess, error, slow, images))
         self._in_sequence(images)
@@ -90,7 +103,7 @@ class Together:
     def _attempt(
         self, images: Tensor, guess: Tensor, share: Tensor, visits: Visits, solving: bool
     ) -> tuple[Tensor, Tensor]:
-        """A solve, if so, and the measurement of what it gave: N' (n, T, D) there, and the estimate (n,)."""
+        """A solve, if so, and the measurement of what it gave: N (n, T, D) corrected by it, and the estimate (n,)."""
         run, found, goal = self.run.pick(images), self.found, self.goal
         m, base, T = run.map, run.base(), guess.shape[1]
         x, N, settled = m.linear.trajectory(base, guess, images), guess, torch.full_like(images, not solving) > 0
@@ -115,7 +128,7 @@ class Together:
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())
             self._tell(images, x)
         found.take(images, x, N, error)
-        return N + delta, error
+        return (N + visits.foretold(m.linear, delta, images) if measured else N), error
 
     def _front(self, run: Sampler, guess: Tensor, stop: Stop, visits: Visits) -> tuple[Tensor, Solution, Tensor]:
         """The fixed point to a tolerance per step: states, solution and rows (n,); notes the visits."""
@@ -130,8 +143,9 @@ class Together:
         run.map.visits = visits
         try:
             x, solution, _, rows = run.solve(
-                guess, self.solver, stop, self.window, self.bar, None if self.callback is None else watch
-            )
+                guess, self.solver, stop, self.window, self.bar, None if self.callback is None else watch,
+                weight=weight_of(run.map.chain, torch.as_tensor(stop.rtol), self.goal.precision),
+            )  # fmt: skip
         finally:
             run.map.visits = None
         return x, solution, rows

@@ -7,31 +7,59 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..chain import EditedChain, LinearChain
+
 TOLD = 100.0  # a move of fewer units of rounding of the state tells no slope
 
 
 @dataclass(eq=False)
 class Visits:
-    """Where every step was evaluated last, its value there, and the slope of N along its last move."""
+    """Where every step was evaluated last, its value there, and what its last move told of N.
+
+    That is a Jacobian of rank one, J = change·directionᵀ, which maps the move to the change of the value (Broyden 1965,
+    his first method, from J = 0); both are 0 where nothing was told.
+    """
 
     x: Tensor  # (B, T, D), NaN where it was not
     value: Tensor  # (B, T, D)
-    slope: Tensor  # (B, T), NaN where unknown
+    slope: Tensor  # (B, T) of N along the last move, NaN where unknown
     least: Tensor  # (B, T), the least slope of all moves
+    change: Tensor  # (B, T, D), ΔN
+    direction: Tensor  # (B, T, D), Δx/|Δx|²
     precision: float  # machine epsilon of the network
 
     @staticmethod
     def none(like: Tensor, precision: float) -> Visits:
         """Before the first round; like (B, T, D)."""
-        unknown = torch.full_like(like, torch.nan)
-        return Visits(unknown, torch.zeros_like(like), unknown[..., 0].clone(), unknown[..., 0].clone(), precision)
+        unknown, zero = torch.full_like(like, torch.nan), torch.zeros_like(like)
+        slope = unknown[..., 0].clone()
+        return Visits(unknown, zero, slope, slope.clone(), zero.clone(), zero.clone(), precision)
 
     def note(self, i: Tensor, k: Tensor, x: Tensor, value: Tensor) -> None:
         """N is `value` (n, D) at states x (n, D) of the images i and steps k (n,)."""
-        slope, sound = slopes(x - self.x[i, k], value - self.value[i, k], x, self.precision)
+        at = i, k
+        move, change = x - self.x[i, k], value - self.value[i, k]
+        slope, sound = slopes(move, change, x, self.precision)
         self.slope[i, k] = torch.where(sound, slope, self.slope[i, k])
         self.least[i, k] = torch.where(sound, torch.fmin(slope, self.least[i, k]), self.least[i, k])
-        self.x[i, k], self.value[i, k] = x, value
+        i, k, move, change = i[sound], k[sound], move[sound], change[sound]
+        self.change[i, k], self.direction[i, k] = change, move / move.square().sum(1, keepdim=True)
+        self.x[at], self.value[at] = x, value
+
+    def foretold(self, linear: LinearChain, delta: Tensor, image: Tensor) -> Tensor:
+        """δ + J d (n, T, D): by how much N changes when it is set right by the defects δ, to first order.
+
+        The states move by d_{k+1} = A_k d_k + c_k (δ_k + J_k d_k), d_0 = 0. δ alone for an image whose d is not finite,
+        and under an edit, which need not be linear.
+        """
+        if isinstance(linear, EditedChain):
+            return delta
+        change, direction, out = self.change[image], self.direction[image], delta.clone()
+        d = torch.zeros_like(delta[:, 0])
+        for k in range(delta.shape[1]):
+            out[:, k] += change[:, k] * (direction[:, k] * d).sum(1, keepdim=True)
+            d = linear.A[k] * d + linear.c[k] * out[:, k]
+        return torch.where(d.isfinite().all(1)[:, None, None], out, delta)
 
 
 def slopes(s: Tensor, y: Tensor, x: Tensor, precision: float) -> tuple[Tensor, Tensor]:

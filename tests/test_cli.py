@@ -271,9 +271,10 @@ def test_a_missing_matplotlib_is_named_before_the_work(tmp_path, capsys, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_returns_nan_fails_without_writing_images(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_a_model_that_returns_nan_fails_without_writing_images(method, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(UNet, "forward", lambda self, x, t: torch.full_like(x, torch.nan))
-    argv = ["sample", "--steps", 3, "--count", 2, "--method", "sequential", "--output", tmp_path / "out"]
+    argv = ["sample", "--steps", 3, "--count", 2, "--method", method, "--output", tmp_path / "out"]
     code, _, err = run(*argv, capsys=capsys)
     assert (code, len(err)) == (1, 1)
     assert "2 of 2 images are not finite" in err[0]

@@ -64,7 +64,8 @@ def run_sample(args: Namespace) -> dict[str, Any]:
         parts = _sample_batches(args, checkpoint, x_T, chain)
         seconds = time.perf_counter() - start
         x_0 = torch.cat([part.x_0 for part in parts]).cpu()
-        bad = int((~x_0.flatten(1).isfinite().all(1)).sum())
+        unknown = torch.cat([part.error for part in parts]).isnan().cpu()
+        bad = int((unknown | ~x_0.flatten(1).isfinite().all(1)).sum())
         if bad:
             raise ArithmeticError(f"{bad} of {len(x_0)} images are not finite: the model returned NaN or infinity")
         evaluations = torch.cat([part.evaluations for part in parts]).double()

@@ -34,12 +34,13 @@ class Inversion:
 
     Attributes:
         x_T: (B, …) the latent of least loss that was found, dtype of x_0.
-        loss: (B,) float64, ‖x̂_0 − x_0‖²_F of the image x̂_0 sampled from exactly that x_T.
+        loss: (B,) float64, ‖x̂_0 − x_0‖²_F of the image x̂_0 sampled from exactly that x_T; over more than 100 steps all
+            at once, to a tenth of the error asked for.
         history: (epochs, B) float64, the loss of every epoch; for "exact" the residual of every round of its solves, as
             a root mean square error per entry of the image, NaN where an image took no part.
-        status: (B,) int64 of `pydeqsolve.Status`: CONVERGED where √(loss/D) is within the error asked for, NONFINITE
-            where the loss is not finite, STALLED where "exact" gave up because the loss no longer fell, MAX_STEPS where
-            the rounds, the epochs or the one pass of the method were over.
+        status: (B,) int64 of `pydeqsolve.Status`: CONVERGED where √(loss/D), and what sampling may be off by
+            besides, is within the error asked for, NONFINITE where the loss is not finite, STALLED where "exact" gave
+            up because the loss no longer fell, MAX_STEPS where the rounds, the epochs or the one pass were over.
         typicality: (B,) |x_T|²/D, near 1 for a latent that the model would draw. A chain makes almost any image, of a
             latent further out: compare with real images that the same chain inverts, not with 1.
         rounds: model calls one after the other until x_T was found.

@@ -44,7 +44,7 @@ class Sample:
         evaluations: (B,) network evaluations per image.
         error: (B,) estimate of the relative error of x_0 against sequential sampling, measured on what is returned, no
             less than what the network's precision leaves; inf where rounds ran out before it was measured, 0 for
-            sequential sampling, NaN where x_0 is not finite.
+            sequential sampling, NaN where x_0, or what the network says on the way to it, is not finite.
         converged: (B,) bool, the error meets the one asked for; for sequential sampling, x_0 is finite.
     """
 

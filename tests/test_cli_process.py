@@ -1,4 +1,4 @@
-"""The program as a process of its own: streams, threads and a reader that goes away."""
+"""The program as a process of its own: streams, files, threads and a reader that goes away."""
 
 import json
 
@@ -34,3 +34,16 @@ def test_a_reader_that_goes_away_makes_no_noise(tmp_path):
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == 1
     process.stderr.close()
+
+
+def test_a_file_that_cannot_be_written_in_full_is_not_left_behind(tmp_path):
+    # a limit on the size of files stands for a full disk: the write itself fails, whoever runs the test
+    script = (
+        "import resource, sys; from diffusion.program.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
+        f"sys.exit(main(['sample', '--steps', '3', '--no-pictures', '--output', {str(tmp_path / 'out')!r}]))"
+    )
+    process = program("-c", script)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines() == [f"deq-ddim: error: {tmp_path / 'out' / 'samples.safetensors'}: File too large"]
+    assert not (tmp_path / "out").exists()

@@ -39,7 +39,8 @@ def test_a_reader_that_goes_away_makes_no_noise(tmp_path):
 def test_a_file_that_cannot_be_written_in_full_is_not_left_behind(tmp_path):
     # a limit on the size of files stands for a full disk: the write itself fails, whoever runs the test
     script = (
-        "import resource, sys; from diffusion.program.cli import main; resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
+        "import resource, sys; from diffusion.program.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700)); "
         f"sys.exit(main(['sample', '--steps', '3', '--no-pictures', '--output', {str(tmp_path / 'out')!r}]))"
     )
     process = program("-c", script)

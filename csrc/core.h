@@ -49,10 +49,9 @@ PYDEQSOLVE_HD static inline double square_root(double x) {
 
 // Solves the symmetric positive semidefinite A x = b by Cholesky, in place, newest difference first; returns the rank
 // kept. A is scaled to a unit diagonal first, so `ridge` and `cutoff` are relative: multiplying the problem by any
-// power of two changes no bit of the result. A difference that depends on newer ones (pivot <= cutoff) gets weight 0, as
-// does one that is not finite: its scale is 0.
-// Number is double, or a vector of doubles with as many systems side by side; root is its square root. Rows of zeros at
-// the end of a system change no bit of the rest.
+// power of two changes no bit of the result. A difference that depends on newer ones (pivot <= cutoff) gets weight 0,
+// as does one that is not finite: its scale is 0. Number is double, or a vector of doubles with as many systems side by
+// side; root is its square root. Rows of zeros at the end of a system change no bit of the rest.
 template <class Number, class Root>
 PYDEQSOLVE_HD static inline Number solve_positive(int n, Number* A, Number* b, Number* scale, double ridge,
                                                   double cutoff, const Root& root) {

@@ -10,12 +10,12 @@ namespace pydeqsolve {
 
 // Columns of the records of samples and blocks, doubles; pydeqsolve/step/records.py says what each is, and the module
 // is not loaded where it has others.
-#define PYDEQSOLVE_RECORD(X)                                                                                   \
-  X(best)                                                                                                      \
-  X(previous)                                                                                                  \
-  X(flat)                                                                                                      \
-  X(steps) X(status) X(evaluations) X(rejections) X(rank_losses) X(judged) X(improved) X(fresh) X(left_behind) \
-      X(residual) X(rtol) X(atol) X(size) X(recent) X(recent_size) X(earlier) X(earlier_size) X(unknowns) X(floor)
+// clang-format off
+#define PYDEQSOLVE_RECORD(X)                                                                                       \
+  X(best) X(previous) X(flat) X(steps) X(status) X(evaluations) X(rejections) X(rank_losses) X(judged) X(improved) \
+  X(fresh) X(left_behind) X(residual) X(rtol) X(atol) X(size) X(recent) X(recent_size) X(earlier) X(earlier_size)  \
+  X(unknowns) X(floor)
+// clang-format on
 #define PYDEQSOLVE_BLOCK(X) X(previous) X(steps) X(residual) X(done) X(rtol) X(atol)
 #define PYDEQSOLVE_COLUMN(name) double name;
 

@@ -121,7 +121,7 @@ def instance(text: str) -> tuple[str, str | None, tuple[int, ...]] | None:
 def compile_kernels(nvcc: str, architecture: str, cubin: Path) -> list[Kernel]:
     """The kernels of one architecture with what ptxas reports about them."""
     command = [nvcc, "-std=c++17", "-O3", "-Xptxas=-v", f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin)]
-    done = subprocess.run([*command, str(SOURCE)], capture_output=True, text=True)
+    done = subprocess.run([*command, f"-I{SOURCE.parents[1]}", str(SOURCE)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     kernels: list[Kernel] = []

@@ -48,6 +48,8 @@ def rebuild(tree: Any, leaves: Callable[[], Tensor]) -> Any:
     """A copy of the structure of `tree` whose tensors are drawn in order from `leaves`."""
     if isinstance(tree, Tensor):
         return leaves()
+    if type(tree) is dict:
+        return {key: rebuild(part, leaves) for key, part in tree.items()}
     if isinstance(tree, dict):
         other = copy.copy(tree)  # keeps what a subclass needs besides its items, as defaultdict does
         for key, part in tree.items():

@@ -11,6 +11,8 @@ from torch import Tensor
 
 def is_plain(x: Tensor) -> bool:
     """Whether the entries of x, whatever lies there, are one after the other as they are read."""
+    if torch.compiler.is_compiling():  # a graph has no tensors that are negated lazily, and no way to ask
+        return x.is_contiguous()
     return x.layout is torch.strided and not x.is_nested and not x.is_neg() and x.is_contiguous()
 
 

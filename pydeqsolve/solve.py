@@ -18,6 +18,7 @@ from .derivative.unroll import unroll
 from .layout import Layout, detached, rebuild
 from .loop.iterate import check_together, iterate
 from .loop.kept import History
+from .loop.traced import is_traceable, traced
 from .loop.watches import Callback
 from .problem import Problem, Solver
 from .solution import Solution
@@ -76,7 +77,9 @@ def solve(
             arguments in place is a ValueError, one past autograd (z.data, z.numpy()) where the first two calls show it.
 
     A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
-    Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps.
+    Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps. Under
+    torch.compile and torch.export a solve without gradient by `Picard` or `Anderson` is one loop of the graph
+    (`loop.traced`); `steps` is a tensor then.
     """
     history = None
     if isinstance(z0, Solution):
@@ -88,10 +91,15 @@ def solve(
         history.check(solver.method(), flat)
     _check_rest(snapshots, callback, trace, keep_history)
     refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0])
-    found = iterate(
-        problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback, history=history,
-        keep_history=keep_history, snapshots=snapshots,
-    )  # fmt: skip
+    options = (front, trace, callback, history, keep_history, snapshots)
+    in_graph = torch.compiler.is_compiling() and _is_one_graph(solver, gradient, options)
+    if in_graph:
+        found = traced(problem, flat.detach(), solver=solver, stop=stop)
+    else:
+        found = iterate(
+            problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback,
+            history=history, keep_history=keep_history, snapshots=snapshots,
+        )  # fmt: skip
     solution = Solution(
         found.z, found.residual, found.evaluations, found.status, found.steps, found.rejections, found.rank_losses,
         found.trace, snapshots=found.snapshots, history=found.history, course=found.course,
@@ -100,7 +108,7 @@ def solve(
     if isinstance(gradient, Unrolled):
         if torch.is_grad_enabled() and flat.shape[0]:
             solution.z = unroll(problem, flat, solver, solution)
-    elif gradient is not None and flat.shape[0]:
+    elif gradient is not None and flat.shape[0] and not in_graph:
         solution.z = gradient.attach(problem, solution, stop)
     solution.z = problem.layout.unpack(solution.z)
     return solution
@@ -173,6 +181,11 @@ def refuse_pairs(
             raise NotImplementedError("Unrolled replays neither a history nor a line search: use gradient=Implicit()")
         if not empty and (front is not None or solver.method().coupling != "joint"):
             raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
+
+
+def _is_one_graph(solver: Solver, gradient: Gradient | None, options: tuple[Any, ...]) -> bool:
+    """Whether a solve under torch.compile or torch.export stays in their graph, as one loop; else the graph breaks."""
+    return (gradient is None or not torch.is_grad_enabled()) and is_traceable(solver, options)
 
 
 def _with_phantom(problem: Problem, solution: Solution, gradient: Gradient | None) -> list[Any]:

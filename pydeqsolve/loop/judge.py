@@ -110,10 +110,9 @@ class SampleJudge:
         """
         samples = self.samples
         if z.dtype == torch.float64 and self.rule.norm != "max":
-            goal = samples["atol"] + samples["rtol"] * samples["size"]
-            unseen = leaving & (samples["size"] < SMALL) & (goal < UNSEEN) & (samples["rtol"] < torch.inf)
-            if bool((unseen & (samples["status"] == int(Status.CONVERGED))).any()):
-                _doubt(samples, unseen & (z != 0).flatten(1).any(1))
+            unseen = leaving & is_unseen(samples)
+            if bool((unseen & (samples["status"] == float(Status.CONVERGED.value))).any()):
+                doubt(samples, unseen & (z != 0).flatten(1).any(1))
         self.left.table[batch.rows[leaving]] = samples.table[leaving]
 
     def settle(self, eps: float) -> None:
@@ -124,23 +123,38 @@ class SampleJudge:
         left, rtol = self.left, self.stop.rtol
         if is_left_open(self.stop) or (not isinstance(rtol, Tensor) and rtol >= eps / 2):
             return
-        tolerance = left["atol"] + left["rtol"] * left["size"]
-        _doubt(left, (tolerance > 0) & (tolerance < eps / 2 * left["size"]))
+        doubt(left, is_unresolved(left, eps))
 
     def expire(self) -> None:
         """Ends what is still running for want of budget: MAX_STEPS, or DIVERGED when the residual had grown a lot."""
-        samples = self.samples
-        grown = (samples["previous"] > 1e6 * samples["best"]) & (samples["previous"] < torch.inf)
-        ended = torch.where(grown, float(Status.DIVERGED), float(Status.MAX_STEPS))
-        samples["status"] = torch.where(samples.running, ended, samples["status"])
+        expire(self.samples)
 
     def select(self, keep: Tensor) -> None:
         """Keeps the samples whose positions are in `keep` (k,)."""
         self.samples.select(keep)
 
 
-def _doubt(records: Records, which: Tensor) -> None:
+def expire(samples: Records) -> None:
+    """`SampleJudge.expire` of records (n,)."""
+    grown = (samples["previous"] > 1e6 * samples["best"]) & (samples["previous"] < torch.inf)
+    ended = torch.where(grown, float(Status.DIVERGED.value), float(Status.MAX_STEPS.value))
+    samples["status"] = torch.where(samples.running, ended, samples["status"])
+
+
+def is_unseen(samples: Records) -> Tensor:
+    """(n,) bool: the squares of the residual asked for vanish in float64."""
+    goal = samples["atol"] + samples["rtol"] * samples["size"]
+    return (samples["size"] < SMALL) & (goal < UNSEEN) & (samples["rtol"] < torch.inf)
+
+
+def is_unresolved(samples: Records, eps: float | Tensor) -> Tensor:
+    """(n,) bool: the tolerance is positive, and below the rounding of f and z in a precision of `eps`."""
+    tolerance = samples["atol"] + samples["rtol"] * samples["size"]
+    return (tolerance > 0) & (tolerance < eps / 2 * samples["size"])
+
+
+def doubt(records: Records, which: Tensor) -> None:
     """STALLED, not CONVERGED, for the samples `which` (n,)."""
     status = records["status"]
-    doubted = which & (status == int(Status.CONVERGED))
-    records["status"] = torch.where(doubted, float(Status.STALLED), status)
+    doubted = which & (status == float(Status.CONVERGED.value))
+    records["status"] = torch.where(doubted, float(Status.STALLED.value), status)

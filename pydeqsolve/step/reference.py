@@ -23,10 +23,7 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
     Norms are sums of squares, or maxima when norm is "max". f, z (n, T, D); rows (n,); wanted (n, T) or None.
     """
     M, head = ring.slots, ring.head
-    wide = torch.promote_types(f.dtype, torch.float32)
-    r = f.to(wide) - z.to(wide)
-    largest = torch.finfo(ring.dtype).max
-    kept = (r.clamp(-largest, largest) if ring.dtype.itemsize == 2 else r).to(ring.dtype)  # csrc/scalar.h
+    r, kept = difference(f, z)
     taken = torch.ones(f.shape[:2], dtype=torch.bool, device=f.device) if wanted is None else wanted
     for stored, new in ((ring.R, kept), (ring.F, f)):
         stored[rows, head] = torch.where(taken[..., None], new, stored[rows, head])
@@ -34,31 +31,48 @@ def measure(ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | Non
     ages = [(head - a) % M for a in range(M)]
     residuals = ring.R[rows][:, ages].double()
     iterates = ring.F[rows][:, ages].double() - residuals
-    y = residuals[:, :-1] - residuals[:, 1:]  # (n, M-1, T, D)
-    s = iterates[:, :-1] - iterates[:, 1:]
-    w = s if ring.by_steps else y
     if M > 1:
         valid = (torch.arange(M - 1, device=f.device)[None, None] < older[..., None]) & taken[..., None]  # (n, T, M-1)
-        row = torch.einsum("ntd,natd->nta", w[:, 0], y)
-        column = torch.einsum("natd,ntd->nta", w, y[:, 0])
-        rhs = torch.einsum("natd,ntd->nta", w, residuals[:, 0])
+        row, column, rhs, steps_row = products(residuals, iterates, ring.by_steps, ring.steps_gram is not None)
         gram, slots = ring.gram[rows], ages[:-1]
         gram[:, :, head, slots] = torch.where(valid, row, gram[:, :, head, slots])
         gram[:, :, slots, head] = torch.where(valid, column, gram[:, :, slots, head])
         ring.gram[rows] = gram
         ring.rhs[rows] = torch.nn.functional.pad(torch.where(valid, rhs, 0.0), (0, 1))
-        if ring.steps_gram is not None:
-            steps, new = ring.steps_gram[rows], torch.einsum("ntd,natd->nta", s[:, 0], s)
-            steps[:, :, head, slots] = torch.where(valid, new, steps[:, :, head, slots])
+        if ring.steps_gram is not None and steps_row is not None:
+            steps = ring.steps_gram[rows]
+            steps[:, :, head, slots] = torch.where(valid, steps_row, steps[:, :, head, slots])
             steps[:, :, slots, head] = steps[:, :, head, slots]
             ring.steps_gram[rows] = steps
     ring.count[rows] = torch.where(taken, older + 1, 0).to(ring.count.dtype)
-    both = torch.stack([r, f.to(wide)], dim=2).double()  # (n, T, 2, D)
+    both = torch.stack([r, f.to(r.dtype)], dim=2).double()  # (n, T, 2, D)
     squares = both.square().sum(-1)
     ring.squares[rows] = torch.where(taken[..., None], squares, ring.squares[rows])
     if norm == "max":
         squares = torch.where(squares.isfinite(), both.abs().amax(-1), squares)
     return torch.where(taken[..., None], squares, 0.0)
+
+
+def difference(f: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """r = f − z in no less than float32, and as the ring keeps it."""
+    wide = torch.promote_types(f.dtype, torch.float32)
+    r = f.to(wide) - z.to(wide)
+    largest = torch.finfo(f.dtype).max
+    return r, (r.clamp(-largest, largest) if f.dtype.itemsize == 2 else r).to(f.dtype)  # csrc/scalar.h
+
+
+def products(
+    residuals: Tensor, iterates: Tensor, by_steps: bool, with_steps: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The Gram entries of the newest difference, (n, T, M-1) each: its row, its column, the right-hand side, s·s.
+
+    residuals, iterates (n, M, T, D) float64 by age. with_steps: s·s too.
+    """
+    y, s = residuals[:, :-1] - residuals[:, 1:], iterates[:, :-1] - iterates[:, 1:]  # (n, M-1, T, D)
+    w = s if by_steps else y
+    row, column = (w[:, :1] * y).sum(-1).transpose(1, 2), (w * y[:, :1]).sum(-1).transpose(1, 2)
+    rhs = (w * residuals[:, :1]).sum(-1).transpose(1, 2)
+    return row, column, rhs, (s[:, :1] * s).sum(-1).transpose(1, 2) if with_steps else None
 
 
 def weights(ring: Ring, mode: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,47 +88,67 @@ def weights(ring: Ring, mode: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     if M == 1:
         return gamma, dropped
     slots = [(head - a) % M for a in range(M - 1)]
-    valid = torch.arange(M - 1, device=mode.device)[None, None] < size[..., None]  # (n, T, M-1)
-    pair = valid[..., :, None] & valid[..., None, :]
-    A = ring.gram[rows][:, :, slots][:, :, :, slots]
-    if ring.kind == "broyden good" and ring.steps_gram is not None:
-        A = A + ring.steps_gram[rows][:, :, slots][:, :, :, slots].triu(1)
-    if ring.kind == "broyden bad":
+    A, steps = ring.gram[rows][:, :, slots][:, :, :, slots], None
+    if ring.steps_gram is not None:
+        steps = ring.steps_gram[rows][:, :, slots][:, :, :, slots]
+    rhs, method = ring.rhs[rows][..., :-1], (ring.kind, ring.coupling, ring.ridge)
+    gamma[..., :-1], dropped = coefficients(method, ring.eps, A, steps, rhs, ring.squares[rows], size, mixes)
+    return gamma, dropped
+
+
+def coefficients(
+    method: tuple[str, str, float], eps: float, A: Tensor, steps: Tensor | None, b: Tensor, squares: Tensor,
+    size: Tensor, mixes: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """γ (n, T, m) by age and how many differences were dropped (n, T), for the `size` (n, T) differences of a block.
+
+    method: kind, coupling and ridge. eps: of the state's dtype.
+    A, steps (n, T, m, m), b (n, T, m): Gram matrices and right-hand sides by age; squares (n, T, 2); mixes (n, T) bool.
+    """
+    (kind, coupling, ridge), (n, T, m) = method, b.shape
+    ages = torch.arange(m, device=b.device)[None, None]
+    valid = ages < size[..., None]  # (n, T, m)
+    if kind == "broyden good" and steps is not None:
+        A = A + steps.triu(1)
+    if kind == "broyden bad":
         A = A.tril()
-    A = torch.where(pair, A, 0.0)
-    b = torch.where(valid, ring.rhs[rows][..., :-1], 0.0)
-    squares = torch.where(mixes[..., None], ring.squares[rows], 0.0)
-    if ring.coupling == "causal":
+    A = torch.where(valid[..., :, None] & valid[..., None, :], A, 0.0)
+    b = torch.where(valid, b, 0.0)
+    squares = torch.where(mixes[..., None], squares, 0.0)
+    if coupling == "causal":
         A, b, squares, size = A.cumsum(1), b.cumsum(1), squares.cumsum(1), torch.where(mixes, size, 0)
-    elif ring.coupling == "joint":
+    elif coupling == "joint":
         A, b, squares = (x.sum(1, keepdim=True).expand_as(x) for x in (A, b, squares))
         size = torch.where(mixes, size.amax(1, keepdim=True), 0)
-    inside = torch.arange(M - 1, device=mode.device)[None, None] < size[..., None]
-    A = torch.where(inside[..., :, None] & inside[..., None, :], A, 0.0).reshape(-1, M - 1, M - 1)
-    b = torch.where(inside, b, 0.0).reshape(-1, M - 1)
-    solver = _solve_positive if ring.kind == "anderson II" else _solve_general
-    x, kept = solver(A, b, ring.ridge)
-    x, kept = x.reshape(n, T, M - 1), kept.reshape(n, T)
-    noise = NOISE * ring.eps * x.abs().amax(-1)
+    inside = ages < size[..., None]
+    A = torch.where(inside[..., :, None] & inside[..., None, :], A, 0.0).reshape(-1, m, m)
+    b = torch.where(inside, b, 0.0).reshape(-1, m)
+    solver = _solve_positive if kind == "anderson II" else _solve_general
+    x, kept = solver(A, b, ridge)
+    x, kept = x.reshape(n, T, m), kept.reshape(n, T)
+    noise = NOISE * eps * x.abs().amax(-1)
     sound = noise.square() * squares[..., 1] <= squares[..., 0]
-    gamma[..., :-1] = torch.where(sound[..., None], x, 0.0)
-    return gamma, torch.where(sound, size - kept, size).to(torch.int32)
+    return torch.where(sound[..., None], x, 0.0), torch.where(sound, size - kept, size).to(torch.int32)
 
 
 def mix(ring: Ring, gamma: Tensor, mode: Tensor, z: Tensor, rows: Tensor, count: Tensor) -> Tensor:
     """The next iterate (n, T, D): f − Σ γ_a (f_a − f_{a+1}), damped; per block as `mode` says. count (n, T)."""
     M, head = ring.slots, ring.head
     ages = [(head - a) % M for a in range(M)]
-    F, R = ring.F[rows][:, ages].double(), ring.R[rows][:, ages].double()
-    undamped = 1 - ring.damping
-    damped = F - undamped * R if undamped else F  # (n, M, T, D); 0 times infinity is NaN
+    return mixed(ring.F[rows][:, ages], ring.R[rows][:, ages], gamma, mode, z, count, ring.damping)
+
+
+def mixed(F: Tensor, R: Tensor, gamma: Tensor, mode: Tensor, z: Tensor, count: Tensor, damping: float) -> Tensor:
+    """`mix` of rows F, R (n, M, T, D) by age."""
+    M, undamped = F.shape[1], 1 - damping
+    damped = F.double() - undamped * R.double() if undamped else F.double()  # (n, M, T, D); 0 times infinity is NaN
     used = torch.arange(M, device=z.device)[None, None] < (count - 1)[..., None]
-    difference = damped - damped.roll(-1, dims=1)
     x = damped[:, 0]
     for a in range(M - 1):
         weight = gamma[..., a, None]
-        x = torch.where(used[..., a, None] & (weight != 0), x - weight * difference[:, a], x)
-    choices = {MIX: x, REJECT: damped[:, 1 % M], PLAIN: damped[:, 0], ACCEPT: F[:, 0]}
+        step = weight * (damped[:, a] - damped[:, a + 1])
+        x = torch.where(used[..., a, None] & (weight != 0), x - step, x)
+    choices = {MIX: x, REJECT: damped[:, 1 % M], PLAIN: damped[:, 0], ACCEPT: F[:, 0].double()}
     out = z.double()
     for what, value in choices.items():
         out = torch.where((mode == what)[..., None], value, out)
@@ -123,23 +157,46 @@ def mix(ring: Ring, gamma: Tensor, mode: Tensor, z: Tensor, rows: Tensor, count:
 
 def _solve_positive(A: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Cholesky on unit diagonals, newest difference first; dependent ones get weight 0. A (K, m, m), b (K, m)."""
-    K, m = b.shape
+    m = b.shape[1]
     diagonal = A.diagonal(dim1=1, dim2=2)
     scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(A.dtype).tiny).rsqrt(), 0.0)
     A, b = A * scale[:, :, None] * scale[:, None, :], b * scale
-    L = torch.zeros_like(A)
-    kept = torch.zeros(K, m, dtype=torch.bool, device=A.device)
+    L: list[list[Tensor]] = []  # entry by entry, (K,) each, so that a compiler makes one kernel of it
+    y: list[Tensor] = []
+    kept: list[Tensor] = []
     for j in range(m):
+        row: list[Tensor] = []
         for k in range(j):
-            value = (A[:, j, k] - (L[:, j, :k] * L[:, k, :k]).sum(-1)) / torch.where(kept[:, k], L[:, k, k], 1.0)
-            L[:, j, k] = torch.where(kept[:, k], value, 0.0)
-        pivot = A[:, j, j] + ridge - L[:, j, :j].square().sum(-1)
-        kept[:, j] = (scale[:, j] > 0) & (pivot > PIVOT_CUTOFF)
-        L[:, j, j] = torch.where(kept[:, j], pivot.clamp_min(0).sqrt(), 1.0)
-        L[:, j, :j] = torch.where(kept[:, j, None], L[:, j, :j], 0.0)
-    rhs = torch.where(kept, b, 0.0)[..., None]
-    x = torch.cholesky_solve(rhs, L)[..., 0]
-    return torch.where(kept, x, 0.0) * scale, kept.sum(-1)
+            value = (A[:, j, k] - _inner(row, L[k][:k])) / L[k][k]
+            row.append(torch.where(kept[k], value, 0.0))
+        pivot = A[:, j, j] + ridge - _inner(row, row)
+        kept.append((scale[:, j] > 0) & (pivot > PIVOT_CUTOFF))
+        diag = torch.where(kept[j], pivot.clamp_min(0).sqrt(), 1.0)
+        row = [torch.where(kept[j], entry, 0.0) for entry in row]
+        y.append(torch.where(kept[j], b[:, j] - _inner(row, y), 0.0) / diag)
+        L.append([*row, diag])
+    x: list[Tensor] = []  # of the last unknowns, in order
+    for j in range(m - 1, -1, -1):
+        below = [L[k][j] for k in range(j + 1, m)]
+        x.insert(0, (y[j] - _inner(below, x)) / L[j][j])
+    taken = together(kept)
+    return torch.where(taken, together(x), 0.0) * scale, taken.sum(-1)
+
+
+def together(parts: list[Tensor]) -> Tensor:
+    """torch.stack(parts, −1), which a compiler makes memory of, as an expression of the place."""
+    at, out = torch.arange(len(parts), device=parts[0].device), parts[0][..., None].expand(*parts[0].shape, len(parts))
+    for j in range(1, len(parts)):
+        out = torch.where(at == j, parts[j][..., None], out)
+    return out
+
+
+def _inner(a: list[Tensor], b: list[Tensor]) -> Tensor | float:
+    """Σ a_i b_i of scalars, (K,) each."""
+    total: Tensor | float = 0.0
+    for u, v in zip(a, b, strict=True):
+        total = total + u * v
+    return total
 
 
 def _solve_general(A: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

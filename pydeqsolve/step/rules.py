@@ -40,11 +40,11 @@ def judge_samples(samples: Records, norms: Tensor, dropped: Tensor | None, rule:
     """Mode (n, T): MIX, REJECT, or KEEP when finished; from norms (n, T, 2) of r and f, dropped (n, T) or None."""
     totals = norms.amax(1) if rule.norm == "max" else (norms.sum(1) / rule.divisor).sqrt()
     lost = (dropped > 0).any(1) if dropped is not None else torch.zeros_like(samples.running)
-    mode = _judge(samples, totals[:, 0], totals[:, 1], lost, rule)
+    mode = judge_totals(samples, totals[:, 0], totals[:, 1], lost, rule)
     return mode[:, None].expand(-1, norms.shape[1]).contiguous()
 
 
-def _judge(samples: Records, residual: Tensor, size: Tensor, lost: Tensor, rule: Rule) -> Tensor:
+def judge_totals(samples: Records, residual: Tensor, size: Tensor, lost: Tensor, rule: Rule) -> Tensor:
     """The rules, in the order of csrc/judge.h; residual, size and lost (n,)."""
     running, previous, steps = samples.running, samples["previous"].clone(), samples["steps"].clone()
     finite = (residual < torch.inf) & (size < torch.inf)  # a size that overflows would excuse any residual
@@ -60,11 +60,11 @@ def _judge(samples: Records, residual: Tensor, size: Tensor, lost: Tensor, rule:
 
     # A causal map may pass its residual on, unchanged, through as many steps as there are unknowns.
     stalled = flat >= FLAT_STEPS + torch.where(at_floor, 0.0, samples["unknowns"])
-    status = torch.where(stalled, float(Status.STALLED), float(RUNNING))
-    status = torch.where(finite & ~blew_up & (residual > best * GROWTH), float(Status.DIVERGED), status)
-    broken = torch.where(exploded, float(Status.DIVERGED), float(Status.NONFINITE))
+    status = torch.where(stalled, float(Status.STALLED.value), float(RUNNING))
+    status = torch.where(finite & ~blew_up & (residual > best * GROWTH), float(Status.DIVERGED.value), status)
+    broken = torch.where(exploded, float(Status.DIVERGED.value), float(Status.NONFINITE.value))
     status = torch.where(finite | blew_up, status, broken)
-    status = torch.where(converged, float(Status.CONVERGED), status)
+    status = torch.where(converged, float(Status.CONVERGED.value), status)
     status = torch.where(running, status, samples["status"])
     going = status == RUNNING
     # What is returned is the iterate that met the tolerance, even where ‖f‖ was smaller before.
@@ -136,8 +136,8 @@ def judge_blocks(
     previous, steps = blocks["previous"].clone(), blocks["steps"].clone()
     blew_up = wanted & (steps >= 2) & (rule.safeguard > 0) & ~(residual <= rule.safeguard * previous)
     lost = (first & wanted & ~finite).any(1)
-    status = torch.where(lost, float(Status.NONFINITE), float(RUNNING))
-    status = torch.where(converged, float(Status.CONVERGED), status)
+    status = torch.where(lost, float(Status.NONFINITE.value), float(RUNNING))
+    status = torch.where(converged, float(Status.CONVERGED.value), status)
     samples["status"] = torch.where(running, status, samples["status"])
     samples["judged"] = running
     samples["evaluations"] += running

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import named_leaves
 from .step.ring import Method
 from .stop import Stop
 
@@ -39,19 +40,19 @@ def check_gradient(gradient: Any) -> None:
         raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {_words(gradient)}")
 
 
-def check_inputs(inputs: Any, B: int, device: torch.device) -> None:
-    """Raises unless `inputs` is a tuple or list of tensors (B, …) on `device`."""
+def check_inputs(inputs: Any, B: int, device: torch.device) -> list[Tensor]:
+    """The tensors of `inputs`, a tuple or list of tensors (B, …) on `device`, None, or nests of these; else raises."""
     if isinstance(inputs, Tensor):
         raise TypeError("inputs must be a tuple or list of tensors, got a tensor: write inputs=(x,)")
     if not isinstance(inputs, (tuple, list)):
         raise TypeError(f"inputs must be a tuple or list of tensors, got {type(inputs).__name__}")
-    for i, x in enumerate(inputs):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"inputs[{i}] must be a tensor, got {type(x).__name__}")
+    named = [pair for i, part in enumerate(inputs) for pair in named_leaves(part, f"inputs[{i}]")]
+    for name, x in named:
         if x.dim() == 0 or x.shape[0] != B:
-            raise ValueError(f"inputs[{i}] must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
+            raise ValueError(f"{name} must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
         if x.device != device:
-            raise ValueError(f"inputs[{i}] must be on {device} like z0, got {x.device}")
+            raise ValueError(f"{name} must be on {device} like z0, got {x.device}")
+    return [x for _, x in named]
 
 
 def check_cell(cell: Any) -> None:

@@ -86,7 +86,7 @@ class DEQ(nn.Module):
         x = inputs[0]
         if not isinstance(x, Tensor):
             raise TypeError(f"inputs[0] must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
+        if not x.is_floating_point() and not x.is_complex():
             raise TypeError(f"z0 must be given where inputs[0] is not a state, got {x.dtype}: layer(x, z0=…)")
         last = self._last(x) if self.warm_start else None
         return torch.zeros_like(x) if last is None else last

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from .memory import check_dense, is_plain
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = {torch.complex128: torch.float64, torch.complex64: torch.float32}  # of two reals each
 
 
 def leaves_of(tree: Any, name: str) -> list[Tensor]:
@@ -45,7 +46,9 @@ def leaves_like(template: Any, tree: Any, name: str) -> list[Tensor]:
 
 
 def rebuild(tree: Any, leaves: Callable[[], Tensor]) -> Any:
-    """A copy of the structure of `tree` whose tensors are drawn in order from `leaves`."""
+    """A copy of the structure of `tree` whose tensors are drawn in order from `leaves`; None stays."""
+    if tree is None:
+        return None
     if isinstance(tree, Tensor):
         return leaves()
     if type(tree) is dict:
@@ -59,6 +62,30 @@ def rebuild(tree: Any, leaves: Callable[[], Tensor]) -> Any:
     if hasattr(tree, "_fields"):
         return type(tree)(*parts)
     return type(tree)(parts)
+
+
+def named_leaves(tree: Any, name: str) -> list[tuple[str, Tensor]]:
+    """The tensors of a nest of tuples, lists and dicts, in order, with their names; None holds none."""
+    if tree is None:
+        return []
+    if isinstance(tree, dict):
+        return [leaf for key in tree for leaf in named_leaves(tree[key], f"{name}[{key!r}]")]
+    if isinstance(tree, (tuple, list)):
+        return [leaf for i, part in enumerate(tree) for leaf in named_leaves(part, f"{name}[{i}]")]
+    if not isinstance(tree, Tensor):
+        raise TypeError(f"{name} must be a tensor, None, or a nested tuple, list or dict, got {type(tree).__name__}")
+    return [(name, tree)]
+
+
+def nested(fn: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+    """fn as a function of the state and of the tensors of `inputs` one by one, in the order of `named_leaves`."""
+    skeleton = rebuild(inputs, lambda: torch.empty(0))
+
+    def called(z: Any, *leaves: Tensor, **keywords: Any) -> Any:
+        left = iter(leaves)
+        return fn(z, *rebuild(skeleton, lambda: next(left)), **keywords)
+
+    return called
 
 
 def detached(tree: Any) -> Any:
@@ -75,13 +102,17 @@ def copied(tree: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How a state of B samples lies in one tensor (B, T, D): T blocks (1 unless the solver couples blocks)."""
+    """How a state of B samples lies in one tensor (B, T, D): T blocks (1 unless the solver couples blocks).
+
+    A complex number lies there as its real and imaginary parts, one after the other.
+    """
 
     template: Any
     shapes: tuple[torch.Size, ...]  # of the leaves, without the batch dimension
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the reals
     device: torch.device
     blocks: int  # T
+    is_complex: bool = False
 
     @staticmethod
     def of(z0: Any, by_blocks: bool) -> Layout:
@@ -92,8 +123,10 @@ class Layout:
         first = leaves[0]
         for leaf in leaves:
             check_dense("z0", leaf)
-            if leaf.dtype not in FLOATING:
-                raise TypeError(f"z0 must be float64, float32, bfloat16 or float16, got {leaf.dtype}")
+            if leaf.dtype not in FLOATING and leaf.dtype not in COMPLEX:
+                raise TypeError(
+                    f"z0 must be float64, float32, bfloat16, float16, complex128 or complex64, got {leaf.dtype}"
+                )
             if leaf.dim() < 1 + by_blocks:
                 need = "(B, T, …)" if by_blocks else "(B, …)"
                 raise ValueError(f"every tensor of z0 must have shape {need}, got {tuple(leaf.shape)}")
@@ -108,14 +141,21 @@ class Layout:
                     f"and {leaf.dtype} on {leaf.device}"
                 )
         shapes = tuple(leaf.shape[1:] for leaf in leaves)
-        return Layout(z0, shapes, first.dtype, first.device, first.shape[1] if by_blocks else 1)
+        real = COMPLEX.get(first.dtype, first.dtype)
+        return Layout(z0, shapes, real, first.device, first.shape[1] if by_blocks else 1, first.is_complex())
 
     def pack(self, tree: Any, name: str) -> Tensor:
         """Structure → (n, T, D), contiguous, not negated lazily, in this layout's dtype.
 
-        Raises where a tensor is not dense, not real, or not of the layout's shapes and device.
+        Raises where a tensor is not dense, complex where z0 is real, or not of the layout's shapes and device.
         """
-        if type(tree) is Tensor and tree.dtype == self.dtype and len(self.shapes) == 1 and is_plain(tree):
+        if (
+            type(tree) is Tensor
+            and tree.dtype == self.dtype
+            and not self.is_complex
+            and len(self.shapes) == 1
+            and is_plain(tree)
+        ):
             n = tree.shape[0] if tree.dim() else 0
             if n and tree.shape[1:] == self.shapes[0] and tree.device == self.device:
                 return tree.view(n, self.blocks, -1)
@@ -128,10 +168,10 @@ class Layout:
                 raise ValueError(f"{name} must have shape {(n, *shape)} like z0, got {tuple(leaf.shape)}")
             if leaf.device != self.device:
                 raise ValueError(f"{name} must be on {self.device} like z0, got {leaf.device}")
-            if leaf.is_complex():
+            if leaf.is_complex() and not self.is_complex:
                 raise TypeError(f"{name} must be real like z0, got {leaf.dtype}")
         flat = [
-            leaf.resolve_neg().reshape(n, self.blocks, -1 if n and leaf.numel() else self._features(shape))
+            self._reals(leaf).reshape(n, self.blocks, -1 if n and leaf.numel() else self._features(shape))
             for leaf, shape in zip(leaves, self.shapes, strict=True)
         ]
         packed = flat[0] if len(flat) == 1 else torch.cat(flat, dim=2)
@@ -140,14 +180,24 @@ class Layout:
     def unpack(self, flat: Tensor) -> Any:
         """(n, T, D) → structure; views of `flat`."""
         n = flat.shape[0]
-        if isinstance(self.template, Tensor):
+        if isinstance(self.template, Tensor) and not self.is_complex:
             return flat.view(n, *self.shapes[0])
         if len(self.shapes) == 1:
             parts = [flat]
         else:
             parts = list(flat.split([self._features(shape) for shape in self.shapes], dim=2))
-        tensors = iter([part.reshape(n, *shape) for part, shape in zip(parts, self.shapes, strict=True)])
+        if self.is_complex:
+            pairs = [part.reshape(n, *shape, 2) for part, shape in zip(parts, self.shapes, strict=True)]
+            tensors = iter([torch.view_as_complex(pair) for pair in pairs])
+        else:
+            tensors = iter([part.reshape(n, *shape) for part, shape in zip(parts, self.shapes, strict=True)])
         return rebuild(self.template, lambda: next(tensors))
 
+    def _reals(self, leaf: Tensor) -> Tensor:
+        """leaf (n, …), or its real and imaginary parts (n, …, 2), with nothing left to be negated when read."""
+        if not self.is_complex:
+            return leaf.resolve_neg()
+        return torch.view_as_real(leaf.to(torch.promote_types(leaf.dtype, torch.complex64)).resolve_conj())
+
     def _features(self, shape: torch.Size) -> int:
-        return shape.numel() // self.blocks if self.blocks else 0
+        return shape.numel() * (2 if self.is_complex else 1) // self.blocks if self.blocks else 0

@@ -25,7 +25,7 @@ def is_autocast(kind: str) -> bool:
 def of_value(value: Any, dtype: torch.dtype) -> float:
     """The largest machine epsilon of `dtype` and of the tensors in `value`."""
     found = [value] if isinstance(value, Tensor) else tree_leaves(value)
-    return max(torch.finfo(t).eps for t in (dtype, *(x.dtype for x in found if _is_real(x))))
+    return max(torch.finfo(t).eps for t in (dtype, *(x.dtype for x in found if _has_eps(x))))
 
 
 class Watch(TorchDispatchMode):
@@ -48,7 +48,7 @@ class Watch(TorchDispatchMode):
             self.derived.difference_update(map(_memory, made))  # memory that is used again
         else:
             self.derived.update(map(_memory, made))
-            self.eps = max(self.eps, *(torch.finfo(x.dtype).eps for x in made if _is_real(x)), 0.0)
+            self.eps = max(self.eps, *(torch.finfo(x.dtype).eps for x in made if _has_eps(x)), 0.0)
         return result
 
 
@@ -60,8 +60,8 @@ def _memory(x: Tensor) -> int:
         return id(x)
 
 
-def _is_real(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def _has_eps(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def of_graph(f: Tensor, z: Tensor) -> float:
@@ -77,7 +77,7 @@ def of_graph(f: Tensor, z: Tensor) -> float:
         dtypes = [m.dtype for m in getattr(node, "_input_metadata", [])]
         dtypes += [autocast] if isinstance(node, torch.autograd.function.BackwardCFunction) else []
         for dtype in dtypes:
-            if dtype.is_floating_point and torch.finfo(dtype).eps > eps:
+            if (dtype.is_floating_point or dtype.is_complex) and torch.finfo(dtype).eps > eps:
                 coarsest, eps = dtype, torch.finfo(dtype).eps
     return torch.finfo(coarsest).eps
 

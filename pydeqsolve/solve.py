@@ -15,7 +15,7 @@ from .arguments import check_gradient, check_inputs, check_solver, check_stop, c
 from .checks import check_count, check_flag
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .derivative.unroll import unroll
-from .layout import Layout, detached, rebuild
+from .layout import Layout, detached, nested, rebuild
 from .loop.iterate import check_together, iterate
 from .loop.kept import History
 from .loop.traced import is_traceable, traced
@@ -30,7 +30,7 @@ ANDERSON, STOP, IMPLICIT = Anderson(), Stop(), Implicit()
 def solve(
     fn: Callable[..., Any],
     z0: Any,
-    inputs: Sequence[Tensor] = (),
+    inputs: Sequence[Any] = (),
     *,
     solver: Solver = ANDERSON,
     stop: Stop = STOP,
@@ -48,10 +48,12 @@ def solve(
         fn: the map; takes the state of n samples and returns their new state, same structure and shapes. It must treat
             samples independently and must not change its arguments in place.
         z0: first guess: a tensor (B, …), or a nested tuple, list or dict of tensors that share B, dtype (float64,
-            float32, bfloat16, float16) and device. Or an earlier `Solution`: its z, and its history if that was kept.
+            float32, bfloat16, float16, complex128, complex64) and device; complex numbers are solved for as pairs of
+            reals, and norms are over both parts. Or an earlier `Solution`: its z, and its history if that was kept.
             Where all tensors are (n,), these are n problems of one unknown each, and a UserWarning says so: one problem
             of n unknowns is z0[None], of shape (1, n).
-        inputs: tensors (B, …), the input injection, handed to fn after the state.
+        inputs: tensors (B, …), the input injection, handed to fn after the state; None, and nested tuples, lists and
+            dicts of tensors, are handed on as they are.
         solver: `Anderson`, `Broyden` or `Picard`.
         stop: tolerance, budget, norm.
         gradient: `Implicit`, `Phantom`, `Unrolled`, or None for no graph at all.
@@ -136,10 +138,12 @@ def _prepare(
     check_tolerances("stop", stop, [(B,), (), *([(B, T), (1, T)] if front is not None else [])])
     if isinstance(gradient, Implicit) and gradient.stop is not None:
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
-    check_inputs(inputs, B, flat.device)
-    compact = bool(inputs) if compact is None else compact
+    given = check_inputs(inputs, B, flat.device)
+    if not all(isinstance(x, Tensor) for x in inputs):
+        fn = nested(fn, inputs)
+    compact = bool(given) if compact is None else compact
     layout = replace(layout, template=_skeleton(z0))
-    return Problem(fn, tuple(inputs), layout, compact, causal=front is not None), flat
+    return Problem(fn, tuple(given), layout, compact, causal=front is not None), flat
 
 
 def _warn_of_one_dimension(z0: Any, n: int) -> None:

@@ -180,7 +180,7 @@ def test_without_inputs_the_first_guess_must_be_given():
     ("inputs", "kind", "message"),
     [
         (("x",), TypeError, r"inputs\[0\] must be a tensor, got str"),
-        ((torch.ones(2, 3), None), TypeError, r"inputs\[1\] must be a tensor, got NoneType"),
+        ((torch.ones(2, 3), "x"), TypeError, r"inputs\[1\] must be a tensor, None, or a nested .*, got str"),
         ((torch.ones(2, 3), torch.ones(3)), ValueError, r"inputs\[1\] must have leading dimension 2"),
         ((torch.ones(2, 3, dtype=torch.int64),), TypeError, r"z0 must be given where inputs\[0\] is not a state"),
     ],

@@ -41,6 +41,8 @@ def solve(
     front: Front | None = None,
     keep_history: bool = False,
     snapshots: Sequence[int] = (),
+    admissible: Callable[..., Tensor] | None = None,
+    merit: Callable[..., Tensor] | None = None,
 ) -> Solution:
     """Solves z = fn(z, *inputs) for each of B samples by itself and returns a `Solution`.
 
@@ -68,6 +70,13 @@ def solve(
             sample that has finished before has its final z there. Their gradient is that of `Phantom`, with the steps
             and damping of `gradient` if that is one: off the fixed point there is no implicit gradient.
         front: the map is causal over dimension 1 of the state, (B, T, …), and its blocks finish one by one (`Front`).
+        admissible: admissible(z, *inputs) → (n,) bool, asked of accelerated iterates before fn sees them, in the
+            structure of the state. Where it is false the sample takes the plain (damped) step instead, counts a
+            rejection, and keeps what it has learnt, at no evaluation. The plain step is not asked about: fn must be
+            able to leave from wherever it leads.
+        merit: merit(z, *inputs) → (n,) floating point, lower is better, of the same samples as fn: an accelerated
+            iterate that raises it above that of the current one, or makes it NaN, is refused likewise. A negative
+            log-likelihood for EM, an energy, a norm.
 
     Returns:
         Solution: per sample the best measured iterate, its residual, status and evaluations. Its tensors share memory
@@ -91,16 +100,17 @@ def solve(
         _warn_of_one_dimension(z0, flat.shape[0])
     if history is not None:
         history.check(solver.method(), flat)
-    _check_rest(snapshots, callback, trace, keep_history)
-    refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0])
-    options = (front, trace, callback, history, keep_history, snapshots)
+    _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
+    gated = admissible is not None or merit is not None
+    refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0], gated=gated)
+    options = (front, trace, callback, history, keep_history, snapshots, gated)
     in_graph = torch.compiler.is_compiling() and _is_one_graph(solver, gradient, options)
     if in_graph:
         found = traced(problem, flat.detach(), solver=solver, stop=stop)
     else:
         found = iterate(
             problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback,
-            history=history, keep_history=keep_history, snapshots=snapshots,
+            history=history, keep_history=keep_history, snapshots=snapshots, admissible=admissible, merit=merit,
         )  # fmt: skip
     solution = Solution(
         found.z, found.residual, found.evaluations, found.status, found.steps, found.rejections, found.rank_losses,
@@ -159,30 +169,34 @@ def _warn_of_one_dimension(z0: Any, n: int) -> None:
     )
 
 
-def _check_rest(snapshots: Any, callback: Any, trace: Any, keep_history: Any) -> None:
+def _check_rest(snapshots: Any, functions: dict[str, Any], trace: Any, keep_history: Any) -> None:
     """Raises for the arguments that `_prepare` does not look at."""
     if not isinstance(snapshots, (tuple, list)):
         raise TypeError(f"snapshots must be a tuple of steps, got {type(snapshots).__name__}")
     for k in snapshots:
         check_count("snapshots", k, least=1)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     check_flag("trace", trace)
     check_flag("keep_history", keep_history)
 
 
 def refuse_pairs(
     solver: Solver, gradient: Gradient | None, front: Front | None, history: History | None, keep_history: bool,
-    snapshots: Sequence[int], empty: bool,
+    snapshots: Sequence[int], empty: bool, gated: bool = False,
 ) -> None:  # fmt: skip
     """Raises for options that are each right, but do not go together."""
-    check_together(solver, front, keep_history or history is not None)
+    check_together(solver, front, keep_history or history is not None, gated)
     searches = bool(getattr(solver, "line_search", 0))
     if isinstance(gradient, Unrolled):
         if snapshots:
             raise NotImplementedError("snapshots are not unrolled: use gradient=Implicit() or Phantom()")
-        if history is not None or searches:
-            raise NotImplementedError("Unrolled replays neither a history nor a line search: use gradient=Implicit()")
+        if history is not None or searches or gated:
+            raise NotImplementedError(
+                "Unrolled replays neither a history, nor a line search, nor refusals by admissible or merit: use "
+                "gradient=Implicit()"
+            )
         if not empty and (front is not None or solver.method().coupling != "joint"):
             raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ class Batch:
             raise ValueError(f"the value of fn must have {z.shape[0]} samples like its argument, got {f.shape[0]}")
         address(f, "the value of fn")
         return f[self.rows] if partial else f
+
+    def ask(self, question: Callable[..., Any], z: Tensor) -> Any:
+        """question(z, *inputs) of the samples that fn sees, for the n of z (n, T, D) alone; z is not to be changed."""
+        partial = not self.problem.compact and self.size != self.full.shape[0]
+        seen = self.full.index_copy(0, self.rows, z) if partial else z
+        answer = question(self.problem.layout.unpack(seen.clone()), *self.inputs)
+        usable = partial and isinstance(answer, Tensor) and answer.dim() > 0 and len(answer) == len(seen)
+        return answer[self.rows] if usable else answer
 
     def _value(self, z: Tensor, wanted: Tensor | None) -> Any:
         """The value of fn at z (n, T, D), with a look at the precision that it is computed in."""

@@ -21,6 +21,7 @@ from ..stop import Front, Stop
 from .backtracking import Backtracking
 from .batch import Batch
 from .blocks import BlockJudge
+from .gate import Gate, Question
 from .judge import SampleJudge, Verdict
 from .kept import History
 from .step import FusedStep, KeepingStep, Step
@@ -57,8 +58,8 @@ def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
     return loop(problem, z0, **options)
 
 
-def _counting_versions(problem: Problem, z0: Tensor, *, callback: Callback | None = None, **options: Any) -> Outcome:
-    """`iterate` outside of inference mode, in which a change in place is not counted; fn and callback stay in it."""
+def _counting_versions(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
+    """`iterate` outside of inference mode, in which no change in place is counted; the user's functions stay in it."""
 
     def within(function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*given: Any, **keywords: Any) -> Any:
@@ -68,8 +69,10 @@ def _counting_versions(problem: Problem, z0: Tensor, *, callback: Callback | Non
         return called
 
     with torch.inference_mode(False):
-        told = None if callback is None else within(callback)
-        return iterate(replace(problem, fn=within(problem.fn)), z0, callback=told, **options)
+        for name in ("callback", "admissible", "merit"):
+            if options.get(name) is not None:
+                options[name] = within(options[name])
+        return iterate(replace(problem, fn=within(problem.fn)), z0, **options)
 
 
 _hidden: list[Callable[..., Outcome]] = []  # made once; the compiler warns of functools.cache
@@ -85,7 +88,7 @@ def _out_of_sight() -> Callable[..., Outcome]:
 def loop(
     problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop, front: Front | None = None, trace: bool = False,
     callback: Callback | None = None, history: History | None = None, keep_history: bool = False,
-    snapshots: Sequence[int] = (),
+    snapshots: Sequence[int] = (), admissible: Question | None = None, merit: Question | None = None,
 ) -> Outcome:  # fmt: skip
     """Solves z = fn(z) from z0 (B, T, D) for every sample by itself.
 
@@ -95,7 +98,7 @@ def loop(
     watching, seen = (Trace() if trace else None), Snapshots(snapshots)
     watches: list[Watch] = [*([watching] if watching else []), *([seen] if snapshots else [])]
     watches += [calling(callback)] if callback is not None else []
-    batch, step = assemble(problem, z0, solver, stop, front, history, keep_history)
+    batch, step = assemble(problem, z0, solver, stop, front, history, keep_history, admissible, merit)
     verdict = Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device))
     interval, steps, eps, stopped = stop.interval(z0.device), 0, batch.eps, False
     while steps < stop.max_steps and batch.size:
@@ -135,40 +138,47 @@ def loop(
 
 def assemble(
     problem: Problem, z0: Tensor, solver: Solver, stop: Stop, front: Front | None, history: History | None,
-    keep_history: bool,
+    keep_history: bool, admissible: Question | None = None, merit: Question | None = None,
 ) -> tuple[Batch, Step]:  # fmt: skip
     """The parts of one solve: the only place that knows which options exist, and which do not go together."""
     address(z0, "z0")
-    check_together(solver, front, keep_history or history is not None)
+    gated = admissible is not None or merit is not None
+    check_together(solver, front, keep_history or history is not None, gated)
     method = solver.method()
     B, T, D = z0.shape
     ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
     backend = choose(ring)
     batch = Batch(problem, z0, z0 if history is None else history.z, backend)
-    judge = _judge(batch, stop, front, solver)
+    judge = _judge(batch, stop, front, solver, merit is not None)
     judge.computes_in(batch.eps)
     if history is not None:
         judge.samples["steps"] = (history.since - 1).clamp_min(0)
+    gate = Gate(backend, admissible, merit, B) if gated else None
     if keep_history:
-        return batch, KeepingStep(backend, judge, History.begin(method, ring, z0.clone()))
-    if isinstance(backend, NativeCPU) and type(judge) is SampleJudge:
+        return batch, KeepingStep(backend, judge, History.begin(method, ring, z0.clone()), gate)
+    if isinstance(backend, NativeCPU) and type(judge) is SampleJudge and gate is None:
         return batch, FusedStep(backend, judge)
-    return batch, Step(backend, judge)
+    return batch, Step(backend, judge, gate)
 
 
-def check_together(solver: Solver, front: Front | None, with_history: bool) -> None:
+def check_together(solver: Solver, front: Front | None, with_history: bool, gated: bool = False) -> None:
     """Raises ValueError for options of the loop that are each right, but do not go together."""
+    searches = bool(getattr(solver, "line_search", 0))
+    if gated and (front is not None or searches):
+        raise ValueError("admissible and merit must be None with a front or a line_search")
     if front is not None and with_history:
         raise ValueError("front must be None with a history: its blocks finish at places of their own")
-    if getattr(solver, "line_search", 0) and (front is not None or with_history):
+    if searches and (front is not None or with_history):
         raise ValueError("line_search must be 0 with a front or a history")
 
 
-def _judge(batch: Batch, stop: Stop, front: Front | None, solver: Solver) -> SampleJudge:
-    """The judge of a batch; a line search goes back along a step at which the safeguard would throw history away."""
+def _judge(batch: Batch, stop: Stop, front: Front | None, solver: Solver, with_merit: bool) -> SampleJudge:
+    """The judge of a batch; a line search goes back along a step at which the safeguard would throw history away, and a
+    merit refuses it beforehand."""
     B, T, D = batch.z.shape
     line_search, backend = getattr(solver, "line_search", 0), batch.backend
-    safeguard = (torch.inf if line_search else solver.safeguard) if solver.method().memory else 0.0
+    unguarded = bool(line_search) or with_merit
+    safeguard = (torch.inf if unguarded else solver.safeguard) if solver.method().memory else 0.0
     rule = Rule(safeguard, torch.finfo(batch.z.dtype).eps, stop.norm, T * D, T * D)
     if front is not None:
         return BlockJudge(B, T, front, stop, replace(rule, entries=D, unknowns=0), backend)

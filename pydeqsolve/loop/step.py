@@ -11,6 +11,7 @@ from ..status import Status
 from ..step.backend import Backend, NativeCPU
 from ..step.records import KEEP, REJECT
 from .batch import Batch
+from .gate import Gate
 from .judge import SampleJudge, Verdict
 from .kept import History
 
@@ -18,8 +19,8 @@ from .kept import History
 class Step:
     """The passes one after the other."""
 
-    def __init__(self, backend: Backend, judge: SampleJudge) -> None:
-        self.backend, self.judge = backend, judge
+    def __init__(self, backend: Backend, judge: SampleJudge, gate: Gate | None = None) -> None:
+        self.backend, self.judge, self.gate = backend, judge, gate
         self._dropped: Tensor | None = None  # (n, T) differences that the last `advance` left out
 
     def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
@@ -33,6 +34,8 @@ class Step:
         z_next = verdict.z_next
         if z_next is None:
             z_next, self._dropped = self.backend.advance(batch.z, verdict.mode, batch.rows, batch.spare())
+            if self.gate is not None:
+                z_next = self.gate.passed(batch, self.judge, verdict, z_next)
         batch.move(self.judge.redirect(batch.z, z_next))
 
     def retire(self, batch: Batch, verdict: Verdict) -> Verdict:
@@ -46,6 +49,8 @@ class Step:
         stay = running.nonzero()[:, 0]
         batch.select(stay)
         self.judge.select(stay)
+        if self.gate is not None:
+            self.gate.select(stay)
         z_next = None if verdict.z_next is None else verdict.z_next[stay]
         return Verdict(verdict.mode[stay].contiguous(), None, z_next)
 
@@ -82,8 +87,8 @@ class FusedStep(Step):
 class KeepingStep(Step):
     """The passes, with the rows of every sample noted for a later solve."""
 
-    def __init__(self, backend: Backend, judge: SampleJudge, history: History) -> None:
-        super().__init__(backend, judge)
+    def __init__(self, backend: Backend, judge: SampleJudge, history: History, gate: Gate | None = None) -> None:
+        super().__init__(backend, judge, gate)
         self.history = history
 
     def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:

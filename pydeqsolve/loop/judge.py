@@ -15,7 +15,6 @@ from torch import Tensor
 from ..status import Status
 from ..step.backend import Backend
 from ..step.records import RUNNING, SAMPLE, Records
-from ..step.rules import Rule
 from ..stop import RTOL, Stop, is_left_open
 from .batch import Batch
 
@@ -50,8 +49,9 @@ class SampleJudge:
     samples: the records of those still running. left: those of finished ones, where they had them, (B,).
     """
 
-    def __init__(self, B: int, stop: Stop, rule: Rule, backend: Backend) -> None:
-        self.stop, self.rule, self.backend = stop, rule, backend
+    def __init__(self, B: int, stop: Stop, backend: Backend) -> None:
+        self.stop, self.rule, self.backend = stop, backend.rule, backend
+        rule = backend.rule
         device = backend.ring.R.device
         first = dict.fromkeys(("best", "previous", "residual", "recent", "earlier"), math.inf)
         first |= {"status": RUNNING, "unknowns": rule.unknowns, "floor": ROUNDING * rule.eps}
@@ -86,7 +86,7 @@ class SampleJudge:
 
         dropped (n, T): differences that the step before dropped.
         """
-        mode, finished, left_behind = self.backend.judge(self.samples, norms, dropped, self.rule)
+        mode, finished, left_behind = self.backend.judge(self.samples, norms, dropped)
         if left_behind is None or left_behind > 0:
             self.backend.keep(batch.full, batch.rows, batch.before, self.samples)
         return Verdict(mode, finished)

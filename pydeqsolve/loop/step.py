@@ -24,7 +24,7 @@ class Step:
 
     def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
         """Takes in f (n, T, D), the value at batch.z, of the blocks `wanted` (n, T). last: no step will follow."""
-        norms = self.backend.measure(f, batch.z, batch.rows, wanted, self.judge.rule.norm)
+        norms = self.backend.measure(f, batch.z, batch.rows, wanted)
         dropped, self._dropped = self._dropped, None
         return self.judge.judge(batch, f, norms, dropped, wanted)
 
@@ -74,7 +74,7 @@ class FusedStep(Step):
             return super().measure(batch, f, wanted, last)
         judge, z_next = self.judge, batch.spare()
         mode, finished, _ = self.native.step(
-            f, batch.z, batch.rows, wanted, judge.samples, judge.rule, batch.before, batch.full, z_next
+            f, batch.z, batch.rows, wanted, judge.samples, batch.before, batch.full, z_next
         )
         return Verdict(mode, finished, z_next)
 

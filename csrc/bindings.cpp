@@ -1,16 +1,21 @@
 // The one pybind11 file. Tensors arrive as addresses; pydeqsolve/step/backend.py has checked dtype, device and
 // contiguity.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "judge.h"
+#include "retire.h"
 #include "ring.h"
 #include "step.h"
 
@@ -43,7 +48,6 @@ struct Solve {
   }
   // threads: of the host. workspace, stream: of a device.
   Call call(int head, std::int64_t n, Address rows, int threads, Address workspace, Address stream) const {
-    check_address(at<void>(rows), n, "rows");
     Call call{};
     call.ring = ring, call.ring.head = head, call.rule = rule;
     call.n = n, call.rows = at<const std::int64_t>(rows);
@@ -83,6 +87,7 @@ Solve bind(int storage, int slots, int kind, double eps, std::int64_t samples, s
 
 void measure(const Solve& solve, int head, std::int64_t n, Address rows, Address wanted, Address f, Address z,
              Address norms, int threads, Address workspace, Address stream) {
+  check_address(at<void>(rows), n, "rows");
   Call call = solve.call(head, n, rows, threads, workspace, stream);
   call.wanted = at<const std::uint8_t>(wanted), call.f = at<const void>(f), call.z = at<const void>(z);
   call.norms = at<double>(norms);
@@ -97,6 +102,7 @@ void measure(const Solve& solve, int head, std::int64_t n, Address rows, Address
 // gamma (n, T, M) is null on the host.
 void advance(const Solve& solve, int head, std::int64_t n, Address rows, Address mode, Address gamma, Address dropped,
              Address z, Address z_next, int threads, Address workspace, Address stream) {
+  check_address(at<void>(rows), n, "rows");
   Call call = solve.call(head, n, rows, threads, workspace, stream);
   call.mode = at<std::uint8_t>(mode), call.gamma = at<double>(gamma), call.dropped = at<std::int32_t>(dropped);
   call.z = at<const void>(z), call.z_next = at<void>(z_next);
@@ -109,7 +115,7 @@ void advance(const Solve& solve, int head, std::int64_t n, Address rows, Address
   check_launch(solve.passes().advance(call));
 }
 
-// A whole step on the host; returns how many samples have finished and how many were left behind.
+// A whole step on the host; rows null: all. Returns how many samples have finished and how many were left behind.
 std::pair<std::int64_t, std::int64_t> step(const Solve& solve, int head, std::int64_t n, Address rows, Address wanted,
                                            Address f, Address z, Address table, Address before, Address best,
                                            Address mode, Address z_next, int threads) {
@@ -155,6 +161,34 @@ std::pair<std::int64_t, std::int64_t> judge_by_blocks(const Solve& solve, std::i
   return {counts.finished, counts.broken};
 }
 
+// n copies of one row, the records of samples before their first step.
+void fill(Address table, std::int64_t n, const std::array<double, sizeof(Sample) / sizeof(double)>& row) {
+  for (std::int64_t i = 0; i < n; ++i) std::memcpy(at<Sample>(table) + i, row.data(), sizeof(Sample));
+}
+
+void leave_batch(const Solve& solve, std::int64_t n, Address rows, Address z, Address table, Address best, Address left,
+                 bool ended, int threads) {
+  Call call = solve.call(0, n, rows, threads, 0, 0);
+  call.z = at<const void>(z), call.table = at<Sample>(table), call.best = at<void>(best);
+  check_rows(call);
+  py::gil_scoped_release release;
+  leave(call, ended, at<Sample>(left));
+}
+
+using Part = std::tuple<Address, Address, std::int64_t>;  // from, to, bytes of a sample
+std::int64_t close_up_batch(std::int64_t n, Address table, int threads, const std::vector<Part>& parts) {
+  std::vector<Kept> kept;
+  for (const auto& [from, to, bytes] : parts) kept.push_back({at<const void>(from), at<void>(to), bytes});
+  py::gil_scoped_release release;
+  return close_up(n, at<const Sample>(table), threads, kept);
+}
+
+std::int64_t tell_all(std::int64_t B, Address left, Address residual, Address evaluations, Address status,
+                      Address rejections, Address rank_losses) {
+  return tell(B, at<const Sample>(left), at<double>(residual), at<std::int64_t>(evaluations), at<std::int64_t>(status),
+              at<std::int64_t>(rejections), at<std::int64_t>(rank_losses));
+}
+
 #if defined(PYDEQSOLVE_WITH_CUDA)
 void keep(std::int64_t n, std::int64_t bytes, Address table, Address rows, Address from, Address to, Address stream) {
   check_launch(keep_cuda(n, bytes, at<const Sample>(table), at<const std::int64_t>(rows), at<const void>(from),
@@ -186,6 +220,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("use_large_pages", &use_large_pages);
   m.def("judge_samples", &judge_by_samples);
   m.def("judge_blocks", &judge_by_blocks);
+  m.def("fill", &fill);
+  m.def("leave", &leave_batch);
+  m.def("close_up", &close_up_batch);
+  m.def("tell", &tell_all);
 #define PYDEQSOLVE_NAME(name) #name,
   constexpr const char* sample[] = {PYDEQSOLVE_SAMPLE(PYDEQSOLVE_NAME)};
   constexpr const char* block[] = {PYDEQSOLVE_BLOCK(PYDEQSOLVE_NAME)};

@@ -36,7 +36,7 @@ inline void check_address(const void* first, std::int64_t entries, const char* n
 }
 
 inline Memory memory(const Ring& ring, const void* first, std::int64_t entries) {
-  const std::uintptr_t size = ring.storage == Storage::kFloat64 ? 8 : ring.storage == Storage::kFloat32 ? 4 : 2;
+  const auto size = static_cast<std::uintptr_t>(bytes_of(ring.storage));
   return {reinterpret_cast<Address>(first), static_cast<std::uintptr_t>(entries) * size};
 }
 
@@ -84,7 +84,8 @@ inline void check_states(const Call& call) {
 // On the host alone: a device's indices cannot be read without waiting for it.
 inline void check_rows(const Call& call) {
   bool inside = true;
-  for (std::int64_t i = 0; i < call.n; ++i) inside = inside && call.rows[i] >= 0 && call.rows[i] < call.ring.samples;
+  for (std::int64_t i = 0; call.rows && i < call.n; ++i)
+    inside = inside && call.rows[i] >= 0 && call.rows[i] < call.ring.samples;
   if (!inside) throw std::invalid_argument("rows must lie in 0 ... " + std::to_string(call.ring.samples - 1));
 }
 

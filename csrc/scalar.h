@@ -97,6 +97,10 @@ constexpr Storage kStorage = std::is_same_v<Scalar, double>     ? Storage::kFloa
                              : std::is_same_v<Scalar, BFloat16> ? Storage::kBFloat16
                                                                 : Storage::kFloat16;
 
+PYDEQSOLVE_HD static inline int bytes_of(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
 // body(Scalar{}), the type in which `storage` keeps a state.
 template <class Body>
 static inline void with_scalar(Storage storage, const Body& body) {

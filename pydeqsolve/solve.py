@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .arguments import check_gradient, check_inputs, check_solver, check_stop, c
 from .checks import check_count, check_flag
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .derivative.unroll import unroll
-from .layout import Layout, detached, rebuild
+from .layout import Layout, detached
 from .loop.iterate import check_together, iterate
 from .loop.kept import History
 from .loop.watches import Callback
@@ -125,12 +124,11 @@ def _prepare(
     B, T, D = flat.shape
     if B and not T * D:
         raise ValueError("z0 must have at least one entry per sample")
-    check_tolerances("stop", stop, [(B,), (), *([(B, T), (1, T)] if front is not None else [])])
+    check_tolerances("stop", stop, ((B,), (), (B, T), (1, T)) if front is not None else ((B,), ()))
     if isinstance(gradient, Implicit) and gradient.stop is not None:
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
     check_inputs(inputs, B, flat.device)
     compact = bool(inputs) if compact is None else compact
-    layout = replace(layout, template=_skeleton(z0))
     return Problem(fn, tuple(inputs), layout, compact, causal=front is not None), flat
 
 
@@ -184,8 +182,3 @@ def _with_phantom(problem: Problem, solution: Solution, gradient: Gradient | Non
             z = phantom.attach_at(problem, solution.residual.isfinite() & z.isfinite().flatten(1).all(1), z)
         found.append(problem.layout.unpack(z))
     return found
-
-
-def _skeleton(tree: Any) -> Any:
-    """The structure of z0 without its data, so that a Solution does not keep z0 alive."""
-    return rebuild(tree, lambda: torch.empty(0))

@@ -70,10 +70,10 @@ DEFECTS = [
            "test_history.py::test_a_shift_of_the_map_leaves_the_differences_as_they_are"),
     # The loop: counters, stopping, safeguard, line search.
     Defect("evaluations are counted wrong", "pydeqsolve/loop/iterate.py",
-           'left["best"].clone(), evaluations, status', 'left["best"].clone(), evaluations + 1, status',
+           'batch.full, residual, evaluations, status', 'batch.full, residual, evaluations + 1, status',
            "test_laws.py::test_evaluations_count_the_rows_passed_to_fn"),
     Defect("samples are frozen too early", "pydeqsolve/loop/judge.py",
-           "name: t for name in", "name: 2 * t for name in",
+           "name: float(t) for name in", "name: float(2 * t) for name in",
            "test_solve.py::test_a_contraction_ends_converged_with_its_residual_within_the_tolerance"),
     Defect("the safeguard is skipped", "pydeqsolve/loop/iterate.py",
            "if getattr(solver, \"line_search\", 0) else solver.safeguard", "if True else solver.safeguard",

@@ -36,7 +36,8 @@ class Passes:
         out = torch.full_like(z, math.nan)
         before = z if self.before is None else self.before
         step = choose(self.ring, self.rule).step
-        mode, *counts = step(f, z, rows, wanted, self.samples, before, self.best, out)
+        mode = torch.full(f.shape[:2], 99, dtype=torch.uint8)
+        counts = list(step(f, z, rows, wanted, self.samples, before, self.best, mode, out))
         self.before = z
         return mode, counts, out
 

@@ -96,7 +96,7 @@ def loop(
     watches: list[Watch] = [*([watching] if watching else []), *([seen] if snapshots else [])]
     watches += [calling(callback)] if callback is not None else []
     batch, step = assemble(problem, z0, solver, stop, front, history, keep_history)
-    verdict = Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device))
+    verdict: Verdict | None = None
     interval, steps, eps, stopped = stop.interval(z0.device), 0, batch.eps, False
     while steps < stop.max_steps and batch.size:
         wanted = step.judge.wanted(z0.shape[1])
@@ -116,20 +116,18 @@ def loop(
             verdict = step.retire(batch, verdict)
         if not last and batch.size:
             step.advance(batch, verdict)
-    step.finish(batch, verdict)
+    step.finish(batch, verdict or Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device)))
     step.judge.settle(batch.eps)
     kept = None
     if isinstance(step, KeepingStep):  # a solve without steps has learnt nothing beyond what it was given
         kept = step.history.seal() if steps or history is None else history
     left = step.judge.left
-    evaluations, status, rejections, rank_losses = (
-        left[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")
-    )
+    (residual, evaluations, status, rejections, rank_losses), failed = step.backend.tell(left)
     return Outcome(
-        batch.full, left["best"].clone(), evaluations, status, steps, rejections, rank_losses,
+        batch.full, residual, evaluations, status, steps, rejections, rank_losses,
         None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
         # It explains failures; a device is not waited for to save some memory.
-        Course(left.table, SAMPLE, z0.dtype, stopped) if not status.is_cpu or bool(status.any()) else None,
+        None if failed == 0 else Course(left.table, SAMPLE, z0.dtype, stopped),
     )  # fmt: skip
 
 

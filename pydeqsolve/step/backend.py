@@ -108,9 +108,19 @@ class Backend:
         gamma, dropped = reference.weights(self.ring, mode, rows)
         return reference.mix(self.ring, gamma, mode, z, rows, count), dropped
 
+    def tell(self, left: Records) -> tuple[list[Tensor], int | None]:
+        """best float64, then evaluations, status, rejections and rank_losses int64, (B,) each; how many samples did not
+        converge, None where counting would wait for the device. left: the records of all samples."""
+        counts = [left[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")]
+        return [left["best"].clone(), *counts], int((counts[1] != 0).sum()) if left.table.is_cpu else None
+
     def buffer_like(self, x: Tensor) -> Tensor:
         """An uninitialised tensor like x."""
         return torch.empty_like(x)
+
+    def copy_of(self, x: Tensor) -> Tensor:
+        """x in memory of its own."""
+        return x.clone()
 
 
 class Native(Backend):
@@ -144,24 +154,35 @@ class NativeCPU(Native):
         return mode, broken if some else None, open_, finished
 
     def step(
-        self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, samples: Records, before: Tensor, best: Tensor,
-        out: Tensor,
-    ) -> tuple[Tensor, int, int]:  # fmt: skip
+        self, f: Tensor, z: Tensor, rows: Tensor | None, wanted: Tensor | None, samples: Records, before: Tensor,
+        best: Tensor, mode: Tensor, out: Tensor,
+    ) -> tuple[int, int]:  # fmt: skip
         """`measure`, `judge` and `advance` at once: each sample passes through all three while in a core's cache.
 
         Writes the next iterate to out (n, T, D), which must share no memory with f and z; counts in `samples` what it
         drops. Copies the samples that are left behind from before (n, T, D), the iterate before z, to best (B, T, D):
-        like f and z, contiguous and in the ring's dtype. Returns mode (n, T), samples finished, samples left behind.
+        like f and z, contiguous and in the ring's dtype, which nobody checks. rows None: all samples, in order. Writes
+        mode (n, T) uint8. Returns samples finished, samples left behind.
         """
         ring = self.ring
-        _check(ring, f, z)
         ring.head = (ring.head + 1) % ring.slots
         wanted = None if wanted is None else wanted.contiguous()
-        return native.step(self.handle, ring.head, f, z, rows, wanted, samples, before, best, out)
+        return native.step(self.handle, ring.head, f, z, rows, wanted, samples, before, best, mode, out)
+
+    def leave(self, rows: Tensor | None, z: Tensor, samples: Records, best: Tensor, left: Records, ended: bool) -> None:
+        """Stores what finished samples leave, with `ended` all: their records, to left, and z (n, T, D), where that is
+        their best iterate, to best (B, T, D). What still runs at the end is given up for want of budget."""
+        native.leave(self.handle, rows, z, samples, best, left.table, ended)
+
+    def tell(self, left: Records) -> tuple[list[Tensor], int | None]:
+        return native.tell(left.table)
 
     def buffer_like(self, x: Tensor) -> Tensor:
         """An uninitialised tensor like x, on large pages where it is that long."""
         return native.buffer_like(x)
+
+    def copy_of(self, x: Tensor) -> Tensor:
+        return x.clone() if x.nbytes < native.LARGE_PAGE else native.buffer_like(x).copy_(x)
 
 
 class NativeCUDA(Native):

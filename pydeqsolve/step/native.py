@@ -193,18 +193,60 @@ def keep(best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
 
 
 def step(
-    handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, samples: Records,
-    before: Tensor, best: Tensor, out: Tensor,
-) -> tuple[Tensor, int, int]:  # fmt: skip
+    handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor | None, wanted: Tensor | None, samples: Records,
+    before: Tensor, best: Tensor, mode: Tensor, out: Tensor,
+) -> tuple[int, int]:  # fmt: skip
     """`measure_bound`, `judge` and `advance_bound` at once on the host; see `NativeCPU.step`."""
-    n, T, _ = f.shape
-    mode = torch.empty(n, T, dtype=torch.uint8, device=f.device)  # whatever the default device
-    counts = _native.step(
-        handle, head, n, rows.data_ptr(), 0 if wanted is None else wanted.data_ptr(), f.data_ptr(), z.data_ptr(),
-        samples.table.data_ptr(), before.data_ptr(), best.data_ptr(), mode.data_ptr(), out.data_ptr(),
-        torch.get_num_threads(),
+    counts: tuple[int, int] = _native.step(
+        handle, head, len(f), 0 if rows is None else rows.data_ptr(), 0 if wanted is None else wanted.data_ptr(),
+        f.data_ptr(), z.data_ptr(), samples.table.data_ptr(), before.data_ptr(), best.data_ptr(), mode.data_ptr(),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return (mode, *counts)
+    return counts
+
+
+def table_of(n: int, row: list[float], device: torch.device) -> Tensor:
+    """n times the same row of a sample's records, (n, len(row)) float64; nothing is copied to a device, which might
+    wait for it."""
+    if device.type == "cpu" and _native is not None:
+        table = torch.empty(n, len(row), dtype=torch.float64, device=device)
+        _native.fill(table.data_ptr(), n, row)
+        return table
+    if device.type == "cpu":
+        return torch.tensor(row, dtype=torch.float64, device=device).repeat(n, 1)
+    table = torch.zeros(n, len(row), dtype=torch.float64, device=device)
+    for i, value in enumerate(row):
+        if value:
+            table[:, i] = value
+    return table
+
+
+def leave(
+    handle: Any, rows: Tensor | None, z: Tensor, samples: Records, best: Tensor, left: Tensor, ended: bool
+) -> None:
+    """Stores iterates and records of finished samples on the host; see `NativeCPU.leave`."""
+    _native.leave(
+        handle, len(z), 0 if rows is None else rows.data_ptr(), z.data_ptr(), samples.table.data_ptr(),
+        best.data_ptr(), left.data_ptr(), ended, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def close_up(samples: Records, k: int, tensors: list[Tensor]) -> list[Tensor]:
+    """The k samples of contiguous `tensors` (n, …) on the host that are still running, one after the other."""
+    n, found = len(samples.table), [buffer_like(x[:k]) for x in tensors]
+    pairs = zip(tensors, found, strict=True)
+    parts = [(x.data_ptr(), y.data_ptr(), x.nbytes // n) for x, y in pairs]
+    _native.close_up(n, samples.table.data_ptr(), torch.get_num_threads(), parts)
+    return found
+
+
+def tell(left: Tensor) -> tuple[list[Tensor], int]:
+    """best float64, then evaluations, status, rejections and rank_losses int64, (B,) each, of records left (B, …) on
+    the host; and how many did not converge."""
+    B = len(left)
+    best, counts = left.new_empty(B), [left.new_empty(B, dtype=torch.int64) for _ in range(4)]
+    failed: int = _native.tell(B, left.data_ptr(), best.data_ptr(), *(x.data_ptr() for x in counts))
+    return [best, *counts], failed
 
 
 def advance_bound(

@@ -42,6 +42,8 @@ class Outcome:
     snapshots: list[Tensor]  # (B, T, D) each
     history: History | None
     course: Course | None  # how it went: what `Solution.check` reads the likely causes from
+    solver: Solver  # that found it
+    stop: Stop  # that was asked for
 
 
 def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
@@ -130,6 +132,7 @@ def loop(
         None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
         # It explains failures; a device is not waited for to save some memory.
         Course(left.table, SAMPLE, z0.dtype, stopped) if not status.is_cpu or bool(status.any()) else None,
+        solver, stop,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
-from .derivative.unroll import unroll
 from .layout import Layout, detached
-from .loop.iterate import check_together, iterate
+from .loop.iterate import Outcome, check_together, iterate
 from .loop.kept import History
 from .loop.watches import Callback
 from .problem import Problem, Solver
-from .solution import Solution
+from .solution import Recorder, Solution
 from .stop import Front, Stop
 
 ANDERSON, STOP, IMPLICIT = Anderson(), Stop(), Implicit()
@@ -91,18 +91,12 @@ def solve(
         problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback, history=history,
         keep_history=keep_history, snapshots=snapshots,
     )  # fmt: skip
-    solution = Solution(
-        found.z, found.residual, found.evaluations, found.status, found.steps, found.rejections, found.rank_losses,
-        found.trace, snapshots=found.snapshots, history=found.history, course=found.course,
+    seen, recorder = _with_phantom(problem, flat, found, gradient), Recorder()
+    z = found.z if gradient is None or not flat.shape[0] else gradient.attach(problem, flat, found, recorder)
+    return Solution(
+        problem.layout.unpack(z), found.residual, found.evaluations, found.status, found.steps, found.rejections,
+        found.rank_losses, found.trace, seen, found.history, found.course, recorder,
     )  # fmt: skip
-    solution.snapshots = _with_phantom(problem, solution, gradient)
-    if isinstance(gradient, Unrolled):
-        if torch.is_grad_enabled() and flat.shape[0]:
-            solution.z = unroll(problem, flat, solver, solution)
-    elif gradient is not None and flat.shape[0]:
-        solution.z = gradient.attach(problem, solution, stop)
-    solution.z = problem.layout.unpack(solution.z)
-    return solution
 
 
 def _prepare(
@@ -173,12 +167,13 @@ def refuse_pairs(
             raise NotImplementedError('Unrolled needs a solver with coupling="joint" and no front')
 
 
-def _with_phantom(problem: Problem, solution: Solution, gradient: Gradient | None) -> list[Any]:
+def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: Gradient | None) -> list[Any]:
     """The snapshots in the user's structure, with a phantom gradient when there is to be any."""
     phantom = gradient if isinstance(gradient, Phantom) else Phantom()
     found = []
-    for z in solution.snapshots:
+    for z in outcome.snapshots:
         if gradient is not None:
-            z = phantom.attach_at(problem, solution.residual.isfinite() & z.isfinite().flatten(1).all(1), z)
+            residual = torch.where(z.isfinite().flatten(1).all(1), outcome.residual, torch.inf)
+            z = phantom.attach(problem, start, replace(outcome, z=z, residual=residual), Recorder())
         found.append(problem.layout.unpack(z))
     return found

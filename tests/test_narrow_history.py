@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import problems
 import pytest
@@ -275,7 +276,7 @@ def test_a_shift_of_the_map_beyond_float16_leaves_finite_rows():
 def test_a_history_goes_with_states_of_its_own_dtype_alone(dtype):
     fn, z0 = affine(dtype, 0.9)
     start = solve(fn, z0, stop=Stop(max_steps=5), gradient=None, keep_history=True)
-    start.z = start.z.float()
+    start = replace(start, z=start.z.float())
     with pytest.raises(ValueError, match=r"but the state is .* in torch\.float32"):
         solve(fn, start, gradient=None)
 

@@ -42,6 +42,8 @@ class Outcome:
     snapshots: list[Tensor]  # (B, T, D) each
     history: History | None
     course: Course | None  # how it went: what `Solution.check` reads the likely causes from
+    solver: Solver  # that found it
+    stop: Stop  # that was asked for
 
 
 def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
@@ -128,6 +130,7 @@ def loop(
         None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
         # It explains failures; a device is not waited for to save some memory.
         None if failed == 0 else Course(left.table, SAMPLE, z0.dtype, stopped),
+        solver, stop,
     )  # fmt: skip
 
 

@@ -10,8 +10,7 @@ guards would stop it at a wrong answer.)
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +39,8 @@ def through_chain(
         return trajectory
     if not len(trajectory):
         return trajectory + x_T.double().flatten(1)[:, None]
-    seen = None if solution is None else weakref.ref(solution)
-    backward = ChainAdjoint(chain_map, noise, len(conditioning), gradient, seen, x_T.dtype)
+    note = None if solution is None else solution.recorder.note
+    backward = ChainAdjoint(chain_map, noise, len(conditioning), gradient, note, x_T.dtype)
     parameters = [] if latent_alone else backward.leaves(trajectory, conditioning)
     return _ChainFunction.apply(backward, trajectory, x_T, *conditioning, *parameters)
 
@@ -66,7 +65,7 @@ class ChainAdjoint:
     noise: Tensor | None
     count: int  # of conditioning tensors
     gradient: Implicit
-    solution: weakref.ref[Solution] | None  # where the outcome is left; the graph must not keep it alive
+    note: Callable[[Adjoint], None] | None  # takes the outcome
     dtype: torch.dtype  # of x_T, and so of its gradient
 
     def leaves(self, trajectory: Tensor, conditioning: Sequence[Tensor]) -> list[Tensor]:
@@ -194,12 +193,11 @@ class ChainAdjoint:
         An image whose adjoint is not finite in the dtype of its gradient is NONFINITE; of the others the residual is
         known to no less than the rounding of the network's products.
         """
-        solution = self.solution() if self.solution is not None else None
-        if solution is not None:
+        if self.note is not None:
             finite = adjoint.to(self.dtype).isfinite().flatten(1).all(1)
             status = torch.where(finite, int(Status.CONVERGED), int(Status.NONFINITE))
             residual = residual.double().clamp_min(torch.finfo(self.map.network.dtype).eps)
-            solution.adjoint = Adjoint(status, torch.where(finite, residual, torch.inf), evaluations)
+            self.note(Adjoint(status, torch.where(finite, residual, torch.inf), evaluations))
 
 
 def zeros(rest: Sequence[Tensor], needed: list[int]) -> dict[int, Tensor]:

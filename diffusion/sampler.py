@@ -170,7 +170,7 @@ class Sampler:
             m, guess * scale, (image, base, *self.conditioning), solver=solver, stop=stop,
             gradient=None, front=Front(window, margin, latest=True), callback=None if quiet else report,
         )  # fmt: skip
-        solution.z = solution.z / scale
+        solution = replace(solution, z=solution.z / scale)
         return m.linear.trajectory(base, solution.z, image), solution, m.network.calls - before, m.evaluations[image]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,10 +75,8 @@ class DEQ(nn.Module):
             self.cell, start, inputs, solver=self.solver, stop=self.stop, gradient=self.gradient,
             keep_history=self.keep_history,
         )  # fmt: skip
-        z = solution.z
-        solution.z = copied(z)  # adjoint results still arrive here, through the graph of z
-        self.solution = solution
-        return z
+        self.solution = replace(solution, z=copied(solution.z))
+        return solution.z
 
     def _start(self, inputs: tuple[Tensor, ...]) -> Any:
         """The first guess where none is given: the last solution where it fits, else zeros like the first input."""

@@ -14,6 +14,7 @@ from .memory import check_dense, is_plain
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = {torch.complex128: torch.float64, torch.complex64: torch.float32}  # of two reals each
+_NOTHING = torch.empty(0, device="cpu")  # stands for a tensor in a structure
 
 
 def leaves_of(tree: Any, name: str) -> list[Tensor]:
@@ -107,7 +108,7 @@ class Layout:
     A complex number lies there as its real and imaginary parts, one after the other.
     """
 
-    template: Any
+    template: Any  # the structure of z0 without its data, which so is not kept alive
     shapes: tuple[torch.Size, ...]  # of the leaves, without the batch dimension
     dtype: torch.dtype  # of the reals
     device: torch.device
@@ -117,7 +118,7 @@ class Layout:
     @staticmethod
     def of(z0: Any, by_blocks: bool) -> Layout:
         """The layout of z0; by_blocks takes dimension 1 of every leaf as the blocks. Raises for unusable states."""
-        leaves = leaves_of(z0, "z0")
+        leaves = [z0] if isinstance(z0, Tensor) else leaves_of(z0, "z0")
         if not leaves:
             raise ValueError("z0 must hold at least one tensor")
         first = leaves[0]
@@ -141,8 +142,8 @@ class Layout:
                     f"and {leaf.dtype} on {leaf.device}"
                 )
         shapes = tuple(leaf.shape[1:] for leaf in leaves)
-        real = COMPLEX.get(first.dtype, first.dtype)
-        return Layout(z0, shapes, real, first.device, first.shape[1] if by_blocks else 1, first.is_complex())
+        template, real = rebuild(z0, lambda: _NOTHING), COMPLEX.get(first.dtype, first.dtype)
+        return Layout(template, shapes, real, first.device, first.shape[1] if by_blocks else 1, first.is_complex())
 
     def pack(self, tree: Any, name: str) -> Tensor:
         """Structure → (n, T, D), contiguous, not negated lazily, in this layout's dtype.

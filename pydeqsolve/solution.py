@@ -31,14 +31,24 @@ class Adjoint:
     evaluations: Tensor  # (B,) int64
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
+class Recorder:
+    """Where backward passes leave their outcome: the graph behind a solution holds it, and so does the `Solution`."""
+
+    last: Adjoint | None = None
+
+    def note(self, adjoint: Adjoint) -> None:
+        self.last = adjoint
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """The result of `solve`, per sample.
 
     z has the structure of z0 and is, for each sample, the iterate of least residual among those measured; `residual`
     is ‖f(z) − z‖ of exactly that z, in the norm of `Stop`. `evaluations` counts the calls of fn in which the sample
     took part. `rejections` counts steps refused because they made the residual blow up or led where fn is NaN or
-    infinite, `rank_losses` steps whose least-squares system was rank deficient.
+    infinite, `rank_losses` steps whose least-squares system was rank deficient. Nothing in it changes but `adjoint`.
     """
 
     z: Any  # structure of z0, leading dimension B
@@ -49,10 +59,15 @@ class Solution:
     rejections: Tensor  # (B,) int64
     rank_losses: Tensor  # (B,) int64
     trace: Tensor | None = None  # (steps, B) residuals, NaN where a sample had finished
-    adjoint: Adjoint | None = None  # set by a backward pass through z
     snapshots: list[Any] = field(default_factory=list)  # z, in the structure of z0, at the steps asked for
     history: History | None = None  # when asked for: what a later solve may go on from
     course: Course | None = None  # how it went: what `check` reads the likely causes from
+    recorder: Recorder = field(default_factory=Recorder)  # of backward passes through z
+
+    @property
+    def adjoint(self) -> Adjoint | None:
+        """How the adjoint solve of the last backward pass through z went; None before the first."""
+        return self.recorder.last
 
     @property
     def converged(self) -> Tensor:

@@ -14,14 +14,13 @@ from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
-from .derivative.unroll import unroll
-from .layout import Layout, detached, nested, rebuild
-from .loop.iterate import check_together, iterate
+from .layout import Layout, detached, nested
+from .loop.iterate import Outcome, check_together, iterate
 from .loop.kept import History
 from .loop.traced import is_traceable, traced
 from .loop.watches import Callback
 from .problem import Problem, Solver
-from .solution import Solution
+from .solution import Recorder, Solution
 from .stop import Front, Stop
 
 ANDERSON, STOP, IMPLICIT = Anderson(), Stop(), Implicit()
@@ -112,18 +111,13 @@ def solve(
             problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback,
             history=history, keep_history=keep_history, snapshots=snapshots, admissible=admissible, merit=merit,
         )  # fmt: skip
-    solution = Solution(
-        found.z, found.residual, found.evaluations, found.status, found.steps, found.rejections, found.rank_losses,
-        found.trace, snapshots=found.snapshots, history=found.history, course=found.course,
+    seen, recorder = _with_phantom(problem, flat, found, gradient), Recorder()
+    attached = gradient is not None and flat.shape[0] and not in_graph
+    z = gradient.attach(problem, flat, found, recorder) if gradient is not None and attached else found.z
+    return Solution(
+        problem.layout.unpack(z), found.residual, found.evaluations, found.status, found.steps, found.rejections,
+        found.rank_losses, found.trace, seen, found.history, found.course, recorder,
     )  # fmt: skip
-    solution.snapshots = _with_phantom(problem, solution, gradient)
-    if isinstance(gradient, Unrolled):
-        if torch.is_grad_enabled() and flat.shape[0]:
-            solution.z = unroll(problem, flat, solver, solution)
-    elif gradient is not None and flat.shape[0] and not in_graph:
-        solution.z = gradient.attach(problem, solution, stop)
-    solution.z = problem.layout.unpack(solution.z)
-    return solution
 
 
 def _prepare(
@@ -145,14 +139,13 @@ def _prepare(
     B, T, D = flat.shape
     if B and not T * D:
         raise ValueError("z0 must have at least one entry per sample")
-    check_tolerances("stop", stop, [(B,), (), *([(B, T), (1, T)] if front is not None else [])])
+    check_tolerances("stop", stop, ((B,), (), (B, T), (1, T)) if front is not None else ((B,), ()))
     if isinstance(gradient, Implicit) and gradient.stop is not None:
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
     given = check_inputs(inputs, B, flat.device)
-    if not all(isinstance(x, Tensor) for x in inputs):
+    if len(given) != len(inputs) or not all(isinstance(x, Tensor) for x in inputs):
         fn = nested(fn, inputs)
     compact = bool(given) if compact is None else compact
-    layout = replace(layout, template=_skeleton(z0))
     return Problem(fn, tuple(given), layout, compact, causal=front is not None), flat
 
 
@@ -206,17 +199,13 @@ def _is_one_graph(solver: Solver, gradient: Gradient | None, options: tuple[Any,
     return (gradient is None or not torch.is_grad_enabled()) and is_traceable(solver, options)
 
 
-def _with_phantom(problem: Problem, solution: Solution, gradient: Gradient | None) -> list[Any]:
+def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: Gradient | None) -> list[Any]:
     """The snapshots in the user's structure, with a phantom gradient when there is to be any."""
     phantom = gradient if isinstance(gradient, Phantom) else Phantom()
     found = []
-    for z in solution.snapshots:
+    for z in outcome.snapshots:
         if gradient is not None:
-            z = phantom.attach_at(problem, solution.residual.isfinite() & z.isfinite().flatten(1).all(1), z)
+            residual = torch.where(z.isfinite().flatten(1).all(1), outcome.residual, torch.inf)
+            z = phantom.attach(problem, start, replace(outcome, z=z, residual=residual), Recorder())
         found.append(problem.layout.unpack(z))
     return found
-
-
-def _skeleton(tree: Any) -> Any:
-    """The structure of z0 without its data, so that a Solution does not keep z0 alive."""
-    return rebuild(tree, lambda: torch.empty(0))

@@ -83,7 +83,7 @@ def check_scale_invariance(
     for k in exponents:
         s = 2.0**k
         scaled = solve(lambda z, *x, s=s: fn(z / s, *x) * s, z0 * s, inputs, solver=solver, stop=stop, gradient=None)
-        scaled.z, scaled.residual = scaled.z / s, scaled.residual / s
+        scaled = replace(scaled, z=scaled.z / s, residual=scaled.residual / s)
         for i in range(z0.shape[0]):
             same_sample(f"sample {i} scaled by 2^{k}", plain, i, scaled, i, True, 0.0)
 

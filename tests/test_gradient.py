@@ -1,6 +1,8 @@
 """Implicit gradients against linear algebra and finite differences; what passes through, and what is told."""
 
+import dataclasses
 import warnings
+import weakref
 
 import problems
 import pytest
@@ -20,6 +22,10 @@ from pydeqsolve import (
     Unrolled,
     solve,
 )
+from pydeqsolve.layout import Layout
+from pydeqsolve.loop.iterate import iterate
+from pydeqsolve.problem import Problem
+from pydeqsolve.solution import Recorder
 
 f64 = torch.float64
 TIGHT = Stop(rtol=1e-13, max_steps=2000)
@@ -50,6 +56,42 @@ def test_every_adjoint_solver_gives_the_same_gradient_at_every_scale_of_the_loss
         z.detach(), W.detach(), problem.inputs[0], loss_scale * 2 * z.detach() / z.numel()
     )
     assert problems.relative(W.grad, expected) <= 1e-6
+
+
+def test_a_solution_changes_in_nothing_but_how_its_last_adjoint_went():
+    problem, _ = problems.tanh_layer(24, 0.8, 3)
+    solution = solve(problem.fn, problem.start, problem.inputs)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        solution.z = solution.z.detach()
+    with pytest.raises(AttributeError):
+        solution.adjoint = None
+    before = vars(solution).copy()
+    assert solution.adjoint is None
+    solution.z.square().sum().backward()
+    assert solution.adjoint.status.tolist() == [Status.CONVERGED] * 3
+    assert all(vars(solution)[name] is value for name, value in before.items())
+
+
+def test_the_graph_of_a_solution_does_not_keep_the_solution_alive():
+    problem, _ = problems.tanh_layer(24, 0.8, 3)
+    solution = solve(problem.fn, problem.start, problem.inputs)
+    z, seen = solution.z, weakref.ref(solution)
+    del solution
+    assert seen() is None
+    z.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), Phantom(), Unrolled()], ids=str)
+def test_every_gradient_attaches_itself_to_what_the_loop_returns(gradient):
+    problem, W = problems.tanh_layer(24, 0.8, 3)
+    inner = Problem(problem.fn, problem.inputs, Layout.of(problem.start, by_blocks=False), compact=False)
+    start = problem.start[:, None]
+    outcome = iterate(inner, start, solver=Anderson(), stop=Stop())
+    z = gradient.attach(inner, start, outcome, Recorder())
+    assert torch.equal(z, outcome.z)
+    assert torch.autograd.grad(z.sum(), W)[0].isfinite().all()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        outcome.z = z
 
 
 def test_the_adjoint_reports_a_residual_that_is_true():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import problems
 import pytest
@@ -43,7 +44,7 @@ def test_going_on_twice_from_one_solution_gives_the_same_bits():
 def test_without_its_history_a_solution_is_a_first_guess_and_no_more():
     problem = problems.mixed_batch(8)
     start = first(Anderson(), problem)
-    start.history = None
+    start = replace(start, history=None)
     stop = Stop(rtol=1e-9)
     again, cold = (solve(problem.fn, z0, problem.inputs, stop=stop, gradient=None) for z0 in (start, start.z))
     assert torch.equal(again.z, cold.z)
@@ -160,7 +161,7 @@ def test_a_history_of_another_solver_shape_or_dtype_is_refused():
     start = first(Anderson(), problem)
     with pytest.raises(ValueError, match="holds the history of"):
         solve(problem.fn, start, problem.inputs, solver=Broyden(), gradient=None)
-    start.z = start.z[:4]
+    start = replace(start, z=start.z[:4])
     with pytest.raises(ValueError, match="history of shape"):
         solve(problem.fn, start, [x[:4] for x in problem.inputs], gradient=None)
 

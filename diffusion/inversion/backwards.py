@@ -172,14 +172,15 @@ class Backwards:
             patient, start, inputs, solver=solver, stop=stop, gradient=None, trace=True, callback=self._tick
         )
         N, residual, settled = solution.z, solution.residual, solution.status == Status.CONVERGED
+        trace = solution.trace
         if solution.steps:
             ended = patient.ended[image]
             N = torch.where(ended[:, None, None], patient.z[image], N)
             residual = torch.where(ended, patient.least[image], residual)
             settled = torch.where(ended, residual <= NOISE * floor, settled)
-            assert solution.trace is not None
-            solution.trace = torch.where(ended & (solution.trace == 0), residual, solution.trace)
-        self._keep(solution.trace, image)
+            assert trace is not None
+            trace = torch.where(ended & (trace == 0), residual, trace)
+        self._keep(trace, image)
         N = N / unit
         states = backward.linear.trajectory(base, N)[:, 1:]
         eps = N + split.kappa * states if split.offset is None else N + split.kappa * states + split.offset

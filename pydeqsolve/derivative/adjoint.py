@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layout import Layout
 from ..loop.iterate import iterate
 from ..problem import Problem, Solver
-from ..solution import Adjoint, ConvergenceError, Status
+from ..solution import Adjoint, ConvergenceError, Recorder, Status
 from ..status import describe_adjoint
 from ..stop import Stop
 from .linear import Products, System, blurred
@@ -26,7 +26,7 @@ ROUNDING = 2.0  # units of rounding of u within which a residual is as small as 
 
 @dataclass(frozen=True, eq=False)
 class AdjointSolve:
-    """How u = g + Aᵀ u is solved, and a callback for the outcome; settings as in `Implicit`.
+    """How u = g + Aᵀ u is solved, and where the outcome is left; settings as in `Implicit`.
 
     follows: the tolerance was left to the library, which asks for no more than the precision allows. eps: that of the
     products, which may be computed in less than the dtype of g.
@@ -36,7 +36,7 @@ class AdjointSolve:
     stop: Stop
     follows: bool
     on_failure: str
-    report: Callable[[Adjoint], None]
+    recorder: Recorder
     eps: float
 
     def __call__(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> Tensor:
@@ -46,7 +46,7 @@ class AdjointSolve:
         """
         mask = good.mask_taken()
         u, outcome = self._solve(products, torch.where(mask[:, None, None], g, 0.0), good)
-        self.report(_of_all(outcome, good))
+        self.recorder.note(_of_all(outcome, good))
         failed = mask & (outcome.status != 0)
         if self.on_failure == "phantom":
             u = torch.where(failed[:, None, None], g, u)

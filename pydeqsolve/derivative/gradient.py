@@ -6,28 +6,33 @@ cotangent u = (I − Jᵀ)⁻¹ g for f, which autograd then carries on to θ: p
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import check_count, check_real
+from ..loop.iterate import Outcome
 from ..problem import Problem
-from ..solution import Adjoint, Solution
+from ..solution import Recorder
 from ..stop import Stop
 from .adjoint import AdjointSolve, following
 from .gmres import GMRES
 from .implicit import attach
 from .linearise import Good, Replace, evaluate, is_wanted, of_finite
+from .unroll import unroll
 
 
 class Gradient(Protocol):
     """A way to differentiate a solution."""
 
-    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
-        """`solution.z` (B, T, D) with a graph behind it; the value stays the same, bit for bit. stop: that of solve."""
+    def attach(self, problem: Problem, start: Tensor, outcome: Outcome, recorder: Recorder) -> Tensor:
+        """`outcome.z` (B, T, D) with a graph behind it; the value stays the same, bit for bit.
+
+        start (B, T, D): the first guess. recorder: where a backward pass leaves how its adjoint solve went.
+        """
         ...
 
 
@@ -70,18 +75,10 @@ class Implicit:
         if isinstance(self.solver, type) or not of_a_kind:
             raise TypeError(f"solver must be GMRES(), Neumann() or a forward solver, got {type(self.solver).__name__}")
 
-    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
-        outcome = weakref.ref(solution)  # its z holds the graph, and so this: a strong one would be a cycle
-
-        def report(adjoint: Adjoint) -> None:
-            seen = outcome()
-            if seen is not None:
-                seen.adjoint = adjoint
-
-        finite = solution.residual.isfinite()
-        chosen = following(stop) if self.stop is None else self.stop
-        how = AdjointSolve(self.solver, chosen, self.stop is None, self.on_failure, report, eps=0.0)
-        return attach(how, problem, finite, solution.z)
+    def attach(self, problem: Problem, start: Tensor, outcome: Outcome, recorder: Recorder) -> Tensor:
+        chosen = following(outcome.stop) if self.stop is None else self.stop
+        how = AdjointSolve(self.solver, chosen, self.stop is None, self.on_failure, recorder, eps=0.0)
+        return attach(how, problem, outcome.residual.isfinite(), outcome.z)
 
 
 @dataclass(frozen=True)
@@ -101,11 +98,8 @@ class Phantom:
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 
-    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
-        return self.attach_at(problem, solution.residual.isfinite(), solution.z)
-
-    def attach_at(self, problem: Problem, finite: Tensor, z: Tensor) -> Tensor:
-        """z (B, T, D), any iterate, with the graph of the steps from it, for the samples that are `finite` (B,)."""
+    def attach(self, problem: Problem, start: Tensor, outcome: Outcome, recorder: Recorder) -> Tensor:
+        z, finite = outcome.z, outcome.residual.isfinite()
         if not is_wanted():
             return z
 
@@ -132,5 +126,5 @@ class Unrolled:
     RuntimeWarning says so.
     """
 
-    def attach(self, problem: Problem, solution: Solution, stop: Stop) -> Tensor:
-        raise NotImplementedError("Unrolled is carried out by solve itself")
+    def attach(self, problem: Problem, start: Tensor, outcome: Outcome, recorder: Recorder) -> Tensor:
+        return unroll(problem, start, outcome) if torch.is_grad_enabled() else outcome.z

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from ..precision import of_graph
 from ..problem import Problem
-from ..solution import Adjoint
+from ..solution import Adjoint, Recorder
 from .adjoint import AdjointSolve, worst
 from .batched import one_by_one
 from .closure import Closure, cut
@@ -75,12 +75,19 @@ class _Step:
     def each(self, act: Callable[[_Step, Tensor], Sequence[Tensor | None]], g: Tensor) -> list[Tensor | None]:
         """act(step, g) for each of the tensors that g stands for; the outcome that is reported is that of all."""
         seen: list[Adjoint] = []
-        step = replace(self, how=replace(self.how, report=seen.append))
+
+        def noted(g: Tensor) -> Sequence[Tensor | None]:
+            own = Recorder()
+            try:
+                return act(replace(self, how=replace(self.how, recorder=own)), g)
+            finally:
+                seen.extend([] if own.last is None else [own.last])
+
         try:
-            return one_by_one(lambda g: act(step, g), g)
+            return one_by_one(noted, g)
         finally:
             if seen:
-                self.how.report(worst(seen))
+                self.how.recorder.note(worst(seen))
 
     def adjoint(self, g: Tensor) -> Tensor:
         """u (n, T, D) of u = g + Jᵀ u, without a graph."""
@@ -151,7 +158,7 @@ class _Step:
         u = self.adjoint(g.detach()).requires_grad_()
         (product,) = torch.autograd.grad(f, z, u, create_graph=True, allow_unused=True)
         value = torch.where(mask, g, 0.0) + (0.0 if product is None else torch.where(mask, product, 0.0))
-        quiet = replace(self.how, report=lambda adjoint: None)
+        quiet = replace(self.how, recorder=Recorder())
         return _AdjointFunction.apply(value, u.detach(), Linearised(u, value, good), quiet)
 
 

@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Solver
-from ..solution import Solution
+from ..loop.iterate import Outcome
+from ..problem import Problem
 from ..step.reference import PIVOT_CUTOFF
 from ..step.ring import Method
 from .linearise import Good, Replace, evaluate, of_finite
@@ -16,22 +16,22 @@ from .linearise import Good, Replace, evaluate, of_finite
 ELSEWHERE = 1e-3  # relative to the largest entry of z
 
 
-def unroll(problem: Problem, z0: Tensor, solver: Solver, solution: Solution) -> Tensor:
-    """z (B, T, D) of the solution, with the graph of as many steps from z0 as the solve of each sample took.
+def unroll(problem: Problem, z0: Tensor, outcome: Outcome) -> Tensor:
+    """z (B, T, D) of the outcome, with the graph of as many steps from z0 as the solve of each sample took.
 
     Refusals and restarts are not replayed: a sample whose replay does not end at its z keeps that, without a graph.
     """
     good, replayed = of_finite(
         problem,
-        solution.residual.isfinite(),
-        lambda good: _replay(problem, good, good.take(z0), solver.method(), solution),
+        outcome.residual.isfinite(),
+        lambda good: _replay(problem, good, good.take(z0), outcome.solver.method(), outcome),
     )
-    z = good.take(solution.z).detach()
+    z = good.take(outcome.z).detach()
     apart = (replayed.detach() - z).double().flatten(1).abs().amax(1)
     allowed = max(ELSEWHERE, 8 * torch.finfo(z.dtype).eps) * z.double().flatten(1).abs().amax(1)
     elsewhere = good.mask_taken() & ~(apart <= allowed)
     same = good.without(elsewhere)
-    if not bool((same | ~solution.residual.isfinite()).all()):
+    if not bool((same | ~outcome.residual.isfinite()).all()):
         warnings.warn(
             "Unrolled: the replay of some samples does not end at their solution (steps were refused, or it is not "
             "finite), so they have no gradient: use gradient=Implicit()",
@@ -39,13 +39,13 @@ def unroll(problem: Problem, z0: Tensor, solver: Solver, solution: Solution) -> 
             stacklevel=2,
         )
     if not bool(same.any()):
-        return solution.z
-    return torch.where(same[:, None, None], good.put(Replace.apply(replayed, z), solution.z), solution.z.detach())
+        return outcome.z
+    return torch.where(same[:, None, None], good.put(Replace.apply(replayed, z), outcome.z), outcome.z.detach())
 
 
-def _replay(problem: Problem, good: Good, z: Tensor, method: Method, solution: Solution) -> Tensor:
+def _replay(problem: Problem, good: Good, z: Tensor, method: Method, outcome: Outcome) -> Tensor:
     """The last iterates (n, T, D) of the steps from z (n, T, D)."""
-    steps = solution.evaluations if good.rows is None else solution.evaluations[good.rows]
+    steps = outcome.evaluations if good.rows is None else outcome.evaluations[good.rows]
     steps = torch.where(good.mask_taken(), steps, 0)
     values: list[Tensor] = []
     residuals: list[Tensor] = []

@@ -82,7 +82,9 @@ def traced(problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop) -> Outco
         doubt(samples, is_unresolved(samples, eps))
     counts = (samples[name].long() for name in ("evaluations", "status", "rejections", "rank_losses"))
     evaluations, status, rejections, losses = counts
-    return Outcome(z, samples["best"], evaluations, status, found[0], rejections, losses, None, [], None, None)
+    return Outcome(
+        z, samples["best"], evaluations, status, found[0], rejections, losses, None, [], None, None, solver, stop
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

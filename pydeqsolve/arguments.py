@@ -40,15 +40,18 @@ def check_gradient(gradient: Any) -> None:
         raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {_words(gradient)}")
 
 
-def check_inputs(inputs: Any, B: int, device: torch.device) -> list[Tensor]:
-    """The tensors of `inputs`, a tuple or list of tensors (B, …) on `device`, None, or nests of these; else raises."""
+def check_inputs(inputs: Any, B: int | None, device: torch.device) -> list[Tensor]:
+    """The tensors of `inputs`, a tuple or list of tensors (B, …) on `device`, None, or nests of these; else raises.
+
+    B None: of any shape.
+    """
     if isinstance(inputs, Tensor):
         raise TypeError("inputs must be a tuple or list of tensors, got a tensor: write inputs=(x,)")
     if not isinstance(inputs, (tuple, list)):
         raise TypeError(f"inputs must be a tuple or list of tensors, got {type(inputs).__name__}")
     named = [pair for i, part in enumerate(inputs) for pair in named_leaves(part, f"inputs[{i}]")]
     for name, x in named:
-        if x.dim() == 0 or x.shape[0] != B:
+        if B is not None and (x.dim() == 0 or x.shape[0] != B):
             raise ValueError(f"{name} must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
         if x.device != device:
             raise ValueError(f"{name} must be on {device} like z0, got {x.device}")

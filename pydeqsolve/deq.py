@@ -61,11 +61,11 @@ class DEQ(nn.Module):
         """Forgets the last solution, so that the next call starts cold."""
         self.solution = None
 
-    def forward(self, *inputs: Tensor, z0: Any = None) -> Any:
+    def forward(self, *inputs: Any, z0: Any = None, segments: Tensor | None = None) -> Any:
         """z* for inputs (B, …) each.
 
         z0, by name: the first guess in the structure of the state, or a `Solution`; by default zeros like the first
-        input. Raises as `solve` does.
+        input. segments, by name: which rows belong to which sample (`solve`). Raises as `solve` does.
         """
         for i, x in enumerate(inputs):
             if isinstance(x, Solution):
@@ -73,12 +73,12 @@ class DEQ(nn.Module):
         start = self._start(inputs) if z0 is None else z0
         solution = solve(
             self.cell, start, inputs, solver=self.solver, stop=self.stop, gradient=self.gradient,
-            keep_history=self.keep_history,
+            keep_history=self.keep_history, segments=segments,
         )  # fmt: skip
         self.solution = replace(solution, z=copied(solution.z))
         return solution.z
 
-    def _start(self, inputs: tuple[Tensor, ...]) -> Any:
+    def _start(self, inputs: tuple[Any, ...]) -> Any:
         """The first guess where none is given: the last solution where it fits, else zeros like the first input."""
         if not inputs:
             raise TypeError("z0 must be given where there are no inputs: layer(z0=…)")

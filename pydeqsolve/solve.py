@@ -20,6 +20,7 @@ from .loop.kept import History
 from .loop.traced import is_traceable, traced
 from .loop.watches import Callback
 from .problem import Problem, Solver
+from .segments import SegmentLayout, Segments
 from .solution import Recorder, Solution
 from .stop import Front, Stop
 
@@ -42,6 +43,7 @@ def solve(
     snapshots: Sequence[int] = (),
     admissible: Callable[..., Tensor] | None = None,
     merit: Callable[..., Tensor] | None = None,
+    segments: Tensor | None = None,
 ) -> Solution:
     """Solves z = fn(z, *inputs) for each of B samples by itself and returns a `Solution`.
 
@@ -76,6 +78,10 @@ def solve(
         merit: merit(z, *inputs) → (n,) floating point, lower is better, of the same samples as fn: an accelerated
             iterate that raises it above that of the current one, or makes it NaN, is refused likewise. A negative
             log-likelihood for EM, an energy, a norm.
+        segments: (N,) int64, sorted: z0 holds N rows, and row i belongs to sample segments[i] of G, as `batch` does for
+            graphs in PyTorch Geometric. Norms, weights, status, counts and tolerances are then per sample, (G,); fn,
+            admissible and merit see all N rows, and inputs of any shape pass unchanged. Samples lie padded to the rows
+            of the largest: 2 (m + 1) + 5 words per entry of G times that.
 
     Returns:
         Solution: per sample the best measured iterate, its residual, status and evaluations. Its tensors share memory
@@ -94,15 +100,18 @@ def solve(
     history = None
     if isinstance(z0, Solution):
         z0, history = detached(z0.z), z0.history
-    problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front)
-    if not any(problem.layout.shapes):
+    where = None if segments is None else Segments.of(segments)
+    problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front, where)
+    if where is not None:
+        callback, stop = where.told(callback, stop.norm), where.tolerance(stop)
+    elif not any(problem.layout.shapes):
         _warn_of_one_dimension(z0, flat.shape[0])
     if history is not None:
         history.check(solver.method(), flat)
     _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
     gated = admissible is not None or merit is not None
     refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0], gated=gated)
-    options = (front, trace, callback, history, keep_history, snapshots, gated)
+    options = (front, trace, callback, history, keep_history, snapshots, gated, where)
     in_graph = torch.compiler.is_compiling() and _is_one_graph(solver, gradient, options)
     if in_graph:
         found = traced(problem, flat.detach(), solver=solver, stop=stop)
@@ -114,6 +123,8 @@ def solve(
     seen, recorder = _with_phantom(problem, flat, found, gradient), Recorder()
     attached = gradient is not None and flat.shape[0] and not in_graph
     z = gradient.attach(problem, flat, found, recorder) if gradient is not None and attached else found.z
+    if where is not None:
+        found = where.measured(found)
     return Solution(
         problem.layout.unpack(z), found.residual, found.evaluations, found.status, found.steps, found.rejections,
         found.rank_losses, found.trace, seen, found.history, found.course, recorder,
@@ -122,7 +133,7 @@ def solve(
 
 def _prepare(
     fn: Callable[..., Any], z0: Any, inputs: Sequence[Tensor], solver: Solver, stop: Stop,
-    gradient: Gradient | None, compact: bool | None, front: Front | None,
+    gradient: Gradient | None, compact: bool | None, front: Front | None, where: Segments | None,
 ) -> tuple[Problem, Tensor]:  # fmt: skip
     """The problem and the flat first guess, after checking every argument."""
     if not callable(fn):
@@ -134,7 +145,12 @@ def _prepare(
         raise TypeError(f"front must be a Front or None, got {type(front).__name__}")
     if compact is not None and not isinstance(compact, bool):
         raise TypeError(f"compact must be True, False or None, got {type(compact).__name__}")
-    layout = Layout.of(z0, by_blocks=front is not None or solver.method().coupling != "joint")
+    by_blocks = front is not None or solver.method().coupling != "joint"
+    if where is not None and (by_blocks or compact):
+        raise ValueError('segments go with neither a front, nor a coupling other than "joint", nor compact=True')
+    layout = Layout.of(z0, by_blocks)
+    if where is not None:
+        layout = SegmentLayout.over(layout, where)
     flat = layout.pack(z0, "z0")
     B, T, D = flat.shape
     if B and not T * D:
@@ -142,10 +158,10 @@ def _prepare(
     check_tolerances("stop", stop, ((B,), (), (B, T), (1, T)) if front is not None else ((B,), ()))
     if isinstance(gradient, Implicit) and gradient.stop is not None:
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
-    given = check_inputs(inputs, B, flat.device)
+    given = check_inputs(inputs, B if where is None else None, flat.device)
     if len(given) != len(inputs) or not all(isinstance(x, Tensor) for x in inputs):
         fn = nested(fn, inputs)
-    compact = bool(given) if compact is None else compact
+    compact = bool(given) and where is None if compact is None else compact
     return Problem(fn, tuple(given), layout, compact, causal=front is not None), flat
 
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "judge.h"
+#include "krylov_solve.h"
 #include "retire.h"
 #include "ring.h"
 #include "step.h"
@@ -230,6 +231,17 @@ PYBIND11_MODULE(_native, m) {
 #undef PYDEQSOLVE_NAME
   m.attr("SAMPLE") = tuple_of(sample);
   m.attr("BLOCK") = tuple_of(block);
+  using free = py::call_guard<py::gil_scoped_release>;
+  py::class_<KrylovSolve>(m, "Krylov")
+      .def(py::init<bool, std::int64_t, std::int64_t, double, Address>())
+      .def("begin", &KrylovSolve::begin, free())
+      .def("append", &KrylovSolve::append, free())
+      .def("combine", &KrylovSolve::combine, free())
+      .def("accept", &KrylovSolve::accept, free())
+      .def("raise_", &KrylovSolve::raise, free())
+      .def("lower", &KrylovSolve::lower, free())
+      .def("remeasure", &KrylovSolve::remeasure, free())
+      .def("judge", &KrylovSolve::judge, free());
   m.def("cpu_isa", &cpu_isa);
   m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
 #if defined(PYDEQSOLVE_WITH_CUDA)

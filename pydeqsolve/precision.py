@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,22 +67,24 @@ def _has_eps(x: Any) -> bool:
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
-def of_graph(f: Tensor, z: Tensor) -> float:
-    """The largest machine epsilon among the dtypes through which f depends on the leaf z, from f's autograd graph.
+def of_graph(f: Tensor, z: Tensor, behind: Sequence[Any]) -> float:
+    """The largest machine epsilon among the dtypes through which f depends on the leaf z; behind: the nodes of f.
 
     Casts inside the map are seen, those of autocast among them; what does not depend on z is not looked at. Under
     autocast a function that autograd cannot look into (compiled, or of one's own) is taken to use autocast's dtype.
     """
-    coarsest, eps = z.dtype, torch.finfo(z.dtype).eps
-    kind = z.device.type
+    eps, kind = torch.finfo(z.dtype).eps, z.device.type
     autocast = torch.get_autocast_dtype(kind) if is_autocast(kind) else z.dtype
-    for node in _between(f, z):
-        dtypes = [m.dtype for m in getattr(node, "_input_metadata", [])]
-        dtypes += [autocast] if isinstance(node, torch.autograd.function.BackwardCFunction) else []
-        for dtype in dtypes:
-            if (dtype.is_floating_point or dtype.is_complex) and torch.finfo(dtype).eps > eps:
-                coarsest, eps = dtype, torch.finfo(dtype).eps
-    return torch.finfo(coarsest).eps
+
+    def of_node(node: Any) -> float:
+        dtypes = {m.dtype for m in getattr(node, "_input_metadata", [])} - {z.dtype}
+        dtypes |= {autocast} if isinstance(node, torch.autograd.function.BackwardCFunction) else set()
+        return max(
+            (torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), default=0.0
+        )
+
+    found = {node: coarser for node in behind if (coarser := of_node(node)) > eps}
+    return max((found[node] for node in _between(f, z) if node in found), default=eps) if found else eps
 
 
 def _between(f: Tensor, z: Tensor) -> list[Any]:

@@ -16,6 +16,7 @@ from ..problem import Problem, Solver
 from ..solution import Adjoint, ConvergenceError, Recorder, Status
 from ..status import describe_adjoint
 from ..stop import Stop
+from .gmres import GMRES
 from .linear import Products, System, blurred
 from .linearise import Good
 
@@ -44,9 +45,11 @@ class AdjointSolve:
 
         A sample whose g or u is not finite has a u that is not: what reads gradients for overflow must see it.
         """
-        mask = good.mask_taken()
-        u, outcome = self._solve(products, torch.where(mask[:, None, None], g, 0.0), good)
+        mask, found = good.mask_taken(), self._natively(products, g, good)
+        u, outcome, failures = found or (*self._solve(products, torch.where(mask[:, None, None], g, 0.0), good), None)
         self.recorder.note(_of_all(outcome, good))
+        if failures == 0:
+            return u
         failed = mask & (outcome.status != 0)
         if self.on_failure == "phantom":
             u = torch.where(failed[:, None, None], g, u)
@@ -56,6 +59,28 @@ class AdjointSolve:
                 raise ConvergenceError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return torch.where(mask[:, None, None], u, 0.0)
+
+    def _natively(
+        self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good
+    ) -> tuple[Tensor, Adjoint, int] | None:
+        """`_solve` by native passes, with the number of good samples that failed; None where they do not serve."""
+        if not isinstance(self.solver, GMRES):
+            return None
+        wide = torch.promote_types(g.dtype, torch.float32)
+        solve = self.solver.natively(products, g.to(wide), self.stop)
+        if solve is None:
+            return None
+        stop = self.stop
+        if good.rows is not None or isinstance(stop.rtol, Tensor) or isinstance(stop.atol, Tensor):
+            stop = self._stop(good, g.device)
+        eps = max(self.eps, torch.finfo(g.dtype).eps)
+        solve.run(stop, None if good.whole else good.mask_taken(), eps)
+        u = solve.deliver(g.dtype)
+        outcome, failures = solve.outcome(True, self.follows, eps)
+        if failures:
+            lost = ((outcome.residual == torch.inf) & u.isfinite().flatten(1).all(1))[:, None, None]
+            u = torch.where(lost, torch.nan, u)
+        return u, outcome, failures
 
     def _solve(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> tuple[Tensor, Adjoint]:
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
@@ -131,6 +156,8 @@ def worst(outcomes: list[Adjoint]) -> Adjoint:
 
 def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
     """The outcome (n,) spread over all samples (B,); those left out are NONFINITE."""
+    if good.whole:
+        return outcome
     if good.rows is None:
         status = torch.where(good.mask, outcome.status, int(Status.NONFINITE))
         return Adjoint(status, outcome.residual, outcome.evaluations)

@@ -32,8 +32,8 @@ class Closure:
 
         Not found are those that are read past torch's Python functions alone, as by compiled code or torch.ops.
         """
-        inputs = {x.grad_fn for x in at.good.inputs}
-        older = {node for node in nodes(at.f, inputs) if _is_older(node, at)}
+        inputs = {x.grad_fn for x in at.good.inputs if x.grad_fn is not None}
+        older = {node for node in (nodes(at.f, inputs) if inputs else at.behind) if _is_older(node, at)}
         if not older:
             return Closure([], hidden=False)
         with torch.enable_grad(), _Reading(older) as reading:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import check_count
 from ..solution import Adjoint, Status
 from ..stop import Stop
+from .arnoldi import Arnoldi
 from .dense import Dense
 from .krylov import Krylov
 from .linear import Products, System, blurred, lengths
@@ -38,6 +39,10 @@ class GMRES:
         is known to no less than the rounding eps ‖u‖ of its measurement, eps that of g's dtype: where that exceeds the
         goal, as with a singular I − A, the status is STALLED. A row for which A or g is not finite is NONFINITE.
         """
+        native = self.natively(A, g, stop)
+        if native is not None:
+            native.run(stop)
+            return native.deliver(g.dtype), native.outcome()[0]
         system, eps = System.of(A, g, stop), torch.finfo(g.dtype).eps
         most = min(self.restart, g.shape[1])
         method = Dense(system, eps) if g.shape[1] <= min(DENSE, most, stop.max_steps - 1) else Krylov(system, eps, most)
@@ -52,8 +57,10 @@ class GMRES:
             candidate, residual, size, used = _corrected(
                 system, method, u, residual, active, stop.max_steps - calls, eps
             )
-            better = active & (size < best)
-            stalled |= active & ~(size < 0.999 * best)
+            # A residual that is mostly the rounding of a huge u is hardly known: it has to be less by more than that.
+            doubtful = eps * lengths(candidate) > 0.5 * size
+            better = active & (size < torch.where(doubtful, 0.5 * best, best))
+            stalled |= active & ~(better & (size < 0.999 * best))
             u = torch.where(better[:, None], candidate, u)
             best = torch.where(better, size, torch.where(active & ~size.isfinite(), torch.inf, best))
             evaluations += torch.where(active, used, 0)
@@ -63,6 +70,13 @@ class GMRES:
         status = torch.where(best <= system.goal, int(Status.CONVERGED), status)
         status = torch.where(best.isfinite(), status, int(Status.NONFINITE))
         return u, Adjoint(status, best / system.norm, evaluations + again)
+
+    def natively(self, A: Products, g: Tensor, stop: Stop) -> Arnoldi | None:
+        """The solve by native passes, for g (B, …); None where they do not serve."""
+        entries = g.numel() // max(1, len(g))
+        if entries <= min(DENSE, self.restart, stop.max_steps - 1):
+            return None
+        return Arnoldi.of(A, g.contiguous(), self.restart)
 
 
 def _corrected(

@@ -18,9 +18,9 @@ from ..precision import of_graph
 from ..problem import Problem
 from ..solution import Adjoint, Recorder
 from .adjoint import AdjointSolve, worst
-from .batched import one_by_one
+from .batched import is_stacked, one_by_one
 from .closure import Closure, cut
-from .leaves import leaves, leaves_before, nodes
+from .leaves import leaves, leaves_among, leaves_before, nodes
 from .linearise import Good, Linearised, evaluate
 
 
@@ -37,10 +37,12 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closu
     given = list({id(x): x for x in problem.inputs if x.requires_grad}.values())
     closure = closure or Closure.of(problem, at)
     closed = [x for x in closure.tensors if all(x is not y for y in given)]
-    reached = [x for x in leaves_before(at.f, {x.grad_fn for x in closed}) if x is not at.z]
-    how = replace(how, eps=max(how.eps, of_graph(at.f, at.z)))
+    before = leaves_before(at.f, {x.grad_fn for x in closed}) if closed else leaves_among(at.behind)
+    reached = [x for x in before if x is not at.z]
+    how = replace(how, eps=max(how.eps, of_graph(at.f, at.z, at.behind)))
     step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z), Closure(closed, closure.hidden))
-    return at.good.put(_ImplicitFunction.apply(at.f, at.z.detach(), step, *given, *reached, *closed), z)
+    value = at.z.detach().view(at.f.shape)
+    return at.good.put(_ImplicitFunction.apply(at.f, value, step, *given, *reached, *closed), z)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class _Step:
 
     def each(self, act: Callable[[_Step, Tensor], Sequence[Tensor | None]], g: Tensor) -> list[Tensor | None]:
         """act(step, g) for each of the tensors that g stands for; the outcome that is reported is that of all."""
+        if not is_stacked(g):
+            return list(act(self, g))
         seen: list[Adjoint] = []
 
         def noted(g: Tensor) -> Sequence[Tensor | None]:
@@ -104,7 +108,8 @@ class _Step:
         def products(v: Tensor) -> Tensor:
             if product is None or not product.requires_grad:
                 return torch.zeros_like(v)
-            (found,) = torch.autograd.grad(product, u, v.to(u.dtype), retain_graph=True, allow_unused=True)
+            cotangent = v.to(product.dtype).view(product.shape)
+            (found,) = torch.autograd.grad(product, u, cotangent, retain_graph=True, allow_unused=True)
             return torch.zeros_like(v) if found is None else forward_ad.unpack_dual(found).primal
 
         with torch.no_grad():

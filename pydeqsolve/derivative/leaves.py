@@ -31,9 +31,14 @@ def leaves(x: Tensor) -> list[Tensor]:
 
 def leaves_before(x: Tensor, until: Iterable[Any]) -> list[Tensor]:
     """The leaves of x, without those that only the nodes `until` lead to."""
+    return leaves_among(nodes(x, until))
+
+
+def leaves_among(behind: Iterable[Any]) -> list[Tensor]:
+    """The leaves of a tensor, given the nodes of the graph behind it."""
     found: dict[int, Tensor] = {}
     passed: set[int] = set()
-    for node in nodes(x, until):
+    for node in behind:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found.setdefault(id(leaf), leaf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..problem import Problem
-from .leaves import leaves
+from .leaves import leaves_among, nodes
 
 
 def evaluate(problem: Problem, z: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -33,19 +33,21 @@ class Good:
     mask: Tensor  # (B,) bool
     rows: Tensor | None  # positions of the good samples, when fn is given them alone
     inputs: list[Tensor]  # of those samples
+    whole: bool  # all samples are good, as far as was looked
 
     @staticmethod
     def of(problem: Problem, good: Tensor) -> Good:
-        if not problem.compact or bool(good.all()):
-            return Good(good, None, list(problem.inputs))
+        whole = (problem.compact or good.is_cpu) and bool(good.all())  # elsewhere looking would wait for the device
+        if whole or not problem.compact:
+            return Good(good, None, list(problem.inputs), whole)
         rows = good.nonzero()[:, 0]
-        return Good(good, rows, [x[rows] for x in problem.inputs])
+        return Good(good, rows, [x[rows] for x in problem.inputs], False)
 
     def take(self, z: Tensor) -> Tensor:
         """(B, T, D) → (n, T, D), what fn is given."""
         if self.rows is not None:
             return z[self.rows]
-        if not len(z):
+        if self.whole or not len(z):
             return z
         first = self.mask.to(torch.uint8).argmax(0, keepdim=True)
         stand_in = z.detach().index_select(0, first).nan_to_num(0.0, 0.0, 0.0)
@@ -57,6 +59,8 @@ class Good:
 
     def put(self, part: Tensor, z: Tensor) -> Tensor:
         """(n, T, D) → (B, T, D); the bad samples keep z, without a graph."""
+        if self.whole:
+            return part
         if self.rows is None:
             return torch.where(self.mask[:, None, None], part, z.detach())
         return z.detach().index_copy(0, self.rows, part)
@@ -69,7 +73,9 @@ class Good:
 
     def tell_lost(self, f: Tensor) -> None:
         """Warns when f (n, T, D) is not finite at a sample that is not good, and so in everything it shares."""
-        if self.rows is None and not bool((f.isfinite().flatten(1).all(1) | self.mask).all()):
+        if self.whole or self.rows is not None:
+            return
+        if not bool((f.isfinite().flatten(1).all(1) | self.mask).all()):
             warnings.warn(
                 "fn is NaN or infinite for a sample that has failed, and so are gradients of what the samples share: "
                 "give per-sample data in inputs, so that failed samples are left out",
@@ -102,10 +108,12 @@ def is_wanted() -> bool:
 class Linearised:
     """f with its graph at the samples `rows` of z*, and the product Jᵀu there."""
 
-    z: Tensor  # (n, T, D), a leaf
+    z: Tensor  # (n, T, D) or in the user's shape, a leaf
     f: Tensor  # (n, T, D)
     good: Good
+    behind: Sequence[Any] = ()  # the nodes of f's graph
     begun: int = 0  # number of the first autograd node of the evaluation
+    value: Tensor | None = None  # f as fn returned it, of the shape of z, where nothing but views lies between
 
     @staticmethod
     def of(problem: Problem, finite: Tensor, z: Tensor) -> Linearised | None:
@@ -117,19 +125,53 @@ class Linearised:
             return None
         good = Good.of(problem, finite)
         with torch.enable_grad():
-            z = good.take(z).detach().clone().requires_grad_()
-            start = z.view_as(z)
-            f = evaluate(problem, start, good.inputs)
+            begun = getattr(z.new_zeros(1, requires_grad=True).view(1).grad_fn, "_sequence_nr", int)()
+            z, f, value = _evaluated(problem, good.take(z).detach(), good)
         good.tell_lost(f)
-        if all(leaf is z for leaf in leaves(f)) and forward_ad.unpack_dual(f).tangent is None:
+        behind = list(nodes(f))
+        if all(leaf is z for leaf in leaves_among(behind)) and forward_ad.unpack_dual(f).tangent is None:
             return None
-        return Linearised(z, f, good, getattr(start.grad_fn, "_sequence_nr", int)())
+        return Linearised(z, f, good, behind, begun, value)
 
     def transposed(self, u: Tensor) -> Tensor:
         """Jᵀu, (n, T, D) → (n, T, D)."""
-        u = torch.where(self.good.mask_taken()[:, None, None], u, 0.0).to(self.f.dtype)
-        (product,) = torch.autograd.grad(self.f, self.z, u, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(self.z) if product is None else product
+        if not self.good.whole:
+            u = torch.where(self.good.mask_taken()[:, None, None], u, 0.0)
+        f = self.f if self.value is None else self.value
+        (product,) = _gradients((f,), (u.to(f.dtype).view(f.shape),), (self.z,))
+        return torch.zeros_like(u) if product is None else product.view(u.shape)
+
+
+_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+
+
+def _gradients(outputs: tuple[Tensor], cotangents: tuple[Tensor], leaves: tuple[Tensor]) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` of what is known to fit, the graph kept.
+
+    Its checks of shapes take as long as a small product; the engine itself is asked where torch still has it there.
+    """
+    if _engine is None:
+        return torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
+    found: Sequence[Tensor | None] = _engine.run_backward(
+        outputs, cotangents, True, False, leaves, allow_unreachable=True, accumulate_grad=False
+    )
+    return found
+
+
+def _evaluated(problem: Problem, z: Tensor, good: Good) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A leaf at z (n, T, D), the value f (n, T, D) there with its graph, and f as fn returned it.
+
+    Views between the leaf, fn and f would be gone through at every product: for one tensor there are none.
+    """
+    layout = problem.layout
+    if problem.causal or not isinstance(layout.template, Tensor):
+        leaf = z.clone().requires_grad_()
+        return leaf, evaluate(problem, leaf, good.inputs), None
+    leaf = layout.unpack(z).clone().requires_grad_()
+    value = problem.value(leaf, good.inputs)
+    f = layout.pack(value, "the value of fn")
+    plain = isinstance(value, Tensor) and value.dtype == f.dtype and value.shape == leaf.shape
+    return leaf, f, value if plain else None
 
 
 class Replace(torch.autograd.Function):

@@ -286,3 +286,18 @@ def build_info() -> dict[str, Any]:
         "devices": _native.device_count() if _native is not None else 0,
         "threads": torch.get_num_threads(),
     }
+
+
+def krylov(g: Tensor) -> Any:
+    """The Krylov solve for g (B, …) as the native module takes it, or None where there are no kernels for it.
+
+    g is float32 or float64, contiguous. It is addresses alone: no tensor is kept alive.
+    """
+    if _native is None or not g.is_cpu or not g.numel():
+        return None
+    try:
+        start = address(g, "g")
+    except NotImplementedError:  # inside a transform of torch.func
+        return None
+    B = len(g)
+    return _native.Krylov(g.dtype == torch.float64, B, g.numel() // B, torch.finfo(g.dtype).eps, start)

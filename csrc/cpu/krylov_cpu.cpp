@@ -1,0 +1,382 @@
+// The passes of the adjoint's Krylov solve on the CPU. Compiled once per instruction set, as step_cpu.cpp is. Sums are
+// formed in double: lanes of a piece, pieces of a sample, always in that order.
+#ifndef PYDEQSOLVE_ISA
+#define PYDEQSOLVE_ISA portable
+#endif
+
+#include "cpu/krylov_rows.h"
+#include "cpu/parallel.h"
+#include "hessenberg.h"
+#include "krylov.h"
+
+namespace pydeqsolve::PYDEQSOLVE_ISA {
+namespace {
+
+constexpr std::int64_t kLong = 1 << 14;  // entries that one work item sums
+constexpr int kStages = 3;
+
+struct Shape {
+  std::int64_t B, N, bytes;
+  int threads;
+  std::int64_t pieces() const { return N > kLong ? (N + kLong - 1) / kLong : 1; }
+};
+template <class Scalar>
+Shape shape_of(const Krylov<Scalar>& c, std::int64_t words, int threads) {
+  return {c.B, c.N, words * c.B * c.N * static_cast<std::int64_t>(sizeof(Scalar)), threads};
+}
+
+// Calls body(i, first, last, item) for every piece of every sample.
+template <class Body>
+void for_pieces(const Shape& s, const Body& body) {
+  const std::int64_t pieces = s.pieces();
+  parallel_for(s.B * pieces, s.bytes, s.threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t first = item % pieces * kLong;
+      body(item / pieces, first, pieces == 1 || first + kLong > s.N ? s.N : first + kLong, item);
+    }
+  });
+}
+
+// How many numbers each stage of a pass makes of a sample; those of the first are maxima where `maxima`, else sums.
+struct Stages {
+  int numbers[kStages];
+  bool maxima = false;
+  int begin(int stage) const { return stage == 0 ? 0 : begin(stage - 1) + numbers[stage - 1]; }
+  int width() const { return begin(kStages); }
+};
+
+// For every sample: stage(s, i, first, last, totals, own, sums) for the stages in turn, which writes its numbers of
+// those entries to own (zero before) and finds the totals of the stages before it; then finish(i, totals), and
+// write(i, first, last). sums: room for `scratch` sums. Long samples are cut into pieces.
+template <class Stage, class Finish, class Write>
+void for_samples(const Shape& shape, const Stages& stages, int scratch, const Stage& stage, const Finish& finish,
+                 const Write& write) {
+  const std::int64_t pieces = shape.pieces();
+  const int width = stages.width();
+  if (pieces == 1) {
+    parallel_for(shape.B, shape.bytes, shape.threads, [&](std::int64_t begin, std::int64_t end) {
+      Scratch totals(width);
+      Sums sums(scratch);
+      for (std::int64_t i = begin; i < end; ++i) {
+        for (int j = 0; j < width; ++j) totals.data[j] = 0;
+        for (int s = 0; s < kStages; ++s) {
+          if (stages.numbers[s]) stage(s, i, 0, shape.N, totals.data, totals.data + stages.begin(s), sums);
+        }
+        finish(i, totals.data);
+        write(i, 0, shape.N);
+      }
+    });
+    return;
+  }
+  Scratch totals(shape.B * width);
+  for (int s = 0; s < kStages; ++s) {
+    const int numbers = stages.numbers[s];
+    if (!numbers) continue;
+    Scratch parts(shape.B * pieces * numbers);
+    parallel_for(shape.B * pieces, shape.bytes, shape.threads, [&](std::int64_t begin, std::int64_t end) {
+      Sums sums(scratch);
+      for (std::int64_t item = begin; item < end; ++item) {
+        const std::int64_t i = item / pieces, first = item % pieces * kLong;
+        stage(s, i, first, first + kLong > shape.N ? shape.N : first + kLong, totals.data + i * width,
+              parts.data + item * numbers, sums);
+      }
+    });
+    for (std::int64_t item = 0; item < shape.B * pieces; ++item) {
+      double* const total = totals.data + item / pieces * width + stages.begin(s);
+      for (int j = 0; j < numbers; ++j) {
+        const double part = parts.data[item * numbers + j];
+        total[j] = !(stages.maxima && s == 0) ? total[j] + part : total[j] > part ? total[j] : part;
+      }
+    }
+  }
+  for (std::int64_t i = 0; i < shape.B; ++i) finish(i, totals.data + i * width);
+  for_pieces(shape,
+             [&](std::int64_t i, std::int64_t first, std::int64_t last, std::int64_t) { write(i, first, last); });
+}
+
+template <class Scalar, class Claim>
+std::int64_t count_of(const Krylov<Scalar>& c, const Claim& claim) {
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < c.B; ++i) count += claim(c.samples[i]);
+  return count;
+}
+
+// Begins a cycle of sample s, whose residual is `left`.
+inline void start_cycle(KrylovSample& s, double left) {
+  s.left = left;
+  s.taken = s.sound = s.used = 0;
+  s.going = s.active;
+  s.broken = false;
+}
+
+template <class Scalar>
+void fill(Scalar* p, std::int64_t first, std::int64_t last, Scalar value) {
+  for (std::int64_t e = first; e < last; ++e) p[e] = value;
+}
+
+inline int exponent_of(double x) {  // of 0, infinity and NaN: 0
+  int exponent = 0;
+  if (x > 0 && x < INFINITY) std::frexp(x, &exponent);
+  return exponent;
+}
+
+template <class Scalar>
+std::int64_t begin(const Krylov<Scalar>& c, const std::uint8_t* mask, const KrylovTolerance& asked, Scalar* q0,
+                   int threads) {
+  for_samples(
+      shape_of(c, 3, threads), Stages{{2, 1, 0}, true}, 0,
+      [&](int s, std::int64_t i, std::int64_t first, std::int64_t last, const double* totals, double* own, Sums&) {
+        const Scalar* const g = c.g + i * c.N;
+        if (mask && !mask[i]) return;
+        if (s == 0) {
+          double most = 0, bad = 0;
+          for (std::int64_t e = first; e < last; ++e) {
+            const double x = std::fabs(static_cast<double>(g[e]));
+            bad = x < INFINITY ? bad : 1;
+            most = x > most ? x : most;
+          }
+          own[0] = most, own[1] = bad;
+        } else if (totals[1] == 0) {
+          const Power down(-exponent_of(totals[0]));
+          double squares = 0;
+          for (std::int64_t e = first; e < last; ++e) {
+            const double x = static_cast<Scalar>(down(static_cast<double>(g[e])));
+            squares += x * x;
+          }
+          own[0] = squares;
+        }
+      },
+      [&](std::int64_t i, const double* totals) {
+        KrylovSample& s = c.samples[i];
+        s = KrylovSample{};
+        s.out = mask && !mask[i];
+        s.lost = totals[1] != 0;
+        s.exponent = s.lost ? 0 : exponent_of(totals[0]);
+        s.best = std::sqrt(totals[2]);
+        s.norm = s.best > 0 ? s.best : 1;
+        const double rtol = asked.rtols ? asked.rtols[i] : asked.rtol, atol = asked.atols ? asked.atols[i] : asked.atol;
+        s.goal = rtol * s.norm + Power(-s.exponent)(atol);
+        const double resolved = asked.eps * s.norm;
+        s.pursued = s.goal > resolved ? s.goal : resolved;
+        s.active = s.best > s.pursued;
+        start_cycle(s, s.best);
+      },
+      [&](std::int64_t i, std::int64_t first, std::int64_t last) {
+        const KrylovSample& s = c.samples[i];
+        Scalar* const q = q0 + i * c.N;
+        if (!s.active) return fill(q, first, last, Scalar{0});
+        const Power down(-s.exponent);
+        for (std::int64_t e = first; e < last; ++e) {
+          q[e] = static_cast<Scalar>(static_cast<Scalar>(down(static_cast<double>(c.g[i * c.N + e]))) / s.norm);
+        }
+      });
+  return count_of(c, [](const KrylovSample& s) { return s.active; });
+}
+
+template <class Scalar>
+std::int64_t append(const Krylov<Scalar>& c, int k, const Scalar* product, Scalar* next, int threads) {
+  const int vectors = k + 1;
+  for_samples(
+      shape_of(c, 3 * vectors + 4, threads), Stages{{vectors, vectors, 1}}, vectors,
+      [&](int s, std::int64_t i, std::int64_t first, std::int64_t last, const double* totals, double* own, Sums& sums) {
+        if (!c.samples[i].going) return;
+        const std::int64_t row = i * c.N;
+        Scalar* const w = next + row;
+        if (s == 2) {
+          own[0] = subtract(vectors, c.vectors, row, first, last, totals + vectors, w);
+          return;
+        }
+        if (s == 0) {
+          const Scalar *const q = c.vectors[k] + row, *const p = product + row;
+          for (std::int64_t e = first; e < last; ++e) w[e] = q[e] - p[e];
+        }
+        sums.clear();
+        subtract_and_dot(vectors, c.vectors, row, first, last, s == 0 ? nullptr : totals, w, sums);
+        sums.write(own);
+      },
+      [&](std::int64_t i, double* totals) {
+        KrylovSample& s = c.samples[i];
+        if (!s.going) return;
+        for (int j = 0; j < vectors; ++j) totals[j] += totals[vectors + j];
+        s.below = std::sqrt(totals[2 * vectors]);
+        take_column(s, c.columns, i, k, totals, c.eps);
+      },
+      [&](std::int64_t i, std::int64_t first, std::int64_t last) {
+        const KrylovSample& s = c.samples[i];
+        Scalar* const w = next + i * c.N;
+        if (!s.going) return fill(w, first, last, Scalar{0});
+        const double inverse = 1 / s.below;
+        for (std::int64_t e = first; e < last; ++e) w[e] = static_cast<Scalar>(w[e] * inverse);
+      });
+  return count_of(c, [](const KrylovSample& s) { return s.going; });
+}
+
+template <class Scalar>
+std::int64_t combine(const Krylov<Scalar>& c, bool cautious, const Scalar* u, Scalar* out, int threads) {
+  int most = 0;
+  for (std::int64_t i = 0; i < c.B; ++i) most = c.samples[i].taken > most ? c.samples[i].taken : most;
+  const Shape shape = shape_of(c, most + 2, threads);
+  const std::int64_t pieces = shape.pieces();
+  parallel_for(shape.B * pieces, shape.bytes, shape.threads, [&](std::int64_t begin, std::int64_t end) {
+    Scratch y(most);
+    for (std::int64_t item = begin; item < end; ++item) {
+      const std::int64_t i = item / pieces, first = item % pieces * kLong;
+      const std::int64_t last = pieces == 1 || first + kLong > c.N ? c.N : first + kLong, row = i * c.N;
+      const KrylovSample& s = c.samples[i];
+      const int count = cautious ? s.sound : s.taken;
+      if (s.broken) {
+        fill(out + row, first, last, static_cast<Scalar>(NAN));
+        continue;
+      }
+      coordinates(c.columns, i, count, y.data);
+      combined(count, c.vectors, row, first, last, y.data, u ? u + row : nullptr, out + row);
+    }
+  });
+  return count_of(c, [](const KrylovSample& s) { return s.active && s.sound < s.taken; });
+}
+
+// |g + A u - u|^2 and |u|^2 over some entries, to own.
+template <class Scalar>
+void measure(const Krylov<Scalar>& c, std::int64_t i, std::int64_t first, std::int64_t last, const Scalar* u,
+             const Scalar* product, double* own) {
+  const Power down(-c.samples[i].exponent);
+  double squares = 0, length = 0;
+  for (std::int64_t e = i * c.N + first; e < i * c.N + last; ++e) {
+    const double x = u[e], g = static_cast<Scalar>(down(static_cast<double>(c.g[e]))), r = g + product[e] - x;
+    squares += r * r, length += x * x;
+  }
+  own[0] = squares, own[1] = length;
+}
+
+// What is known of a residual that was measured at a u with rounding eps: not less than eps |u|. NaN stays.
+inline double blurred(double squares, double length, double eps) {
+  const double size = std::sqrt(squares), least = eps * std::sqrt(length);
+  return size >= least || size != size ? size : least;
+}
+
+template <class Scalar>
+std::int64_t accept(const Krylov<Scalar>& c, const Scalar* u1, const Scalar* product1, const Scalar* u2,
+                    const Scalar* product2, Scalar* u, Scalar* q0, int threads) {
+  for_samples(
+      shape_of(c, u2 ? 8 : 6, threads), Stages{{u2 ? 4 : 2, 0, 0}}, 0,
+      [&](int, std::int64_t i, std::int64_t first, std::int64_t last, const double*, double* own, Sums&) {
+        if (!c.samples[i].active) return;
+        measure(c, i, first, last, u1, product1, own);
+        if (u2) measure(c, i, first, last, u2, product2, own + 2);
+      },
+      [&](std::int64_t i, const double* totals) {
+        KrylovSample& s = c.samples[i];
+        s.chosen = -1;
+        if (!s.active) return;
+        double size = blurred(totals[0], totals[1], c.eps);
+        int from = 1;
+        if (u2) {  // a huge u has to gain by a direction that I - A nearly loses what its rounding costs
+          const double careful = blurred(totals[2], totals[3], c.eps);
+          if (!(size < 0.5 * careful)) size = careful, from = 2;
+        }
+        s.evaluations += s.used + (u2 ? 2 : 1);
+        // A residual that is mostly the rounding of a huge u is hardly known: it has to be less by more than that.
+        const double length = std::sqrt(totals[2 * from - 1]);
+        const bool better = size < (c.eps * length > 0.5 * size ? 0.5 * s.best : s.best);
+        s.stalled = !(better && size < 0.999 * s.best);
+        s.chosen = static_cast<std::int8_t>(better ? from : 0);
+        if (better) s.length = length;
+        s.best = better ? size : size - size == 0 ? s.best : INFINITY;
+        s.active = s.best > s.pursued && s.best < INFINITY && !s.stalled;
+        start_cycle(s, s.best);
+      },
+      [&](std::int64_t i, std::int64_t first, std::int64_t last) {
+        const KrylovSample& s = c.samples[i];
+        const std::int64_t row = i * c.N;
+        const Scalar *const taken = s.chosen == 2 ? u2 : u1, *const product = s.chosen == 2 ? product2 : product1;
+        if (s.active) {
+          const Power down(-s.exponent);
+          for (std::int64_t e = row + first; e < row + last; ++e) {
+            const double g = static_cast<Scalar>(down(static_cast<double>(c.g[e])));
+            q0[e] = static_cast<Scalar>((g + product[e] - taken[e]) / s.left);
+          }
+        } else {
+          fill(q0 + row, first, last, Scalar{0});
+        }
+        if (s.chosen > 0 && taken != u) {
+          for (std::int64_t e = row + first; e < row + last; ++e) u[e] = taken[e];
+        } else if (s.chosen == 0 && u == u1) {
+          fill(u + row, first, last, Scalar{0});
+        }
+      });
+  return count_of(c, [](const KrylovSample& s) { return s.active; });
+}
+
+template <class Scalar>
+std::int64_t raise(const Krylov<Scalar>& c, Scalar* u, int threads) {
+  for_samples(
+      shape_of(c, 2, threads), Stages{{1, 0, 0}}, 0,
+      [&](int, std::int64_t i, std::int64_t first, std::int64_t last, const double*, double* own, Sums&) {
+        const Power up(c.samples[i].exponent), down(-c.samples[i].exponent);
+        for (std::int64_t e = i * c.N + first; e < i * c.N + last; ++e) {
+          const Scalar before = u[e];
+          u[e] = static_cast<Scalar>(up(static_cast<double>(before)));
+          own[0] += static_cast<Scalar>(down(static_cast<double>(u[e]))) != before;
+        }
+      },
+      [&](std::int64_t i, const double* totals) {
+        KrylovSample& s = c.samples[i];
+        s.ended = outcome_of(s);
+        s.changed = totals[0] > 0 && s.best < INFINITY;
+      },
+      [](std::int64_t, std::int64_t, std::int64_t) {});
+  return count_of(c, [](const KrylovSample& s) { return s.changed; });
+}
+
+template <class Scalar>
+std::int64_t lower(const Krylov<Scalar>& c, Scalar* values, const Scalar* raised, int threads) {
+  for_samples(
+      shape_of(c, 3, threads), Stages{{2, 0, 0}}, 0,
+      [&](int, std::int64_t i, std::int64_t first, std::int64_t last, const double*, double* own, Sums&) {
+        for (std::int64_t e = i * c.N + first; e < i * c.N + last; ++e) {
+          own[0] += !(std::fabs(static_cast<double>(values[e])) < INFINITY);
+          own[1] += raised && values[e] != raised[e];
+        }
+      },
+      [&](std::int64_t i, const double* totals) {
+        KrylovSample& s = c.samples[i];
+        s.changed = s.changed || (totals[1] > 0 && s.best < INFINITY);
+        if (s.changed) ++s.evaluations;
+        s.chosen = totals[0] == 0;
+        if (!s.chosen) s.best = INFINITY;
+      },
+      [&](std::int64_t i, std::int64_t first, std::int64_t last) {
+        const Power down(-c.samples[i].exponent);
+        for (std::int64_t e = i * c.N + first; e < i * c.N + last; ++e) {
+          values[e] = c.samples[i].chosen ? static_cast<Scalar>(down(static_cast<double>(values[e]))) : Scalar{0};
+        }
+      });
+  return count_of(c, [](const KrylovSample& s) { return s.changed; });
+}
+
+template <class Scalar>
+void remeasure(const Krylov<Scalar>& c, const Scalar* u, const Scalar* product, int threads) {
+  for_samples(
+      shape_of(c, 3, threads), Stages{{2, 0, 0}}, 0,
+      [&](int, std::int64_t i, std::int64_t first, std::int64_t last, const double*, double* own, Sums&) {
+        measure(c, i, first, last, u, product, own);
+      },
+      [&](std::int64_t i, const double* totals) {
+        KrylovSample& s = c.samples[i];
+        if (s.changed && s.best < INFINITY) s.best = std::sqrt(totals[0]);
+      },
+      [](std::int64_t, std::int64_t, std::int64_t) {});
+}
+
+}  // namespace
+
+template <class Scalar>
+const KrylovPasses<Scalar>& krylov_passes() {
+  static constexpr KrylovPasses<Scalar> passes{begin<Scalar>, append<Scalar>, combine<Scalar>,  accept<Scalar>,
+                                               raise<Scalar>, lower<Scalar>,  remeasure<Scalar>};
+  return passes;
+}
+template const KrylovPasses<float>& krylov_passes<float>();
+template const KrylovPasses<double>& krylov_passes<double>();
+
+}  // namespace pydeqsolve::PYDEQSOLVE_ISA

@@ -1,0 +1,65 @@
+// The small least-squares problems min |beta e_1 - H y| of a Krylov cycle, a Hessenberg matrix per sample, column by
+// column (Saad & Schultz 1986). pydeqsolve/derivative/krylov.py says the same in PyTorch.
+#pragma once
+#include <cmath>
+
+#include "judge.h"
+#include "krylov.h"
+
+namespace pydeqsolve {
+
+// How the solve of a sample has ended.
+static inline int outcome_of(const KrylovSample& s) {
+  if (!(s.best < INFINITY)) return kNonfinite;
+  if (s.best <= s.pursued) return kConverged;
+  return s.stalled ? kStalled : kMaxSteps;
+}
+
+// Column j of sample i: j + 1 entries of the triangle, cosine, sine, and the right-hand side.
+static inline double* column_of(double* const* columns, std::int64_t i, int j) { return columns[j] + i * (j + 4); }
+
+// Takes in column k, h (k + 1) with s.below under it; h is overwritten. A column that adds nothing but rounding to the
+// span is not taken: its coordinate would be of the size of 1/eps. Says in s.going whether another one is wanted.
+static inline void take_column(KrylovSample& s, double* const* columns, std::int64_t i, int k, double* h, double eps) {
+  double size = 0;
+  for (int j = 0; j <= k; ++j) size += h[j] * h[j];
+  size = std::sqrt(size);
+  ++s.used;
+  if (!(s.below + size < INFINITY)) {
+    s.broken = true, s.going = false;
+    return;
+  }
+  for (int j = 0; j < k; ++j) {
+    const double* const rotation = column_of(columns, i, j) + j + 1;
+    const double upper = rotation[0] * h[j] + rotation[1] * h[j + 1];
+    h[j + 1] = rotation[0] * h[j + 1] - rotation[1] * h[j];
+    h[j] = upper;
+  }
+  const double radius = std::hypot(h[k], s.below), whole = std::hypot(size, s.below);
+  if (!(radius > 4 * eps * whole)) {
+    s.going = false;
+    return;
+  }
+  if (s.sound == k && radius > std::sqrt(eps) * whole) ++s.sound;
+  ++s.taken;
+  double* const column = column_of(columns, i, k);
+  for (int j = 0; j < k; ++j) column[j] = h[j];
+  column[k] = radius;
+  const double cosine = column[k + 1] = h[k] / radius, sine = column[k + 2] = s.below / radius;
+  column[k + 3] = cosine * s.left;
+  s.left *= -sine;
+  // Nothing left of a vector (a breakdown) ends the cycle; whether with an answer the true residual tells.
+  s.going = std::fabs(s.left) > 0.5 * s.pursued && s.below > eps * size;
+}
+
+// The minimiser over the first `count` columns of sample i, to y.
+static inline void coordinates(double* const* columns, std::int64_t i, int count, double* y) {
+  for (int j = 0; j < count; ++j) y[j] = column_of(columns, i, j)[j + 3];
+  for (int j = count - 1; j >= 0; --j) {
+    const double* const column = column_of(columns, i, j);
+    y[j] /= column[j];
+    for (int l = 0; l < j; ++l) y[l] -= y[j] * column[l];
+  }
+}
+
+}  // namespace pydeqsolve

@@ -1,0 +1,272 @@
+"""GMRES by native passes against GMRES in PyTorch, and what a batch, its order and its threads may not change."""
+
+import math
+
+import problems
+import pytest
+import torch
+from examples import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pydeqsolve import GMRES, Status, Stop, build_info
+from pydeqsolve.derivative.adjoint import AdjointSolve
+from pydeqsolve.derivative.linearise import Good
+from pydeqsolve.solution import Recorder
+from pydeqsolve.step import native
+
+pytestmark = pytest.mark.skipif(not build_info()["native"], reason="no native module")
+f32, f64, cpu = torch.float32, torch.float64, torch.device("cpu")
+LONG = 40_000  # entries: three pieces of a sample
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request):
+    """Every build of the passes that this processor runs."""
+    best = build_info()["cpu_isa"]
+    if not native._native.choose_cpu_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    native._native.choose_cpu_isa(best)
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """A function that calls another one without the native module."""
+
+    def called(fn, *given, **keywords):
+        with monkeypatch.context() as without:
+            without.setattr(native, "_native", None)
+            return fn(*given, **keywords)
+
+    return called
+
+
+def matrices(B, N, dtype, radius=0.9, seed=0, normal=True):
+    """A (B, N, N) of spectral radius about `radius`; else as far from normal as a triangle."""
+    draw = torch.randn(B, N, N, dtype=f64, generator=problems.generator(seed)) * radius / N**0.5
+    if not normal:
+        draw = 2 * draw.triu(1) + radius * torch.eye(N, dtype=f64)
+    return draw.to(dtype)
+
+
+def rhs(B, N, dtype, seed=1):
+    return torch.randn(B, N, dtype=f64, generator=problems.generator(seed)).to(dtype)
+
+
+def by(A):
+    """u ↦ A u, every row as if alone."""
+    return lambda u: (A @ u[..., None])[..., 0]
+
+
+def diagonal(N, dtype):
+    rate = torch.linspace(-0.7, 0.9, N, dtype=f64).to(dtype)
+    return lambda u: u * rate
+
+
+@pytest.mark.parametrize("dtype", [f32, f64])
+@pytest.mark.parametrize(
+    ("B", "N", "radius", "normal"),
+    [(1, 5, 0.5, True), (3, 17, 0.9, True), (4, 64, 0.9, True), (2, 100, 1.3, True), (2, 24, 0.5, False)],
+)
+def test_it_takes_the_products_that_the_reference_takes_to_the_same_u(B, N, radius, normal, dtype, isa, oracle):
+    A, g = matrices(B, N, dtype, radius, normal=normal), rhs(B, N, dtype)
+    stop = Stop(1e-5 if dtype == f32 else 1e-11, max_steps=400)
+    u, how = GMRES(N).solve(by(A), g, stop)
+    expected, known = oracle(GMRES(N).solve, by(A), g, stop)
+    assert how.status.tolist() == known.status.tolist() == [Status.CONVERGED] * B
+    assert (how.evaluations - known.evaluations).abs().max() <= (1 if known.evaluations.max() <= 31 else 3)
+    exact = torch.linalg.solve(torch.eye(N, dtype=f64) - A.double(), g.double())
+    allowed = stop.rtol * g.norm() * torch.linalg.inv(torch.eye(N, dtype=f64) - A.double()).norm(dim=(1, 2)).max()
+    assert (u.double() - exact).norm() <= allowed
+    assert (u - expected).norm() <= 2 * allowed
+
+
+@pytest.mark.parametrize("dtype", [f32, f64])
+def test_samples_of_several_pieces_are_solved_as_the_reference_does(dtype, isa, oracle):
+    A, g = diagonal(LONG, dtype), rhs(2, LONG, dtype)
+    u, how = GMRES().solve(A, g, Stop(1e-5))
+    expected, known = oracle(GMRES().solve, A, g, Stop(1e-5))
+    assert how.evaluations.tolist() == known.evaluations.tolist()
+    torch.testing.assert_close(how.residual, known.residual, rtol=0.05, atol=0)
+    assert (u - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_the_residual_that_is_told_is_the_true_one(isa):
+    A, g = matrices(3, 50, f64), rhs(3, 50, f64)
+    u, how = GMRES().solve(by(A), g, Stop(1e-3))
+    true = (g + by(A)(u) - u).norm(dim=1) / g.norm(dim=1)
+    torch.testing.assert_close(how.residual, true, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("restart", [1, 2, 5])
+def test_short_cycles_end_where_long_ones_do(restart, isa, oracle):
+    A, g = matrices(3, 12, f64, 0.6), rhs(3, 12, f64)
+    u, how = GMRES(restart).solve(by(A), g, Stop(1e-9, max_steps=500))
+    _, known = oracle(GMRES(restart).solve, by(A), g, Stop(1e-9, max_steps=500))
+    assert how.status.tolist() == [Status.CONVERGED] * 3
+    assert how.evaluations.tolist() == known.evaluations.tolist()
+    exact = torch.linalg.solve(torch.eye(12, dtype=f64) - A, g)
+    assert (u - exact).norm() <= 1e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 7, 12])
+def test_a_budget_counts_products_and_ends_as_in_the_reference(budget, oracle):
+    A, g = matrices(2, 30, f64, 0.97), rhs(2, 30, f64)
+    calls = []
+
+    def counted(u):
+        calls.append(1)
+        return by(A)(u)
+
+    u, how = GMRES(5).solve(counted, g, Stop(1e-12, max_steps=budget))
+    assert len(calls) <= budget
+    expected, known = oracle(GMRES(5).solve, by(A), g, Stop(1e-12, max_steps=budget))
+    assert how.status.tolist() == known.status.tolist() == [Status.MAX_STEPS] * 2
+    assert how.evaluations.tolist() == known.evaluations.tolist()
+    torch.testing.assert_close(u, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("B", "N"), [(64, 2_000), (3, LONG)])
+def test_the_count_of_threads_changes_no_bit(B, N, isa):
+    A, g = diagonal(N, f32), rhs(B, N, f32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(GMRES().solve(A, g, Stop(1e-4))[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("N", [6, 65, LONG])
+def test_a_sample_is_what_it_is_alone_bit_for_bit_beside_bad_ones(N, isa):
+    rate = torch.linspace(-0.7, 0.9, N, dtype=f32)
+    scale = torch.tensor([1.0, 0.3, 0.0, math.nan, 1e20])[:, None]
+    g = rhs(5, N, f32)
+    g[1] *= 1e-20
+    g[2] = 0
+
+    def act(scale):
+        return lambda u: u * (rate * scale)
+
+    together, how = GMRES().solve(act(scale), g, Stop(1e-5))
+    for i in range(5):
+        alone, own = GMRES().solve(act(scale[i : i + 1]), g[i : i + 1], Stop(1e-5))
+        assert torch.equal(together[i], alone[0]) or bool(alone.isnan().any())
+        assert how.status[i] == own.status[0]
+        assert how.evaluations[i] == own.evaluations[0]
+    assert how.status[:4].tolist() == [0, 0, 0, Status.NONFINITE]
+    assert how.evaluations[2] == 0
+
+
+@pytest.mark.parametrize("k", [-100, -30, 30, 100])
+@pytest.mark.parametrize("dtype", [f32, f64])
+def test_a_power_of_two_in_the_cotangent_is_one_in_the_answer(dtype, k, isa):
+    A, g = matrices(2, 40, dtype, 0.8), rhs(2, 40, dtype)
+    u, how = GMRES().solve(by(A), g, Stop(1e-4))
+    scaled, also = GMRES().solve(by(A), g * 2.0**k, Stop(1e-4))
+    assert torch.equal(scaled, u * 2.0**k)
+    assert torch.equal(also.residual, how.residual)
+
+
+def test_products_of_samples_that_have_ended_are_not_read():
+    A, g = matrices(3, 40, f64, 0.9), rhs(3, 40, f64)
+    A[1] *= 1e-4
+    expected, known = GMRES().solve(by(A), g, Stop(1e-10, max_steps=400))
+    calls = []
+
+    def act(u):
+        calls.append(u)
+        product = by(A)(u)
+        if not u[1].any() and len(calls) > 1:
+            product[1] = math.nan
+        return product
+
+    found, how = GMRES().solve(act, g, Stop(1e-10, max_steps=400))
+    assert any(not u[1].any() for u in calls)
+    assert torch.equal(found, expected)
+    assert torch.equal(how.status, known.status)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_huge_u_has_to_gain_what_its_rounding_hides(seed, isa):
+    # g does not lie in the range of I − A: some u of 10⁷ times its size have a residual that rounding makes look less.
+    M = torch.randn(8, 20, dtype=f64, generator=problems.generator(seed)).float() / 20**0.5
+    u, how = GMRES().solve(lambda u: u - 0.5 * (u @ M.T) @ M, rhs(2, 20, f32, 7), Stop(1e-6, max_steps=1000))
+    assert how.status.tolist() == [Status.STALLED] * 2
+    assert u.norm() < 1e4 * rhs(2, 20, f32, 7).norm()
+
+
+def adjoint(products, g, mask, stop, follows, eps):
+    """`AdjointSolve` for g (n, 1, D): u and how it went."""
+    recorder = Recorder()
+    how = AdjointSolve(GMRES(), stop, follows, "phantom" if mask is None else "warn", recorder, eps)
+    whole = mask is None
+    mask = torch.ones(len(g), dtype=torch.bool) if mask is None else mask
+    with torch.no_grad():
+        u = how(lambda u: products(u[:, 0])[:, None].to(u.dtype), g, Good(mask, None, [], whole))
+    return u, recorder.last
+
+
+@pytest.mark.filterwarnings("ignore:the adjoint of solve:RuntimeWarning")
+@examples(60)
+@given(
+    st.sampled_from([torch.bfloat16, torch.float16, f32, f64]),
+    st.sampled_from([1e-3, 1e-7, 0.0]),
+    st.sampled_from([0.0, 1e-3, 1e-8]),
+    st.booleans(),
+    st.sampled_from([0.5, 0.99, 1.0, 1.5]),
+    st.integers(-20, 20),
+    st.integers(0, 3),
+    st.sampled_from([20, 100]),
+)
+def test_an_adjoint_is_judged_as_in_pytorch(dtype, rtol, eps, follows, radius, exponent, seed, budget):
+    N, B = 9, 4
+    A = matrices(B, N, f64, radius, seed)
+    A[0] = torch.diag(torch.linspace(0.1, radius, N, dtype=f64))  # radius 1: singular
+    g = (rhs(B, N, f64, seed) * 2.0**exponent).to(dtype)[:, None]
+    g[1] = math.inf if seed == 1 else 0.0 if seed == 2 else g[1]
+    mask = torch.tensor([True, True, seed != 3, True])
+
+    def products(u):
+        return by(A)(u.double()).to(torch.promote_types(u.dtype, f32))
+
+    given_ = (products, g, None if bool(mask.all()) else mask, Stop(rtol, max_steps=budget), follows, eps)
+    u, how = adjoint(*given_)
+    kept, native._native = native._native, None
+    try:
+        expected, known = adjoint(*given_)
+    finally:
+        native._native = kept
+    assert u.dtype == expected.dtype == dtype
+    assert torch.equal(u.isfinite(), expected.isfinite())
+    sure = known.residual.isinf() | ((known.residual - how.residual).abs() <= 0.5 * known.residual)
+    near = 4 * max(eps, torch.finfo(dtype).eps)  # rounding decides how such a residual comes out
+    assert (sure | (torch.maximum(known.residual, how.residual) <= near)).all()
+    clear = (known.status == how.status) | ~((known.residual > 2 * max(rtol, near)) | (known.residual < rtol / 2))
+    assert clear.all()
+    assert (how.status[~mask] == int(Status.NONFINITE)).all()
+    assert not u[~mask].any()
+
+
+def test_a_cotangent_with_large_gaps_in_memory_is_taken_as_it_is(isa):
+    A, g = matrices(3, 30, f64), rhs(3, 60, f64)[:, ::2]
+    assert not g.is_contiguous()
+    assert torch.equal(GMRES().solve(by(A), g, Stop(1e-6))[0], GMRES().solve(by(A), g.contiguous(), Stop(1e-6))[0])
+
+
+def test_a_product_of_another_shape_is_refused():
+    g = rhs(3, 30, f64)
+    with pytest.raises(ValueError, match=r"A must return \(3, 30\) like g, got \(3, 29\)"):
+        GMRES().solve(lambda u: u[:, :29], g, Stop(1e-6))
+
+
+def test_a_map_that_returns_its_argument_is_not_written_to():
+    # The product is then the basis vector itself.
+    g = rhs(2, 30, f64)
+    u, how = GMRES().solve(lambda u: -u if len(u) == 0 else u, g, Stop(1e-6))
+    assert how.status.tolist() == [Status.STALLED] * 2
+    assert u.isfinite().all()

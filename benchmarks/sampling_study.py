@@ -87,7 +87,7 @@ def report(name: str, out: Any, expected: Tensor, T: int) -> None:
 def try_splines(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> None:
     """x_0 from N at n nodes of the right trajectory."""
     X, T = trajectory.double().flatten(2), len(chain)
-    kappa = (1 - chain.alphas).sqrt()[:, None]
+    kappa = chain.noise[:-1, None]
     N = torch.stack(
         [checkpoint.model(trajectory[:, k], chain.timesteps[k].expand(len(X))).flatten(1).double() for k in range(T)], 1
     )

@@ -1,9 +1,9 @@
-"""The DDIM chain as arrays of coefficients, and its linear part solved in closed form.
+"""A chain as arrays of coefficients, and its linear part solved in closed form.
 
-Notation: step k = 0 … T−1 goes from x_k (noisier; x_0 of this file is the latent x_T) to x_{k+1}:
-x_{k+1} = a_k x_k + c_k ε(x_k, t_k) + σ_k n_k. With a splitting ε = κ_k x + b_k + N(x) it is
-x_{k+1} = A_k x_k + c_k (b_k + N_k) + σ_k n_k, A_k = a_k + c_k κ_k, and given all N_k the whole trajectory is one
-cumulative sum: x_k = P_k (x_0 + Σ_{j<k} (c_j (b_j + N_j) + σ_j n_j) / P_{j+1}), P_k = Π_{j<k} A_j.
+Notation: step k = 0 … T−1 goes from state s_k, the noisier, to s_{k+1}; s_0 is the latent, s_T the image:
+s_{k+1} = a_k s_k + c_k ε(s_k, t_k) + σ_k n_k. With a splitting ε = κ_k s + b_k + N(s) it is
+s_{k+1} = A_k s_k + c_k (b_k + N_k) + σ_k n_k, A_k = a_k + c_k κ_k, and given all N_k the whole trajectory is one
+cumulative sum: s_k = P_k (s_0 + Σ_{j<k} (c_j (b_j + N_j) + σ_j n_j) / P_{j+1}), P_k = Π_{j<k} A_j.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import real, signal, time_steps
 from .recurrence import Recurrence
 
 Edit = Callable[[Tensor, int, Tensor], Tensor]  # edit(x, k, image): what becomes of the states that k steps leave
@@ -25,13 +27,88 @@ VARIANCE_FLOOR = 1e-2  # of the mean variance
 
 @dataclass(frozen=True, eq=False)
 class Chain(Recurrence):
-    """T DDIM steps (Song, Meng & Ermon 2021, Eq. 12) of a noise schedule; the fields are those of `Recurrence`."""
+    """T steps down from noise to image, s_{k+1} = a_k s_k + c_k ε(s_k, t_k) + σ_k n_k, over states α x_0 + σ ε.
+
+    On any α and σ this is DDIM (Song, Meng & Ermon 2021, Eq. 12): on a flow Euler's step, and Euler's σ-step where α is
+    1. The fields are those of `Recurrence`; `Schedule.chain` makes one.
+    """
+
+    @classmethod
+    def vp(cls, timesteps: Tensor, alphas: Tensor, alphas_next: Tensor, **fields: Any) -> Chain:
+        """The chain of states √ᾱ x_0 + √(1−ᾱ) ε.
+
+        alphas (T,): ᾱ before each step, in (0, 1], or 0 at the first. alphas_next (T,): after it.
+        """
+        t = time_steps("timesteps", timesteps)
+        if bool((t.diff() == 0).any()):
+            raise ValueError(f"timesteps: must decrease, got {t[int((t.diff() == 0).nonzero()[0])]:g} twice")
+        alphas = signal("alphas", alphas, len(t))
+        after = signal("alphas_next", alphas_next, len(t), alphas)
+        states = torch.cat([alphas, after[-1:]])
+        ends = None if torch.equal(alphas[1:], after[:-1]) else torch.stack([after.sqrt(), (1 - after).sqrt()])
+        return cls(t, states.sqrt(), (1 - states).sqrt(), ends=ends, **fields)
 
     def coarsen(self, steps: int) -> tuple[Chain, Tensor]:
         """The chain of `steps` of the time steps, both ends included, and their positions (steps,) in this one."""
         at = torch.from_numpy(np.linspace(0, len(self) - 1, steps)).round().long()
-        after = torch.cat([self.alphas[at[1:]], self.alphas_next[-1:]])
-        return replace(self, timesteps=self.timesteps[at], alphas=self.alphas[at], alphas_next=after), at
+        signal, noise = (torch.cat([part[at], part[-1:]]) for part in (self.signal, self.noise))
+        return replace(self, timesteps=self.timesteps[at], signal=signal, noise=noise, ends=None), at
+
+    def partial(self, strength: float) -> Chain:
+        """The last ⌊strength · T⌋ steps, as diffusers' `strength` has it; 1 is all.
+
+        They start from a noised image, `add_noise`, instead of noise alone (SDEdit, Meng et al. 2022); inverted, they
+        give an image's state there.
+        """
+        T = len(self)
+        if not 0 < real("strength", strength) <= 1 or int(strength * T) < 1:
+            raise ValueError(f"strength: 1/{T}, which leaves one step, to 1 is required, got {strength}")
+        return self.tail(T - int(strength * T))
+
+    def tail(self, k: int) -> Chain:
+        """The steps k … T−1, which start from state k."""
+        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < len(self):
+            raise ValueError(f"k: 0 to {len(self) - 1}, a step, is required, got {k!r}")
+        if k == 0:
+            return self
+        ends = None if self.ends is None else self.ends[:, k:]
+        return replace(
+            self, timesteps=self.timesteps[k:], signal=self.signal[k:], noise=self.noise[k:], ends=ends,
+            init_noise_sigma=float(self.size[k]),
+        )  # fmt: skip
+
+    def add_noise(self, x_0: Tensor, noise: Tensor) -> Tensor:
+        """The state α x_0 + σ ε (B, …) that the chain starts from, of images x_0 and noise ε (B, …), in x_0's dtype."""
+        if noise.shape != x_0.shape:
+            raise ValueError(f"noise: the shape of x_0, {tuple(x_0.shape)}, is required, got {tuple(noise.shape)}")
+        return (float(self.signal[0]) * x_0.double() + float(self.noise[0]) * noise.double()).to(x_0.dtype)
+
+    @property
+    def alphas(self) -> Tensor:
+        """(T,) ᾱ = α² before each step, of a chain whose states have α² + σ² = 1.
+
+        Raises:
+            ValueError: another chain, which has `signal` and `noise`.
+        """
+        self._preserving("alphas")
+        return self.before[0].square()
+
+    @property
+    def alphas_next(self) -> Tensor:
+        """(T,) ᾱ after each step, likewise."""
+        self._preserving("alphas_next")
+        return self.after[0].square()
+
+    def _preserving(self, name: str) -> None:
+        if bool((self.size != 1).any()):
+            raise ValueError(f"{name}: only states with α² + σ² = 1 have an ᾱ; signal and noise are α and σ of any")
+
+    def __repr__(self) -> str:
+        """One line: steps, time, signal and noise at both ends, what is special."""
+        t, (first, last) = self.timesteps, ((f"{self.signal[k]:.3g}, {self.noise[k]:.3g}") for k in (0, -1))
+        special = {"eta": self.eta or None, "clip": self.clip, "prediction": self.prediction}
+        more = "".join(f", {name}={value}" for name, value in special.items() if value is not None)
+        return f"Chain({len(self)} steps, t = {t[0]:g} … {t[-1]:g}, α and σ {first} … {last}{more})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,27 +148,26 @@ class Splitting:
 
     @staticmethod
     def named(name: str, chain: Chain, mean: Tensor | None = None, variance: Tensor | None = None) -> Splitting:
-        """The splitting called "epsilon" (κ = 0, the paper's form), "v" (κ = √(1−ᾱ), a rotation) or "gaussian".
+        """The splitting called "epsilon" (κ = 0, the paper's form), "v" (κ = σ/(α² + σ²), a rotation) or "gaussian".
 
-        "gaussian" is exact for Gaussian data: κ = σ/(ᾱ Λ + σ²), b = −κ √ᾱ μ, σ² = 1 − ᾱ, with the data's mean μ and
-        variance Λ per pixel, (D,) each; without them μ = 0 and Λ = 0.25, about that of images in [−1, 1].
+        "gaussian" is exact for Gaussian data: κ = σ/(α² Λ + σ²), b = −κ α μ, with the data's mean μ and variance Λ per
+        pixel, (D,) each; without them μ = 0 and Λ = 0.25, about that of images in [−1, 1].
         """
-        alpha = chain.alphas[:, None]
-        sigma = (1 - alpha).sqrt()
+        alpha, sigma = (part[:, None] for part in chain.before)
         odd = (chain.blind | chain.still)[:, None]  # steps whose c stands before something else than ε
         if name == "epsilon":
             return Splitting(torch.zeros_like(alpha))
         if name == "v":
-            return Splitting(torch.where(odd, 0.0, sigma))
+            return Splitting(torch.where(odd, 0.0, sigma / chain.size[:-1, None].square()))
         if name == "gaussian":
             spread = alpha.new_tensor([0.25]) if variance is None else variance.double().cpu()
             # A pixel that never varies would make A_k vanish at the image: its step could not be read backwards.
             spread = spread.clamp_min(VARIANCE_FLOOR * spread.mean().clamp_min(VARIANCE_FLOOR))
-            kappa = torch.where(odd, 0.0, sigma / (alpha * spread + sigma.square()))
+            kappa = torch.where(odd, 0.0, sigma / (alpha.square() * spread + sigma.square()))
             if mean is None:
                 return Splitting(kappa)
-            mu = mean.double().cpu()  # without signal nothing but the mean is known: v = −μ
-            return Splitting(kappa, torch.where(chain.blind[:, None], -mu, -kappa * alpha.sqrt() * mu))
+            mu = mean.double().cpu()  # without signal nothing but the mean is known: e = −x̂_0 = −μ
+            return Splitting(kappa, torch.where(chain.blind[:, None], -mu, -kappa * alpha * mu))
         raise ValueError(f'splitting: "epsilon", "v", "gaussian" or a tensor κ is required, got {name!r}')
 
     @staticmethod

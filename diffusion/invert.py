@@ -41,8 +41,9 @@ class Inversion:
         status: (B,) int64 of `pydeqsolve.Status`: CONVERGED where √(loss/D), and what sampling may be off by
             besides, is within the error asked for, NONFINITE where the loss is not finite, STALLED where "exact" gave
             up because the loss no longer fell, MAX_STEPS where the rounds, the epochs or the one pass were over.
-        typicality: (B,) |x_T|²/D, near 1 for a latent that the model would draw. A chain makes almost any image, of a
-            latent further out: compare with real images that the same chain inverts, not with 1.
+        typicality: (B,) |x_T|²/D, over α² + σ² of the chain's first state; near 1 for a latent that the model would
+            draw. A chain makes almost any image, of a latent further out: compare with real images that the same chain
+            inverts, not with 1.
         rounds: model calls one after the other until x_T was found.
         check: calls of the sampling from x_T that then measures the loss.
         evaluations: (B,) model rows per image, the check included.
@@ -189,7 +190,7 @@ def find_latents(
             count = EPOCHS[method] if epochs is None else epochs
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(f"epochs: a non-negative integer is required, got {count!r}")
-            rate = LEARNING_RATES[method] if lr is None else lr
+            rate = LEARNING_RATES[method] * float(sampler.map.chain.size[0]) if lr is None else lr
             descent = Descent.start(sampler, target, method, rate, optimizer, generator, state)
             outcome = descent.run(count, max_rounds, gradient or Phantom(1, 0.1), solver, callback, bar)
         with torch.no_grad():
@@ -213,7 +214,8 @@ def _report(best: Best, outcome: Outcome, asked: float, x_0: Tensor) -> Inversio
     status = torch.where(best.error <= asked, int(Status.CONVERGED), status)
     status = torch.where(best.loss.isfinite(), status, int(Status.NONFINITE))
     return Inversion(
-        best.x_T.to(x_0.dtype).reshape(x_0.shape), best.loss, outcome.history, status, best.x_T.square().mean(1),
+        best.x_T.to(x_0.dtype).reshape(x_0.shape), best.loss, outcome.history, status,
+        (best.x_T / best.sampler.map.chain.size[0]).square().mean(1),
         outcome.rounds, outcome.evaluations + best.rows, outcome.state, best.check,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ Model = Callable[..., Tensor]
 
 @dataclass(eq=False)
 class Network:
-    """ε(x_t, t) from a model of any prediction type, in the model's dtype and in calls of at most `rows` rows."""
+    """A model of any prediction type, asked in its own dtype and in calls of at most `rows` rows."""
 
     model: Model
     prediction: str
@@ -40,8 +40,8 @@ class Network:
     def __post_init__(self) -> None:
         warn_of_training(self.model.model if isinstance(self.model, Rotated) else self.model)
 
-    def epsilon(self, x: Tensor, t: Tensor, alpha: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
-        """ε (n, D) in the dtype of x (n, D), v where ᾱ = 0. t, alpha (n,): time steps, ᾱ there; conditioning (n, …)."""
+    def answer(self, x: Tensor, t: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
+        """What the model says (n, D) of x (n, D) at time steps t (n,), in the dtype of x; conditioning (n, …)."""
         self.calls += 1
         shared = self.group is not None and not torch.is_grad_enabled()
         out = (
@@ -49,14 +49,7 @@ class Network:
             if shared
             else self._local(x, t, *conditioning)
         )
-        out = out.to(x.dtype)
-        if self.prediction == "epsilon":
-            return out
-        root, sigma = alpha.sqrt()[:, None].to(x), (1 - alpha).sqrt()[:, None].to(x)
-        blind = root == 0  # where the chain's coefficients are those of v = −x_0
-        if self.prediction == "v":  # v = √ᾱ ε − σ x_0 (Salimans & Ho 2022)
-            return torch.where(blind, out, root * out + sigma * x)
-        return torch.where(blind, -out, (x - root * out) / sigma)
+        return out.to(x.dtype)
 
     def _local(self, x: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
         """The model's own prediction (n, D), in the dtype it answers in."""
@@ -118,12 +111,16 @@ class Remainders:
 
     def __post_init__(self) -> None:
         self.evaluations = torch.zeros(0, dtype=torch.int64)
+        self.reading = self.chain.reading(self.network.prediction)
+
+    def says(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
+        """ε (n, D) at states x (n, D) of steps k (n,), −x̂_0 where there is no signal; before any clipping."""
+        answer = self.network.answer(self.reading.asked(x, k), self.chain.timesteps[k], conditioning)
+        return self.reading.read(x, k, answer)
 
     def epsilon(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """e (n, D) at states x (n, D) of steps k (n,): the step is a x + c e, e = ε or what clipping makes of it."""
-        chain = self.chain
-        eps = self.network.epsilon(x, chain.timesteps[k], chain.alphas[k], conditioning)
-        return chain.held(x, eps, k)
+        return self.chain.held(x, self.says(x, k, conditioning), k)
 
     def remainder(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """N (n, D) at states x (n, D) of steps k (n,)."""
@@ -134,7 +131,7 @@ class Remainders:
 
 def move(chain: Chain, splitting: Splitting, device: torch.device) -> tuple[Chain, Splitting]:
     """Both on `device`."""
-    moved = chain.at(torch.arange(len(chain), device=chain.alphas.device), device)
+    moved = chain.at(torch.arange(len(chain), device=chain.signal.device), device)
     offset = None if splitting.offset is None else splitting.offset.to(device)
     return moved, Splitting(splitting.kappa.to(device), offset)
 

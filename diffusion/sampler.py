@@ -46,12 +46,13 @@ def _forward(
 
 
 def scale_of(chain: Chain) -> Tensor:
-    """σ_k = √(1−ᾱ_k) (T, 1), never quite 0: the unit of the remainders in a solve.
+    """σ_k/√(α_k² + σ_k²) (T, 1), never quite 0: the unit of the remainders in a solve.
 
-    An error δ of x_k changes ε there by about δ/σ_k, and x_0 by δ. So equal tolerances of σ ε, not of ε, ask for the
-    same accuracy of x_0 at every step; of ε they would make the steps next to the image wait for digits nobody sees.
+    An error δ of a state of unit variance changes ε there by about δ/σ, and x_0 by δ. So equal tolerances of σ ε, not
+    of ε, ask for the same accuracy of x_0 at every step; of ε they would make the steps next to the image wait for
+    digits nobody sees.
     """
-    return (1 - chain.alphas).sqrt().clamp_min(SMALLEST_SCALE)[:, None]
+    return (chain.before[1] / chain.size[:-1]).clamp_min(SMALLEST_SCALE)[:, None]
 
 
 def _scaled_noise(chain: Chain, x_T: Tensor, noises: Tensor | None, generator: Any) -> Tensor | None:

@@ -236,7 +236,10 @@ class Schedule:
             after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
         else:
             after = torch.cat([alphas[t[1:]], final])
-        return Chain(t, alphas[t], after, self.eta if eta is None else eta, self.clip, self.variance, self.prediction)
+        return Chain.vp(
+            t, alphas[t], after, eta=self.eta if eta is None else eta, clip=self.clip, variance=self.variance,
+            prediction=self.prediction,
+        )  # fmt: skip
 
 
 def _clip(record: Any) -> Clip | None:

@@ -32,12 +32,13 @@ def reversed_map(forward: Remainders, first: int, last: int, splitting: Splittin
     the error that they would leave in the image if none of the errors were damped.
     """
     chain, cut = forward.chain, slice(first, last)
-    flipped = chain.at(torch.arange(last - 1, first - 1, -1, device=chain.alphas.device))
+    flipped = chain.at(torch.arange(last - 1, first - 1, -1, device=chain.signal.device))
     offset = None if splitting.offset is None else splitting.offset[cut].flip(0)
     kappa = splitting.kappa[cut].flip(0)
     a, c = flipped.a[:, None], flipped.c[:, None]
     A = a + c * kappa
-    unit = c.abs().clamp_min(SMALLEST_UNIT) * (last - first) ** 0.5
+    size = flipped.after[0].square() + flipped.after[1].square()  # in unit of a state of unit variance
+    unit = (c.abs() / size[:, None].sqrt()).clamp_min(SMALLEST_UNIT) * (last - first) ** 0.5
     return Remainders(forward.network, flipped, Splitting(kappa, offset), LinearChain(1 / A, -c / A), 1, unit)
 
 
@@ -231,12 +232,12 @@ def remainders(eps: Tensor, states: Tensor, splitting: Splitting) -> Tensor:
 
 def stiff_steps(chain: Chain, stiffness: float) -> int:
     """How many steps next to the image shrink what is not like the data to less than 1 − stiffness of its size."""
-    before, after = ((1 - alphas) / alphas for alphas in (chain.alphas, chain.alphas_next))
-    stiff = 1 - (after / before).sqrt() > stiffness
+    (alpha, sigma), (alpha_next, sigma_next) = chain.before, chain.after
+    stiff = 1 - sigma_next * alpha / (alpha_next * sigma) > stiffness
     return int(stiff.flip(0).cumprod(0).sum())
 
 
 def removing(chain: Chain, share: float, resolution: float) -> Splitting:
-    """κ = share·σ/(σ² + resolution²), σ² = 1 − ᾱ."""
-    variance = 1 - chain.alphas[:, None]
-    return Splitting(share * variance.sqrt() / (variance + resolution**2))
+    """κ = share·σ/(σ² + resolution² (α² + σ²))."""
+    sigma, size = chain.before[1][:, None], chain.size[:-1, None]
+    return Splitting(share * sigma / (sigma.square() + (resolution * size).square()))

@@ -57,7 +57,7 @@ class Descent:
         B, D = target.shape
         T, device = len(sampler.map.chain), target.device
         if state is None:
-            start = torch.randn(B, D, dtype=torch.float64, generator=generator).to(device)
+            start = torch.randn(B, D, dtype=torch.float64, generator=generator).to(device) * sampler.map.chain.size[0]
             state = {
                 "x_T": start, "best": start, "best_loss": torch.full((B,), torch.inf, dtype=torch.float64),
                 "history": torch.empty(0, B, dtype=torch.float64), "evaluations": torch.zeros(B, dtype=torch.int64),

@@ -80,11 +80,10 @@ def one_pass(sampler: Sampler, target: Tensor) -> Outcome:
     a, c = chain.a, chain.c
     for k in range(T - 1, -1, -1):
         at = min(k + 1, T - 1)
-        t = chain.timesteps[at].expand(len(x))
-        alpha = chain.alphas[at]
-        eps = sampler.map.network.epsilon(x, t, alpha.expand(len(x)), sampler.conditioning)
-        if at != k and chain.blind[k]:  # step k wants v = −x̂_0
-            eps = ((1 - alpha).sqrt() * eps - x) / alpha.sqrt()
+        there = x * (chain.size[at] / chain.size[k + 1])  # the image too as the last step has its states
+        eps = sampler.map.says(there, torch.full((len(x),), at, device=x.device), sampler.conditioning)
+        if at != k and chain.blind[k]:  # step k wants −x̂_0
+            eps = (chain.noise[at] * eps - there) / chain.signal[at]
         x = (x - c[k] * eps) / a[k]
     return Outcome(x, x.new_empty(0, len(x)), torch.full((len(x),), T, device=x.device), T)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -100,12 +100,11 @@ class Nodes:
         m, device = run.map, run.x_T.device
         at = nodes(len(m.chain)).to(device)
         spread = interpolation(at.cpu(), len(m.chain)).to(device)
-        fields = {name: getattr(m.chain, name)[at] for name in ("timesteps", "alphas", "alphas_next")}
         offset = m.splitting.offset
         split = Splitting(m.splitting.kappa[at], None if offset is None else offset[at])
         there = None if scale is None else scale[at]
         chain = NodeChain(m.linear, at, spread)
-        part = Remainders(m.network, replace(m.chain, **fields), split, chain, scale=there)
+        part = Remainders(m.network, m.chain.at(at), split, chain, scale=there)
         part.evaluations = torch.zeros(len(run.x_T), dtype=torch.int64, device=device)
         return Nodes(at, spread, chain, part)
 

@@ -41,10 +41,13 @@ def chain_residual(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> 
     x = trajectory.double().flatten(2)
     model = checkpoint.model
     network = Network(model, checkpoint.prediction, torch.Size(checkpoint.shape), model_dtype(model, torch.float32))
-    t, alphas = chain.timesteps.to(device).repeat(B), chain.alphas.to(device).repeat(B)
+    chain = chain.at(torch.arange(T), device)
+    states, k = x[:, :-1].flatten(0, 1), torch.arange(T, device=device).repeat(B)
+    reading = chain.reading(network.prediction)
     with torch.no_grad():
-        eps = network.epsilon(x[:, :-1].flatten(0, 1), t, alphas).reshape(B, T, -1)
-    linear = LinearChain(chain.a[:, None].to(device), chain.c[:, None].to(device))
+        answer = network.answer(reading.asked(states, k), chain.timesteps[k])
+    eps = reading.read(states, k, answer).reshape(B, T, -1)
+    linear = LinearChain(chain.a[:, None], chain.c[:, None])
     return (linear.trajectory(linear.base(x[:, 0], None), eps) - x).flatten(1).norm(dim=1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 SPACINGS = ("linspace", "leading", "trailing", "quadratic")
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
 VARIANCES = ("small", "large")
+RULES = ("ddim",)
 
 
 def real(name: str, value: Any) -> float:

@@ -57,7 +57,7 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     chain = checkpoint.schedule.chain(args.steps, args.spacing, args.eta)
     if args.pictures:
         pictures.require_matplotlib()
-    x_T = noise(args.seed, args.count, checkpoint, device)
+    x_T = noise(args.seed, args.count, checkpoint, device) * chain.init_noise_sigma
     files = ["samples.safetensors", "summary.json", *(["samples.png", "latents.png"] if args.pictures else [])]
     with writable(args.output, files, args.overwrite) as folder:
         start = time.perf_counter()

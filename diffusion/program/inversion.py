@@ -88,7 +88,8 @@ def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: t
     return {
         "model": checkpoint.name, "weights": fingerprint(checkpoint.model.state_dict().values()), "images": len(images),
         "pixels": fingerprint([images]),
-        "method": args.method, "steps": args.steps, "spacing": args.spacing or checkpoint.schedule.spacing,
+        "method": args.method, "steps": args.steps,
+        "spacing": args.spacing or getattr(checkpoint.schedule, "spacing", None),
         "splitting": options_of(checkpoint, args.splitting)["splitting"], "batch": args.batch, "device": device.type,
         "epochs": (EPOCHS[args.method] if args.epochs is None else args.epochs) if iterated else None,
         "lr": (LEARNING_RATES[args.method] if args.lr is None else args.lr) if iterated else None,

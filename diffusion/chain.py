@@ -8,12 +8,10 @@ cumulative sum: s_k = P_k (s_0 + Σ_{j<k} (c_j (b_j + N_j) + σ_j n_j) / P_{j+1}
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,12 +45,6 @@ class Chain(Recurrence):
         states = torch.cat([alphas, after[-1:]])
         ends = None if torch.equal(alphas[1:], after[:-1]) else torch.stack([after.sqrt(), (1 - after).sqrt()])
         return cls(t, states.sqrt(), (1 - states).sqrt(), ends=ends, **fields)
-
-    def coarsen(self, steps: int) -> tuple[Chain, Tensor]:
-        """The chain of `steps` of the time steps, both ends included, and their positions (steps,) in this one."""
-        at = torch.from_numpy(np.linspace(0, len(self) - 1, steps)).round().long()
-        signal, noise = (torch.cat([part[at], part[-1:]]) for part in (self.signal, self.noise))
-        return replace(self, timesteps=self.timesteps[at], signal=signal, noise=noise, ends=None), at
 
     def partial(self, strength: float) -> Chain:
         """The last ⌊strength · T⌋ steps, as diffusers' `strength` has it; 1 is all.
@@ -240,15 +232,15 @@ class LinearChain:
 
 
 class EditedChain(LinearChain):
-    """The same with x_k ← edit(x_k, k, image) after every step; k as in the chain that the user gave, by `states`.
+    """The same with x_k ← edit(x_k, k, image) after every step.
 
     An edit need not be linear, so no closed form is left: the states are made one after the other, in every round. The
     map from N to the states is still lower triangular, and its fixed point is the chain sampled step by step.
     """
 
-    def __init__(self, A: Tensor, c: Tensor, edit: Edit, shape: torch.Size, states: Sequence[int]) -> None:
+    def __init__(self, A: Tensor, c: Tensor, edit: Edit, shape: torch.Size) -> None:
         super().__init__(A, c)
-        self.edit, self.shape, self.states = edit, shape, states
+        self.edit, self.shape = edit, shape
 
     def base(self, x: Tensor, d: Tensor | None) -> Tensor:
         """(B, T+1, D): x, then what every step adds."""
@@ -266,26 +258,8 @@ class EditedChain(LinearChain):
     def after(self, x: Tensor, k: int, image: Tensor | None) -> Tensor:
         """The state (B, D) that step k leaves."""
         images = x.reshape(-1, *self.shape)
-        edited = self.edit(
-            images, self.states[k], image if image is not None else torch.arange(len(x), device=x.device)
-        )
+        edited = self.edit(images, k + 1, image if image is not None else torch.arange(len(x), device=x.device))
         if not isinstance(edited, Tensor) or edited.shape != images.shape:
             got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
             raise ValueError(f"edit: a tensor of the shape of x, {tuple(images.shape)}, is required, got {got}")
         return edited.to(x.dtype).reshape(x.shape)
-
-
-def interpolation(positions: Tensor, count: int, degree: int = 3) -> Tensor:
-    """(count, n) float64: from values at `positions` (n,) to 0 … count−1, by a cubic spline (n ≥ 4) or linearly."""
-    return _interpolation(tuple(positions.tolist()), count, degree).clone()
-
-
-@lru_cache(maxsize=64)
-def _interpolation(at: tuple[int, ...], count: int, degree: int) -> Tensor:
-    from scipy.interpolate import CubicSpline, make_interp_spline
-
-    n = len(at)
-    identity = np.eye(n)
-    grid = np.arange(count)
-    spline = CubicSpline(at, identity) if n >= 4 and degree == 3 else make_interp_spline(at, identity, k=min(1, n - 1))
-    return torch.from_numpy(np.ascontiguousarray(spline(grid)))

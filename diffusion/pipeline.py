@@ -28,6 +28,9 @@ except ImportError as error:
 from .arguments import check_options
 from .chain import Chain
 from .invert import Inversion, find_latents, warn_of_range
+from .invert import Method as Inverting
+from .methods.fastest import Method as Sampling
+from .methods.sequential import Sequential
 from .models.answers import WRAPPERS
 from .models.autoencoder import Autoencoder
 from .models.scheduled import chain_of, noises_of
@@ -67,8 +70,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
 
     Args:
         unet: UNet2DModel, with or without classes, or UNet2DConditionModel.
-        scheduler: one of diffusers' that are reproduced: DDIM, DDPM, Euler, FlowMatchEuler, EDMEuler
-            (`diffusion.models.schedulers`).
+        scheduler: of diffusers, one that is reproduced (`diffusion.models.schedulers`).
         vae: AutoencoderKL or VQModel; if given, the chain is that of its latents, and images are decoded and encoded.
         vqvae: the same, under the name that an LDMPipeline has for it.
 
@@ -125,7 +127,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         class_labels: Tensor | None = None, prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None, negative_class_labels: Tensor | None = None,
         guidance_scale: float = 1.0, output_type: str = "pil", return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None, method: str = "parallel",
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None, method: str | Sampling = "parallel",
         clip_sample: bool | None = None, use_clipped_model_output: bool | None = None,
         timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None, **options: Any,
     ) -> DEQDDIMPipelineOutput | tuple[Any]:  # fmt: skip
@@ -145,11 +147,11 @@ class DEQDDIMPipeline(DiffusionPipeline):
                 that changes states is `edit`, which diffusers' callbacks of that kind become. With
                 method="sequential" it is called after every step, and the latents that it returns replace the current.
                 Setting `pipe._interrupt = True` in it ends parallel sampling after that round.
-            method: "parallel" or "sequential".
+            method: as in `diffusion.sample`.
             clip_sample: False leaves predicted images as they are, whatever the scheduler does; None does as it does.
             use_clipped_model_output: as in DDIMPipeline: ε is taken anew from each image that is clipped.
             timesteps, sigmas: before each step, instead of num_inference_steps, as the scheduler takes them.
-            options: error, splitting, max_rounds, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
+            options: error, splitting, max_rounds, start, group, rows_per_call, edit, … of `diffusion.sample`.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, by name.
@@ -185,8 +187,8 @@ class DEQDDIMPipeline(DiffusionPipeline):
         return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, out.converged)
 
     def invert(
-        self, image: Any, num_inference_steps: int = 50, method: str = "exact", clip_sample: bool | None = None,
-        **options: Any,
+        self, image: Any, num_inference_steps: int = 50, method: str | Inverting = "exact",
+        clip_sample: bool | None = None, **options: Any,
     ) -> Inversion:  # fmt: skip
         """The latents from which the pipeline samples these images at eta = 0: `pipe(latents=found.x_T, eta=0.0)`.
 
@@ -195,9 +197,9 @@ class DEQDDIMPipeline(DiffusionPipeline):
 
         Args:
             image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
-            method: "exact", "ddim", "deq" or "naive", see `diffusion.invert`.
+            method: "exact", "ddim", "deq", "naive", or an object, see `diffusion.invert`.
             clip_sample: as in the pipeline's call.
-            options: the conditioning arguments of the pipeline, and error, max_rounds, epochs, … of `diffusion.invert`.
+            options: the conditioning arguments of the pipeline, and error, max_rounds, state, … of `diffusion.invert`.
 
         Returns:
             Inversion, with x_T, and the loss in pixels (of the latents, where there is a vae) per image.
@@ -259,7 +261,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         return x.to(self._execution_device, self.unet.dtype if x.is_floating_point() else None)
 
     def _hooks(
-        self, chain: Chain, bar: Any, callback: Callable[..., Any] | None, method: str, edit: Any
+        self, chain: Chain, bar: Any, callback: Callable[..., Any] | None, method: str | Sampling, edit: Any
     ) -> dict[str, Any]:
         """The hooks of `sample` that move the bar and call the callback."""
         times = chain.timesteps.tolist()
@@ -282,7 +284,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
             returned = (callback(self, k - 1, times[k - 1], {"latents": latents}) or {}).get("latents", latents)
             return x if returned is latents else returned.to(x)
 
-        if method == "sequential":
+        if method == "sequential" or isinstance(method, Sequential):
             return {"edit": after_step}
         quiet = callback is None and bar.disable
         return {"edit": edit, "callback": None if quiet else after_round}

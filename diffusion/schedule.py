@@ -12,9 +12,9 @@ from torch import Tensor
 from .chain import Chain
 from .checks import PREDICTIONS, RULES, SPACINGS, VARIANCES, count, flag, one_of, real
 from .clip import Clip
-from .continuous import ContinuousSchedule
-from .levels import EDM, GRIDS, Flow, Given, time_steps_given, time_steps_of
+from .models.continuous import ContinuousSchedule
 from .models.grids import SchedulerGrid
+from .models.levels import EDM, GRIDS, Flow, Given, time_steps_given, time_steps_of
 from .models.schedulers import read_scheduler
 
 # What `to_config` records where it is not the usual.

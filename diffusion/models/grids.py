@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of
-from ..levels import Given, Levels, time_steps_of
 from ..recurrence import Preconditioning
+from .levels import Given, Levels, time_steps_of
 
 NO_SIGNAL = 2**-22  # α below this is what float32 leaves of none
 SPACED = ("linspace", "leading", "trailing", "quadratic")

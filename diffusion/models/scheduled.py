@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..chain import Chain
 from ..clip import Clip
-from ..continuous import ContinuousSchedule
 from ..schedule import Schedule
+from .continuous import ContinuousSchedule
 
 
 def chain_of(

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import PREDICTIONS, SPACINGS, one_of, real
-from .recurrence import Preconditioning
+from ..checks import PREDICTIONS, SPACINGS, one_of, real
+from ..recurrence import Preconditioning
 
 Given = Sequence[float] | Tensor | None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from .chain import Chain
-from .checks import RULES, count, one_of
+from ..chain import Chain
+from ..checks import RULES, count, one_of
 from .levels import GRIDS, Given, Grid
 
 
@@ -15,7 +15,7 @@ class ContinuousSchedule:
     """Signal and noise as functions of a continuous time; made by `Schedule.flow`, `.edm` and `.from_diffusers`.
 
     Attributes:
-        grid: where the states lie (`diffusion.levels`).
+        grid: where the states lie (`diffusion.models.levels`).
         rule: of the chains, where none is asked for.
     """
 
@@ -40,7 +40,7 @@ class ContinuousSchedule:
 
         Args:
             steps: T.
-            spacing: as the schedule has it (`diffusion.levels`); None is its own.
+            spacing: as the schedule has it (`diffusion.models.levels`); None is its own.
             eta: the share of fresh noise; None is 0.
             rule: "ddim"; None is the schedule's own.
             timesteps, sigmas: the model's t, or the noise, before each step, instead of `steps` and `spacing`; what a

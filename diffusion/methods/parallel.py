@@ -17,10 +17,11 @@ from torch import Tensor
 from pydeqsolve import Anderson, Front, Solution, Status, Stop, solve
 
 from ..arguments import check_solver
-from ..chain import Chain, EditedChain
+from ..chain import Chain
 from ..checks import count
 from ..problem import ChainProblem, Found, in_steps
 from ..remainder import reachable, scale_of
+from ..trajectory import EditedChain
 from .defects import carried, defects, rounding
 from .goal import Goal, Watch
 from .grid import TimeGrid

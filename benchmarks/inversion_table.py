@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import invert, load_checkpoint, sample
+from diffusion import Descent, Parallel, Sequential, invert, load_checkpoint, sample
 from diffusion.chain import Chain
 from diffusion.invert import Inversion
 from diffusion.models.checkpoint import Checkpoint
@@ -36,6 +36,7 @@ from diffusion.training.data import digits, fashion
 from pydeqsolve import Status
 
 TURNS = 20
+THROUGH = {"deq": Parallel(), "naive": Sequential()}
 
 
 @dataclass
@@ -81,7 +82,7 @@ def images_of(checkpoint: Checkpoint, count: int) -> Tensor:
         return checkpoint.images[:count]
 
 
-def timed(checkpoint: Checkpoint, x_0: Tensor, chain: Chain, method: str, **options: Any) -> tuple[Inversion, float]:
+def timed(checkpoint: Checkpoint, x_0: Tensor, chain: Chain, method: Any, **options: Any) -> tuple[Inversion, float]:
     """What `invert` found, and its seconds of processor time."""
     begin = time.process_time()
     found = invert(checkpoint.model, x_0, chain, method, prediction=checkpoint.prediction, **options)
@@ -94,18 +95,18 @@ def table(checkpoint: Checkpoint, x_0: Tensor, chain: Chain, descents: int, epoc
     part = x_0[:descents]
     if not len(part):
         return rows
-    for method in ("deq", "naive"):  # imports and first allocations belong to nobody's time
-        timed(checkpoint, part, chain, method, epochs=1, generator=seeded(seed))
-    state = timed(checkpoint, part, chain, "deq", epochs=0, generator=seeded(seed))[0].state
+    for through in THROUGH.values():  # imports and first allocations belong to nobody's time
+        timed(checkpoint, part, chain, Descent(through, epochs=1), generator=seeded(seed))
+    state = timed(checkpoint, part, chain, Descent(epochs=0), generator=seeded(seed))[0].state
     states, seconds = {"deq": state, "naive": state}, {"deq": 0.0, "naive": 0.0}
     found = {}
     for turn in range(TURNS):
         until = (turn + 1) * epochs // TURNS
-        found["deq"], spent = timed(checkpoint, part, chain, "deq", epochs=until, state=states["deq"])
+        found["deq"], spent = timed(checkpoint, part, chain, Descent(epochs=until), state=states["deq"])
         seconds["deq"] += spent
         begin, left = time.process_time(), seconds["deq"] - seconds["naive"]
         found["naive"], spent = timed(
-            checkpoint, part, chain, "naive", epochs=100 * epochs, state=states["naive"],
+            checkpoint, part, chain, Descent(Sequential(), epochs=100 * epochs), state=states["naive"],
             callback=lambda epoch, end=begin + left: time.process_time() >= end,
         )  # fmt: skip
         seconds["naive"] += spent

@@ -16,10 +16,8 @@ import torch
 from sampling_study import asked
 from torch import Tensor
 
-from diffusion.arguments import Silent
-from diffusion.chain import interpolation
-from diffusion.methods.nodes import placed
-from diffusion.sampler import Sampler
+from diffusion.methods.grid import interpolation, placed
+from diffusion.problem import ChainProblem, in_steps
 
 MEMORY = 3
 
@@ -29,12 +27,12 @@ def said(found: Tensor, right: Tensor) -> str:
     return f"{error.median():.1e} ≤ {error.quantile(0.9):.1e}"
 
 
-def evaluate(run: Sampler, x: Tensor, k: Tensor) -> Tensor:
+def evaluate(run: ChainProblem, x: Tensor, k: Tensor) -> Tensor:
     """N (B, n, D) at states x (B, n, D) of the steps k (n,)."""
     return run.map.remainder(x.flatten(0, 1), k.repeat(len(x))).view_as(x)
 
 
-def try_secants(run: Sampler, right: Tensor, rounds: int = 10) -> None:
+def try_secants(run: ChainProblem, right: Tensor, rounds: int = 10) -> None:
     """Rounds of all steps: x_{k+1} = A_k x_k + c_k (N_k + J_k (x_k − x_k^old)) against Picard's J = 0."""
     T, linear, base = len(run.map.chain), run.map.linear, run.base()
     k = torch.arange(T)
@@ -58,7 +56,7 @@ def try_secants(run: Sampler, right: Tensor, rounds: int = 10) -> None:
         print(f"{'secants, m = ' + str(memory) if memory else 'Picard':16} " + ", ".join(line[3:]), flush=True)
 
 
-def multistep(run: Sampler, at: Tensor, order: int) -> Tensor:
+def multistep(run: ChainProblem, at: Tensor, order: int) -> Tensor:
     """N (B, n, D) at the nodes, in n calls of one row per image."""
     T, linear, base = len(run.map.chain), run.map.linear, run.base()
     ends, found, total = [*at.tolist(), T], [], torch.zeros_like(base[:, 0])
@@ -74,7 +72,7 @@ def multistep(run: Sampler, at: Tensor, order: int) -> Tensor:
     return torch.stack(found, 1)
 
 
-def try_nodes(run: Sampler, right: Tensor) -> None:
+def try_nodes(run: ChainProblem, right: Tensor) -> None:
     """The multistep predictor, and splines with the mean of what they miss, by number of nodes."""
     T, linear, base, half = len(run.map.chain), run.map.linear, run.base(), len(right) // 2
     N = evaluate(run, right[:, :T], torch.arange(T))
@@ -95,11 +93,11 @@ def try_nodes(run: Sampler, right: Tensor) -> None:
 def main() -> None:
     args, checkpoint, x = asked(__doc__, noises=32)
     for steps in args.steps:
-        run = Sampler.of(
-            checkpoint.model, x, checkpoint.schedule.chain(steps), checkpoint.prediction, "gaussian", None, None, (),
-            checkpoint.mean, checkpoint.variance, None,
-        )  # fmt: skip
-        right = run.sequential(Silent())[0]
+        chain = checkpoint.schedule.chain(steps)
+        run = ChainProblem.of(
+            checkpoint.model, x, chain, prediction=checkpoint.prediction, splitting=checkpoint.splitting(chain)
+        )
+        right = in_steps(run)
         print(f"{args.model}, T = {steps}, {args.noises} noises; torch {torch.__version__}")
         try_secants(run, right)
         try_nodes(run, right)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Chain, Checkpoint, load_checkpoint, sample
+from diffusion import Chain, Checkpoint, CoarseToFine, Parallel, load_checkpoint, sample
 
 CALL = 256  # rows of a model call
 MOST_ROUNDS = 60  # of a method that does not finish (the paper takes 15)
@@ -185,8 +185,7 @@ def compare(checkpoint: Checkpoint, steps: int, latents: list[Tensor], error: fl
     chain = checkpoint.schedule.chain(steps, "trailing")
 
     def ours(x: Tensor, **options: Any) -> tuple[Tensor, int, float]:
-        out = sample(checkpoint.model, x, chain, prediction=checkpoint.prediction, mean=checkpoint.mean,
-                     variance=checkpoint.variance, **options)  # fmt: skip
+        out = sample(checkpoint.model, x, chain, prediction=checkpoint.prediction, **options)
         return out.x_0, out.rounds, float(out.evaluations)
 
     def peer(solve: Callable[[Peer, Tensor, float], Tensor], tolerance: float) -> Any:
@@ -208,12 +207,12 @@ def compare(checkpoint: Checkpoint, steps: int, latents: list[Tensor], error: fl
     for name, solve in peers.items():
         print(cheapest(solve, peer, latents, expected, error, name, steps, base), flush=True)
     for name, options in {
-        "ours, all steps together": {"levels": ()},
-        "ours, on nodes": {"levels": "nodes"} if steps >= 60 else None,
+        "ours, Parallel": {"method": Parallel()},
+        "ours, CoarseToFine": {"method": CoarseToFine()} if steps >= 60 else None,
         "ours, automatic": {"method": "auto"},
     }.items():
         if options is not None:
-            run = partial(ours, splitting="gaussian", error=error, **options)
+            run = partial(ours, splitting=checkpoint.splitting(chain), error=error, **options)
             run(latents[0])
             print(measure(run, latents, expected)[0].line(name, steps, base), flush=True)
     if diffusers_ddim(checkpoint, latents[0], 2) is None:

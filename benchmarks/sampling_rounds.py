@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import Sample, load_checkpoint, sample
+from diffusion import CoarseToFine, Parallel, Sample, Sequential, load_checkpoint, sample
 
 WAYS: dict[str, dict[str, Any]] = {
-    "sequential": {"method": "sequential"},
-    "together, v": {"levels": ()},
-    "together, gaussian": {"levels": (), "splitting": "gaussian"},
-    "together, frequencies": {"levels": (), "basis": "frequencies"},
-    "together, covariance": {"levels": (), "basis": "covariance"},
-    "nodes, v": {"levels": "nodes"},
-    "nodes, gaussian": {"levels": "nodes", "splitting": "gaussian"},
-    "nodes, covariance": {"levels": "nodes", "basis": "covariance"},
-    "auto, gaussian": {"method": "auto", "splitting": "gaussian"},
+    "sequential": {"method": Sequential()},
+    "parallel, v": {"method": Parallel()},
+    "parallel, gaussian": {"method": Parallel(), "basis": "pixels"},
+    "parallel, frequencies": {"method": Parallel(), "basis": "frequencies"},
+    "parallel, covariance": {"method": Parallel(), "basis": "covariance"},
+    "coarse, v": {"method": CoarseToFine()},
+    "coarse, gaussian": {"method": CoarseToFine(), "basis": "pixels"},
+    "coarse, covariance": {"method": CoarseToFine(), "basis": "covariance"},
+    "auto, gaussian": {"method": "auto", "basis": "pixels"},
 }
 
 
@@ -72,12 +72,11 @@ def main() -> None:
         splittings = {basis: checkpoint.splitting(chain, basis) for basis in bases}
 
         def run(way: str, x: Tensor, chain: Any = chain, splittings: Any = splittings) -> Sample:
-            options = {"method": "parallel", "error": args.error, **WAYS[way]}
+            options = {"error": args.error, **WAYS[way]}
             basis = options.pop("basis", None)
             if basis is not None:
                 options["splitting"] = splittings[basis]
-            return sample(model, x, chain, prediction=checkpoint.prediction, mean=checkpoint.mean,
-                          variance=checkpoint.variance, **options)  # fmt: skip
+            return sample(model, x, chain, prediction=checkpoint.prediction, **options)
 
         table(steps, args, model, run, latents)
 

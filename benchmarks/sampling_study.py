@@ -1,4 +1,4 @@
-"""What was tried to cut rounds and rows of sampling, each change alone: memory, window, levels, nodes, splines alone.
+"""What was tried to cut rounds and rows of sampling, each change alone: memory, window, nodes, splines alone.
 
 Run: OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling_study.py --model digits --steps 100 --noises 16
 
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import Chain, Checkpoint, load_checkpoint, sample
-from diffusion.chain import LinearChain, interpolation
-from diffusion.methods import defects, nodes, passes, secants, together
+from diffusion import Chain, Checkpoint, CoarseToFine, Parallel, load_checkpoint, sample
+from diffusion.methods import coarse, defects, grid, parallel, secants
+from diffusion.trajectory import LinearChain
 from pydeqsolve import Anderson, Picard
 
 
@@ -28,7 +28,7 @@ def errors(found: Tensor, expected: Tensor) -> str:
 
 
 def try_ways(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) -> None:
-    """Solvers, windows and levels, by arguments of `sample`."""
+    """Solvers and windows, by options of `Parallel`."""
     T = len(chain)
     ways: dict[str, dict[str, Any]] = {
         "Picard": {"solver": Picard()},
@@ -36,18 +36,14 @@ def try_ways(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) 
         "Anderson, independent, m = 2": {"solver": Anderson(2, coupling="independent")},
         "Anderson, joint, m = 2": {"solver": Anderson(2)},
         **{f"window T/{part}": {"window": T // part} for part in (2, 4, 10)},
-        **{f"levels {counts}": {"levels": counts} for counts in ((T // 5,), (T // 20, T // 5))},
     }
     for name, options in ways.items():
-        out = sample(
-            checkpoint.model, x, chain, splitting="gaussian", mean=checkpoint.mean, variance=checkpoint.variance,
-            **{"levels": (), **options},
-        )  # fmt: skip
+        out = sample(checkpoint.model, x, chain, Parallel(**options), splitting=checkpoint.splitting(chain))
         report(name, out, expected, T)
 
 
 def try_nodes(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor) -> None:
-    """The numbers behind levels="nodes" and the start on the nodes, varied one at a time.
+    """The numbers behind `CoarseToFine` and the start on the nodes, varied one at a time.
 
     TELLING = inf leaves Picard on the nodes: no move tells the Jacobians anything.
     """
@@ -57,24 +53,21 @@ def try_nodes(checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor)
         {"TRIALS": 1}, {"TRIALS": 2}, {"SAMPLED": 1.0}, {"SAFETY": 1.0},
     ]  # fmt: skip
     for variant in variants:
-        try_numbers(checkpoint, chain, x, expected, "nodes", variant)
+        try_numbers(checkpoint, chain, x, expected, CoarseToFine(), variant)
     for variant in [{}, {"START": 0}, {"START": 1}, {"START": 3}, {"START": 4}, {"RTOL": 0.05}, {"RTOL": 0.2}]:
-        try_numbers(checkpoint, chain, x, expected, (), variant)
+        try_numbers(checkpoint, chain, x, expected, Parallel(), variant)
 
 
 def try_numbers(
-    checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor, levels: Any, variant: dict[str, float]
+    checkpoint: Checkpoint, chain: Chain, x: Tensor, expected: Tensor, method: Any, variant: dict[str, float]
 ) -> None:
     """One way of sampling with some of its numbers changed."""
-    homes = {name: next(m for m in (nodes, together, passes, defects, secants) if name in vars(m)) for name in variant}
+    homes = {name: next(m for m in (grid, parallel, coarse, defects, secants) if name in vars(m)) for name in variant}
     usual = {name: getattr(home, name) for name, home in homes.items()}
     for name, value in variant.items():
         setattr(homes[name], name, value)
-    out = sample(
-        checkpoint.model, x, chain, splitting="gaussian", mean=checkpoint.mean, variance=checkpoint.variance,
-        levels=levels,
-    )  # fmt: skip
-    report(f"{levels or 'together'} {variant or ''}", out, expected, len(chain))
+    out = sample(checkpoint.model, x, chain, method, splitting=checkpoint.splitting(chain))
+    report(f"{type(method).__name__} {variant or ''}", out, expected, len(chain))
     for name, value in usual.items():
         setattr(homes[name], name, value)
 
@@ -87,7 +80,7 @@ def report(name: str, out: Any, expected: Tensor, T: int) -> None:
 def try_splines(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> None:
     """x_0 from N at n nodes of the right trajectory."""
     X, T = trajectory.double().flatten(2), len(chain)
-    kappa = (1 - chain.alphas).sqrt()[:, None]
+    kappa = chain.noise[:-1, None]
     N = torch.stack(
         [checkpoint.model(trajectory[:, k], chain.timesteps[k].expand(len(X))).flatten(1).double() for k in range(T)], 1
     )
@@ -97,8 +90,8 @@ def try_splines(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> Non
     right = linear.trajectory(base, N)[:, -1]
     for n in (20, 40, 80, 160, 320, 640):
         if n < T:
-            at = nodes.placed(T, n, 2.0)
-            found = linear.trajectory(base, interpolation(at, T) @ N[:, at])[:, -1]
+            at = grid.placed(T, n, 2.0)
+            found = linear.trajectory(base, grid.interpolation(at, T) @ N[:, at])[:, -1]
             print(f"splines alone, {len(at):4} nodes {'':24} rows/T {len(at) / T:5.2f} {errors(found, right)}")
 
 

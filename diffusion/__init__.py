@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any
 from .chain import Chain, Splitting
 from .clip import Clip
 from .edit import Inpaint
+from .inversion.descent import Descent
+from .inversion.exact import Exact
+from .inversion.one_pass import OnePass
 from .invert import Inversion, invert
+from .methods.coarse import CoarseToFine
+from .methods.fastest import fastest
+from .methods.parallel import Parallel
+from .methods.sequential import Sequential
 from .models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .models.statistics import Statistics
 from .models.wrappers import DiffusersModel, Guided
@@ -20,14 +27,21 @@ __all__ = [
     "Chain",
     "Checkpoint",
     "Clip",
+    "CoarseToFine",
+    "Descent",
     "DiffusersModel",
+    "Exact",
     "Guided",
     "Inpaint",
     "Inversion",
+    "OnePass",
+    "Parallel",
     "Sample",
     "Schedule",
+    "Sequential",
     "Splitting",
     "Statistics",
+    "fastest",
     "fit",
     "invert",
     "load_checkpoint",

@@ -42,10 +42,8 @@ def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, 
             raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
 
 
-def check_settings(
-    *, counts: Mapping[str, Any], tensors: Mapping[str, Any], functions: Mapping[str, Any], solver: Any
-) -> None:
-    """Raises, by name, for a count below 1, what is no tensor or no function, or no solver; None is always allowed."""
+def check_settings(*, counts: Mapping[str, Any], tensors: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
+    """Raises, by name, for a count below 1, what is no tensor or no function; None is always allowed."""
     for name, value in counts.items():
         if value is not None:
             count(name, value, least=1)
@@ -55,7 +53,11 @@ def check_settings(
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name}: a function or None is required, got {type(value).__name__}")
-    if solver is not None and not isinstance(solver, (Anderson, Broyden, Picard)):
+
+
+def check_solver(solver: Any) -> None:
+    """Raises for what is no forward solver."""
+    if not isinstance(solver, (Anderson, Broyden, Picard)):
         raise TypeError(f"solver: Anderson(), Broyden() or Picard() is required, got {solver!r}")
 
 

@@ -1,37 +1,103 @@
-"""The DDIM chain as arrays of coefficients, and its linear part solved in closed form.
+"""A chain as arrays of coefficients, and the linear part of what its network says.
 
-Notation: step k = 0 … T−1 goes from x_k (noisier; x_0 of this file is the latent x_T) to x_{k+1}:
-x_{k+1} = a_k x_k + c_k ε(x_k, t_k) + σ_k n_k. With a splitting ε = κ_k x + b_k + N(x) it is
-x_{k+1} = A_k x_k + c_k (b_k + N_k) + σ_k n_k, A_k = a_k + c_k κ_k, and given all N_k the whole trajectory is one
-cumulative sum: x_k = P_k (x_0 + Σ_{j<k} (c_j (b_j + N_j) + σ_j n_j) / P_{j+1}), P_k = Π_{j<k} A_j.
+Notation: step k = 0 … T−1 goes from state s_k, the noisier, to s_{k+1}; s_0 is the latent, s_T the image:
+s_{k+1} = a_k s_k + c_k ε(s_k, t_k) + σ_k n_k. With a splitting ε = κ_k s + b_k + N(s) it is
+s_{k+1} = A_k s_k + c_k (b_k + N_k) + σ_k n_k, A_k = a_k + c_k κ_k (`diffusion.trajectory`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import real, signal, time_steps
 from .recurrence import Recurrence
-
-Edit = Callable[[Tensor, int, Tensor], Tensor]  # edit(x, k, image): what becomes of the states that k steps leave
 
 VARIANCE_FLOOR = 1e-2  # of the mean variance
 
 
 @dataclass(frozen=True, eq=False)
 class Chain(Recurrence):
-    """T DDIM steps (Song, Meng & Ermon 2021, Eq. 12) of a noise schedule; the fields are those of `Recurrence`."""
+    """T steps down from noise to image, s_{k+1} = a_k s_k + c_k ε(s_k, t_k) + σ_k n_k, over states α x_0 + σ ε.
 
-    def coarsen(self, steps: int) -> tuple[Chain, Tensor]:
-        """The chain of `steps` of the time steps, both ends included, and their positions (steps,) in this one."""
-        at = torch.from_numpy(np.linspace(0, len(self) - 1, steps)).round().long()
-        after = torch.cat([self.alphas[at[1:]], self.alphas_next[-1:]])
-        return replace(self, timesteps=self.timesteps[at], alphas=self.alphas[at], alphas_next=after), at
+    On any α and σ this is DDIM (Song, Meng & Ermon 2021, Eq. 12): on a flow Euler's step, and Euler's σ-step where α is
+    1. The fields are those of `Recurrence`; `Schedule.chain` makes one.
+    """
+
+    @classmethod
+    def vp(cls, timesteps: Tensor, alphas: Tensor, alphas_next: Tensor, **fields: Any) -> Chain:
+        """The chain of states √ᾱ x_0 + √(1−ᾱ) ε.
+
+        alphas (T,): ᾱ before each step, in (0, 1], or 0 at the first. alphas_next (T,): after it.
+        """
+        t = time_steps("timesteps", timesteps)
+        if bool((t.diff() == 0).any()):
+            raise ValueError(f"timesteps: must decrease, got {t[int((t.diff() == 0).nonzero()[0])]:g} twice")
+        alphas = signal("alphas", alphas, len(t))
+        after = signal("alphas_next", alphas_next, len(t), alphas)
+        states = torch.cat([alphas, after[-1:]])
+        ends = None if torch.equal(alphas[1:], after[:-1]) else torch.stack([after.sqrt(), (1 - after).sqrt()])
+        return cls(t, states.sqrt(), (1 - states).sqrt(), ends=ends, **fields)
+
+    def partial(self, strength: float) -> Chain:
+        """The last ⌊strength · T⌋ steps, as diffusers' `strength` has it; 1 is all.
+
+        They start from a noised image, `add_noise`, instead of noise alone (SDEdit, Meng et al. 2022); inverted, they
+        give an image's state there.
+        """
+        T = len(self)
+        if not 0 < real("strength", strength) <= 1 or int(strength * T) < 1:
+            raise ValueError(f"strength: 1/{T}, which leaves one step, to 1 is required, got {strength}")
+        return self.tail(T - int(strength * T))
+
+    def tail(self, k: int) -> Chain:
+        """The steps k … T−1, which start from state k."""
+        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < len(self):
+            raise ValueError(f"k: 0 to {len(self) - 1}, a step, is required, got {k!r}")
+        if k == 0:
+            return self
+        ends = None if self.ends is None else self.ends[:, k:]
+        return replace(
+            self, timesteps=self.timesteps[k:], signal=self.signal[k:], noise=self.noise[k:], ends=ends,
+            init_noise_sigma=float(self.size[k]),
+        )  # fmt: skip
+
+    def add_noise(self, x_0: Tensor, noise: Tensor) -> Tensor:
+        """The state α x_0 + σ ε (B, …) that the chain starts from, of images x_0 and noise ε (B, …), in x_0's dtype."""
+        if noise.shape != x_0.shape:
+            raise ValueError(f"noise: the shape of x_0, {tuple(x_0.shape)}, is required, got {tuple(noise.shape)}")
+        return (float(self.signal[0]) * x_0.double() + float(self.noise[0]) * noise.double()).to(x_0.dtype)
+
+    @property
+    def alphas(self) -> Tensor:
+        """(T,) ᾱ = α² before each step, of a chain whose states have α² + σ² = 1.
+
+        Raises:
+            ValueError: another chain, which has `signal` and `noise`.
+        """
+        self._preserving("alphas")
+        return self.before[0].square()
+
+    @property
+    def alphas_next(self) -> Tensor:
+        """(T,) ᾱ after each step, likewise."""
+        self._preserving("alphas_next")
+        return self.after[0].square()
+
+    def _preserving(self, name: str) -> None:
+        if bool((self.size != 1).any()):
+            raise ValueError(f"{name}: only states with α² + σ² = 1 have an ᾱ; signal and noise are α and σ of any")
+
+    def __repr__(self) -> str:
+        """One line: steps, time, signal and noise at both ends, what is special."""
+        t, (first, last) = self.timesteps, ((f"{self.signal[k]:.3g}, {self.noise[k]:.3g}") for k in (0, -1))
+        rule = None if self.rule == "ddim" else self.rule
+        special = {"rule": rule, "eta": self.eta or None, "clip": self.clip, "prediction": self.prediction}
+        more = "".join(f", {name}={value}" for name, value in special.items() if value is not None)
+        return f"Chain({len(self)} steps, t = {t[0]:g} … {t[-1]:g}, α and σ {first} … {last}{more})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,27 +137,26 @@ class Splitting:
 
     @staticmethod
     def named(name: str, chain: Chain, mean: Tensor | None = None, variance: Tensor | None = None) -> Splitting:
-        """The splitting called "epsilon" (κ = 0, the paper's form), "v" (κ = √(1−ᾱ), a rotation) or "gaussian".
+        """The splitting called "epsilon" (κ = 0, the paper's form), "v" (κ = σ/(α² + σ²), a rotation) or "gaussian".
 
-        "gaussian" is exact for Gaussian data: κ = σ/(ᾱ Λ + σ²), b = −κ √ᾱ μ, σ² = 1 − ᾱ, with the data's mean μ and
-        variance Λ per pixel, (D,) each; without them μ = 0 and Λ = 0.25, about that of images in [−1, 1].
+        "gaussian" is exact for Gaussian data: κ = σ/(α² Λ + σ²), b = −κ α μ, with the data's mean μ and variance Λ per
+        pixel, (D,) each; without them μ = 0 and Λ = 0.25, about that of images in [−1, 1].
         """
-        alpha = chain.alphas[:, None]
-        sigma = (1 - alpha).sqrt()
+        alpha, sigma = (part[:, None] for part in chain.before)
         odd = (chain.blind | chain.still)[:, None]  # steps whose c stands before something else than ε
         if name == "epsilon":
             return Splitting(torch.zeros_like(alpha))
         if name == "v":
-            return Splitting(torch.where(odd, 0.0, sigma))
+            return Splitting(torch.where(odd, 0.0, sigma / chain.size[:-1, None].square()))
         if name == "gaussian":
             spread = alpha.new_tensor([0.25]) if variance is None else variance.double().cpu()
             # A pixel that never varies would make A_k vanish at the image: its step could not be read backwards.
             spread = spread.clamp_min(VARIANCE_FLOOR * spread.mean().clamp_min(VARIANCE_FLOOR))
-            kappa = torch.where(odd, 0.0, sigma / (alpha * spread + sigma.square()))
+            kappa = torch.where(odd, 0.0, sigma / (alpha.square() * spread + sigma.square()))
             if mean is None:
                 return Splitting(kappa)
-            mu = mean.double().cpu()  # without signal nothing but the mean is known: v = −μ
-            return Splitting(kappa, torch.where(chain.blind[:, None], -mu, -kappa * alpha.sqrt() * mu))
+            mu = mean.double().cpu()  # without signal nothing but the mean is known: e = −x̂_0 = −μ
+            return Splitting(kappa, torch.where(chain.blind[:, None], -mu, -kappa * alpha * mu))
         raise ValueError(f'splitting: "epsilon", "v", "gaussian" or a tensor κ is required, got {name!r}')
 
     @staticmethod
@@ -122,94 +187,3 @@ def cosines(n: int) -> Tensor:
     i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     columns = torch.cos(torch.pi / n * j.double() * (i.double() + 0.5))
     return columns / columns.norm(dim=0)
-
-
-class LinearChain:
-    """x_{k+1} = A_k x_k + c_k N_k + d_k from a given x_0, for every k at once. A (T, 1) or (T, D), c (T, 1).
-
-    Works from the product form where that is safe; when some A_k is so small that dividing by the products loses
-    digits (a chain that jumps from pure noise to the image), it goes step by step.
-    """
-
-    def __init__(self, A: Tensor, c: Tensor) -> None:
-        self.A, self.c = A, c
-        products = torch.cat([torch.ones_like(A[:1]), A.cumprod(0)])
-        size = products.abs()
-        self.safe = bool(size.isfinite().all()) and bool(size.min() > 1e-8 * size.max()) and bool(size.min() > 1e-100)
-        self.P = products  # (T+1, 1 or D)
-        self.w = c / products[1:] if self.safe else c
-
-    def base(self, x: Tensor, d: Tensor | None) -> Tensor:
-        """The trajectory (B, T+1, D) with N = 0, from x (B, D); d (B or 1, T, D) or None."""
-        if not self.safe:
-            return self._stepwise(x, d)
-        drift = 0 if d is None else torch.nn.functional.pad((d / self.P[1:]).cumsum(1), (0, 0, 1, 0))
-        return self.P * (x[:, None] + drift)
-
-    def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
-        """(B, T+1, D): base plus the response to N (B, T, D). image (B,): numbers, which `EditedChain` needs."""
-        if not self.safe:
-            return base + self._stepwise(torch.zeros_like(base[:, 0]), self.c * N)
-        out = base.clone()
-        out[:, 1:] += (self.w * N).cumsum_(1).mul_(self.P[1:])
-        return out
-
-    def _stepwise(self, x: Tensor, d: Tensor | None) -> Tensor:
-        states = [x]
-        for k in range(self.A.shape[0]):
-            x = self.A[k] * x
-            x = x if d is None else x + d[:, k]
-            states.append(x)
-        return torch.stack(states, 1)
-
-
-class EditedChain(LinearChain):
-    """The same with x_k ← edit(x_k, k, image) after every step; k as in the chain that the user gave, by `states`.
-
-    An edit need not be linear, so no closed form is left: the states are made one after the other, in every round. The
-    map from N to the states is still lower triangular, and its fixed point is the chain sampled step by step.
-    """
-
-    def __init__(self, A: Tensor, c: Tensor, edit: Edit, shape: torch.Size, states: Sequence[int]) -> None:
-        super().__init__(A, c)
-        self.edit, self.shape, self.states = edit, shape, states
-
-    def base(self, x: Tensor, d: Tensor | None) -> Tensor:
-        """(B, T+1, D): x, then what every step adds."""
-        drift = torch.zeros_like(self.c)[None] if d is None else d
-        return torch.cat([x[:, None], drift.expand(len(x), -1, x.shape[1])], 1)
-
-    def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
-        x, added = base[:, 0], base[:, 1:] + self.c * N
-        out = [x]
-        for k in range(N.shape[1]):
-            x = self.after(self.A[k] * x + added[:, k], k, image)
-            out.append(x)
-        return torch.stack(out, 1)
-
-    def after(self, x: Tensor, k: int, image: Tensor | None) -> Tensor:
-        """The state (B, D) that step k leaves."""
-        images = x.reshape(-1, *self.shape)
-        edited = self.edit(
-            images, self.states[k], image if image is not None else torch.arange(len(x), device=x.device)
-        )
-        if not isinstance(edited, Tensor) or edited.shape != images.shape:
-            got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise ValueError(f"edit: a tensor of the shape of x, {tuple(images.shape)}, is required, got {got}")
-        return edited.to(x.dtype).reshape(x.shape)
-
-
-def interpolation(positions: Tensor, count: int, degree: int = 3) -> Tensor:
-    """(count, n) float64: from values at `positions` (n,) to 0 … count−1, by a cubic spline (n ≥ 4) or linearly."""
-    return _interpolation(tuple(positions.tolist()), count, degree).clone()
-
-
-@lru_cache(maxsize=64)
-def _interpolation(at: tuple[int, ...], count: int, degree: int) -> Tensor:
-    from scipy.interpolate import CubicSpline, make_interp_spline
-
-    n = len(at)
-    identity = np.eye(n)
-    grid = np.arange(count)
-    spline = CubicSpline(at, identity) if n >= 4 and degree == 3 else make_interp_spline(at, identity, k=min(1, n - 1))
-    return torch.from_numpy(np.ascontiguousarray(spline(grid)))

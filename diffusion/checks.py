@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 SPACINGS = ("linspace", "leading", "trailing", "quadratic")
-PREDICTIONS = ("epsilon", "v", "sample")
+PREDICTIONS = ("epsilon", "v", "sample", "flow")
 VARIANCES = ("small", "large")
+RULES = ("ddim", "dpmsolver++2m", "belm")
 
 
 def real(name: str, value: Any) -> float:
@@ -51,20 +52,52 @@ def share_of_noise(eta: Any) -> None:
 
 
 def time_steps(name: str, t: Any) -> Tensor:
-    """(T,) int64: at least one, none negative, the noisiest first."""
+    """(T,) int64 or float32: at least one, integers not negative, the noisiest first."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: a tensor (T,) of integers is required, got {type(t).__name__}")
+        raise TypeError(f"{name}: a tensor (T,) of numbers is required, got {type(t).__name__}")
     if t.dim() != 1 or len(t) == 0:
         raise ValueError(f"{name}: a tensor (T,) of at least one time step is required, got shape {tuple(t.shape)}")
-    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-        raise TypeError(f"{name}: integers are required, got {t.dtype}")
-    t = t.to(torch.int64)
-    if bool((t.diff() >= 0).any()):
-        at = int((t.diff() >= 0).nonzero()[0])
-        raise ValueError(f"{name}: must decrease, noisiest first, but {int(t[at + 1])} follows {int(t[at])}")
-    if bool((t < 0).any()):
+    if t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(f"{name}: integers or real numbers are required, got {t.dtype}")
+    t = t.detach().to(torch.float32 if t.is_floating_point() else torch.int64)
+    if bool((~t.isfinite()).any()):
+        raise ValueError(f"{name}: finite numbers are required, got {t[_first(~t.isfinite())].item()}")
+    if bool((t.diff() > 0).any()):
+        at = _first(t.diff() > 0)
+        raise ValueError(f"{name}: must decrease, noisiest first, but {t[at + 1]:g} follows {t[at]:g}")
+    if not t.is_floating_point() and bool((t < 0).any()):
         raise ValueError(f"{name}: 0 at least is required, got {int(t.min())}")
     return t
+
+
+def levels(signal: Any, noise: Any, ends: Any, steps: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """α and σ of the states (T+1,), and of the ends of steps (2, T) or None, float64; σ/α falls, or stays."""
+    parts = [_reals(name, part, (steps + 1,)) for name, part in (("signal", signal), ("noise", noise))]
+    if not bool((parts[0][1:] > 0).all() and parts[0][0] >= 0):
+        raise ValueError(f"signal: above 0 is required, or 0 at the first, got {parts[0].min().item():g}")
+    if not bool((parts[1][:-1] > 0).all() and parts[1][-1] >= 0):
+        raise ValueError(f"noise: above 0 is required, or 0 at the last, got {parts[1].min().item():g}")
+    own = None if ends is None else _reals("ends", ends, (2, steps))
+    if own is not None and not bool((own[0] > 0).all() and (own[1] >= 0).all()):
+        raise ValueError("ends: signal above 0 and noise of at least 0 are required")
+    after = (parts[0][1:], parts[1][1:]) if own is None else (own[0], own[1])
+    more = after[1] * parts[0][:-1] > parts[1][:-1] * after[0] * (1 + 1e-12)
+    if bool(more.any()):
+        raise ValueError(f"noise: σ/α must not rise from step to step, but does at step {_first(more)}")
+    return parts[0], parts[1], own
+
+
+def _reals(name: str, values: Any, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{name}: a tensor {shape} of floating-point values is required, got {got}")
+    if tuple(values.shape) != shape:
+        raise ValueError(f"{name}: shape {shape}, T = {shape[-1] - (name != 'ends')} steps, is required, got "
+                         f"{tuple(values.shape)}")  # fmt: skip
+    values = values.detach().double()
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name}: finite values are required")
+    return values
 
 
 def signal(name: str, alphas: Any, steps: int, least: Tensor | None = None) -> Tensor:

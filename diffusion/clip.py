@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,3 +43,13 @@ class Clip:
         parts = x_0.abs().split(max(1, QUANTILE_ENTRIES // x_0.shape[1]))
         s = torch.cat([torch.quantile(part, self.quantile, dim=1) for part in parts]).clamp(1, self.bound)[:, None]
         return torch.minimum(torch.maximum(x_0, -s), s) / s
+
+    @staticmethod
+    def recorded(record: Any) -> Clip | None:
+        """The clip that `Schedule.to_config` has recorded."""
+        known = {"bound", "quantile", "consistent"}
+        if record is None:
+            return None
+        if not isinstance(record, dict) or not {"bound", "quantile"} <= set(record) <= known:
+            raise ValueError(f"clip: bound and quantile are required, got {record!r}")
+        return Clip(**record)

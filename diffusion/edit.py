@@ -12,17 +12,18 @@ from .chain import Chain
 
 @dataclass(eq=False)
 class Inpaint:
-    """An `edit` that keeps known pixels: x_k ← m·(√ᾱ_k x_0 + √(1−ᾱ_k) ε) + (1−m)·x_k, ᾱ_k that of state k.
+    """An `edit` that keeps known pixels: x_k ← m·(α_k x_0 + σ_k ε) + (1−m)·x_k, α_k and σ_k those of state k.
 
     chain: the one that is sampled. x_0 (B, …): the images whose pixels are known. mask m, broadcast to x_0: 1 where a
-    pixel is known, 0 where it is made up. noise ε (B, …): the latents x_T, so that the known pixels start as they do.
+    pixel is known, 0 where it is made up. noise ε (B, …): the latents over
+    `chain.init_noise_sigma`, so that the known pixels start as they do.
     """
 
     chain: Chain
     x_0: Tensor
     mask: Tensor
     noise: Tensor
-    alphas: list[float] = field(init=False)  # of the states 0 … T
+    levels: list[tuple[float, float]] = field(init=False)  # α and σ of the states 0 … T
 
     def __post_init__(self) -> None:
         if self.noise.shape != self.x_0.shape:
@@ -30,10 +31,10 @@ class Inpaint:
                 f"noise: the shape of x_0, {tuple(self.x_0.shape)}, is required, got {tuple(self.noise.shape)}"
             )
         self.mask = self.mask.expand_as(self.x_0)
-        self.alphas = [*self.chain.alphas.tolist(), self.chain.alphas_next[-1].item()]
+        self.levels = list(zip(self.chain.signal.tolist(), self.chain.noise.tolist(), strict=True))
 
     def __call__(self, x: Tensor, k: int, image: Tensor) -> Tensor:
         """States x (n, …) of step k with the known pixels of the images numbered `image` (n,)."""
-        alpha = self.alphas[k]
+        alpha, sigma = self.levels[k]
         x_0, noise, mask = (part[image.to(part.device)].to(x) for part in (self.x_0, self.noise, self.mask))
-        return torch.lerp(x, alpha**0.5 * x_0 + (1 - alpha) ** 0.5 * noise, mask)
+        return torch.lerp(x, alpha * x_0 + sigma * noise, mask)

@@ -19,36 +19,45 @@ from torch import Tensor
 
 from pydeqsolve import GMRES, Adjoint, Front, Implicit, Phantom, Solution, Status, Stop, leaves, solve
 
-from .chain import EditedChain, LinearChain
+from .problem import ChainProblem
 from .ranks import evaluate_shared, sum_shared
-from .remainder import CPU_ROWS, Remainders, reachable
+from .remainder import CPU_ROWS, Remainders, reachable, rotate
+from .trajectory import EditedChain, LinearChain
 
 
-def through_chain(
-    chain_map: Remainders, trajectory: Tensor, x_T: Tensor, conditioning: Sequence[Tensor], noise: Tensor | None,
-    gradient: Implicit, solution: Solution | None, latent_alone: bool = False,
+def attach(
+    problem: ChainProblem, states: Tensor, latent: Tensor, inputs: Sequence[Tensor],
+    gradient: Implicit | Phantom | None, solution: Solution | None, latent_alone: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The trajectory (B, T+1, D) with the exact gradient to x_T, conditioning and whatever else the model reads.
+    """The states (B, T+1, D) of a problem with the gradient to the latent (B, …), inputs and what else the model reads.
 
-    noise (B, T, D): σ_k n_k, or None. latent_alone: the gradient is for x_T only, which saves a row and, with all
-    steps at once, T more. gradient.solver: GMRES, the default, stands for the sweep; a forward solver with
-    coupling="causal" solves for all steps at once, to gradient.stop (None: rtol 1e-6), and images that miss it are
-    swept.
+    latent_alone: the gradient is for the latent only, which saves a row and, with all steps at once, T more.
+    gradient.solver: GMRES, the default, stands for the sweep; a forward solver with coupling="causal" solves for all
+    steps at once, to gradient.stop (None: rtol 1e-6), and images that miss it are swept.
     """
-    if not torch.is_grad_enabled():
-        return trajectory
-    if not len(trajectory):
-        return trajectory + x_T.double().flatten(1)[:, None]
+    if gradient is None or not torch.is_grad_enabled():
+        return states
+    latent = latent if problem.map.network.basis is None else rotate(latent, problem.map.network.basis)
+    if isinstance(gradient, Phantom):
+        return through_phantom(problem, states, latent.double().flatten(1), inputs, gradient)
+    if not len(states):
+        return states + latent.double().flatten(1)[:, None]
     note = None if solution is None else solution.recorder.note
-    backward = ChainAdjoint(chain_map, noise, len(conditioning), gradient, note, x_T.dtype)
-    parameters = [] if latent_alone else backward.leaves(trajectory, conditioning)
-    return _ChainFunction.apply(backward, trajectory, x_T, *conditioning, *parameters)
+    backward = ChainAdjoint(problem.map, problem.noise, len(inputs), gradient, note, latent.dtype)
+    parameters = [] if latent_alone else backward.leaves(states, inputs)
+    return _ChainFunction.apply(backward, states, latent, *inputs, *parameters)
 
 
-def check_gradient(gradient: Any, edit: Any) -> None:
+def check_gradient(gradient: Any, edit: Any, rule: str = "ddim", pair: bool = False) -> None:
     """Raises for a gradient that a sampled chain does not have."""
+    if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
+        raise TypeError(f"gradient: None, Implicit() or Phantom() is required, got {type(gradient).__name__}")
+    if gradient is not None and pair:
+        raise ValueError("gradient: that of a pair of states is not supported; of one latent it is")
     if gradient is None or (isinstance(gradient, Implicit) and isinstance(gradient.solver, GMRES)):
         return
+    if rule != "ddim":
+        raise ValueError(f"gradient: with rule={rule!r} only Implicit() is supported, got {gradient}")
     if edit is not None:
         raise ValueError(f"gradient: with an edit only Implicit() is supported, got {gradient}")
     if isinstance(gradient, Implicit) and getattr(gradient.solver, "coupling", "causal") != "causal":
@@ -72,7 +81,7 @@ class ChainAdjoint:
         """What the model and the edit read besides their arguments, from one evaluation of the last step."""
         k = len(self.map.chain) - 1
         with torch.enable_grad():
-            after = self._step(trajectory[:1, k].detach(), k, [c[:1].detach() for c in conditioning])
+            after = self._steps(trajectory[:1, k].detach(), k, [c[:1].detach() for c in conditioning])[0]
         return leaves(after)
 
     def __call__(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
@@ -80,29 +89,32 @@ class ChainAdjoint:
         parallel = not isinstance(self.gradient.solver, GMRES)
         return (self._parallel if parallel else self._sweep)(g, trajectory, rest, needed)
 
-    def _step(self, x: Tensor, k: int, conditioning: Sequence[Tensor]) -> Tensor:
-        """x_{k+1} (B, D) of x_k, as sequential sampling has it."""
-        m = self.map
+    def _steps(self, x: Tensor, k: int, conditioning: Sequence[Tensor]) -> list[Tensor]:
+        """What s_k = x (B, D) makes of s_{k+1}, as sequential sampling has it; and, in a two-step chain, of s_{k+2}."""
+        m, chain = self.map, self.map.chain
         eps = m.epsilon(x, torch.full((len(x),), k, device=x.device), conditioning)
-        after = m.chain.a[k] * x + m.chain.c[k] * eps
+        after = chain.a[k] * x + chain.c[k] * eps
+        if chain.past is not None and k + 1 < len(chain):
+            return [after, chain.past[0][k + 1] * x + chain.past[1][k + 1] * eps]
         if not isinstance(m.linear, EditedChain):
-            return after
+            return [after]
         if self.noise is not None:
             after = after + self.noise[: len(x), k]
-        return m.linear.after(after, k, torch.arange(len(x), device=x.device))
+        return [m.linear.after(after, k, torch.arange(len(x), device=x.device))]
 
     def _sweep(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
         sums = zeros(rest, needed)
-        adjoint, T = g[:, -1], len(self.map.chain)
+        adjoint, beyond, T = g[:, -1], torch.zeros_like(g[:, -1]), len(self.map.chain)
         for k in range(T - 1, -1, -1):
             with torch.enable_grad():
                 x = trajectory[:, k].detach().requires_grad_()
                 conditioning = [c.detach().requires_grad_(i in needed) for i, c in enumerate(rest[: self.count])]
-                after = self._step(x, k, conditioning)
+                after = self._steps(x, k, conditioning)
             wanted = [conditioning[i] if i < self.count else rest[i] for i in needed]
-            own, *products = torch.autograd.grad(after, [x, *wanted], adjoint, allow_unused=True)
+            cotangents = [adjoint, beyond][: len(after)]
+            own, *products = torch.autograd.grad(after, [x, *wanted], cotangents, allow_unused=True)
             add(sums, needed, products)
-            adjoint = g[:, k] + own
+            adjoint, beyond = g[:, k] + own, adjoint
         self._report(adjoint, torch.zeros_like(g[:, 0, 0]), torch.full((len(g),), T, device=g.device))
         return adjoint, sums
 
@@ -247,33 +259,24 @@ class _ChainFunction(torch.autograd.Function):
 
 
 def through_phantom(
-    chain_map: Remainders, trajectory: Tensor, x_T: Tensor, conditioning: Sequence[Tensor], drift: Tensor | None,
-    phantom: Phantom,
-) -> Tensor:  # fmt: skip
-    """The trajectory with the phantom gradient: X ← τ h(X) + (1−τ) X, `steps` times from X*, differentiated.
+    problem: ChainProblem, states: Tensor, latent: Tensor, inputs: Sequence[Tensor], phantom: Phantom
+) -> Tensor:
+    """The states with the phantom gradient: X ← τ h(X) + (1−τ) X, `steps` times from X*, differentiated.
 
-    h(X)_k = P_k (x_T + Σ_{j<k} (c_j N(X_j) + …)/P_{j+1}) injects x_T in every row. With one step the network is read at
-    fixed states, so the gradient of x_0 with respect to x_T is the number τ P_T times the identity: no network
-    Jacobian enters and the backward pass costs nothing. With more steps it reads x_T itself at the first one; steps = T
-    and τ = 1 give the exact gradient.
+    h(X)_k = P_k (s_0 + Σ_{j<k} (c_j N(X_j) + …)/P_{j+1}) injects the latent (B, D) in every row. With one step the
+    network is read at fixed states, so the gradient of the image with respect to the latent is the number τ P_T times
+    the identity: no network Jacobian enters and the backward pass costs nothing. With more steps it reads the latent
+    itself at the first one; steps = T and τ = 1 give the exact gradient.
     """
-    if not torch.is_grad_enabled():
-        return trajectory
-    B, T = trajectory.shape[0], len(chain_map.chain)
-    attached = x_T.double().flatten(1)
+    m, tau = problem.map, phantom.damping
+    B, T = states.shape[0], len(m.chain)
     if phantom.steps == 1 or not B:
-        scale = phantom.damping * chain_map.linear.P
-        return trajectory.detach() + scale * (attached - attached.detach())[:, None]
-    k = torch.arange(T, device=trajectory.device)
-    X = trajectory[:, :T].detach()
-    X = torch.cat([attached[:, None], X[:, 1:]], 1)
-    tau = phantom.damping
-    full = trajectory.detach()
+        return states.detach() + tau * m.linear.P * (latent - latent.detach())[:, None]
+    k, rows = torch.arange(T, device=states.device).repeat(B), [c.repeat_interleave(T, 0) for c in inputs]
+    full = states.detach()
+    X = torch.cat([latent[:, None], full[:, 1:T]], 1)
     for _ in range(phantom.steps):
-        states = X.reshape(B * T, -1)
-        N = chain_map.remainder(states, k.repeat(B), [c.repeat_interleave(T, 0) for c in conditioning])
-        base = chain_map.linear.base(attached, drift)
-        h = chain_map.linear.trajectory(base, N.reshape(B, T, -1))
-        full = tau * h + (1 - tau) * full
-        X = torch.cat([attached[:, None], full[:, 1:T]], 1)
-    return trajectory + (full - full.detach())
+        N = m.remainder(X.reshape(B * T, -1), k, rows).reshape(B, T, -1)
+        full = tau * m.linear.trajectory(m.linear.base(latent, problem.drift), N) + (1 - tau) * full
+        X = torch.cat([latent[:, None], full[:, 1:T]], 1)
+    return states + (full - full.detach())

@@ -13,9 +13,8 @@ from torch import Tensor
 try:
     from diffusers import (
         AutoencoderKL,
-        DDIMScheduler,
-        DDPMScheduler,
         DiffusionPipeline,
+        SchedulerMixin,
         UNet2DConditionModel,
         UNet2DModel,
         VQModel,
@@ -29,6 +28,9 @@ except ImportError as error:
 from .arguments import check_options
 from .chain import Chain
 from .invert import Inversion, find_latents, warn_of_range
+from .invert import Method as Inverting
+from .methods.fastest import Method as Sampling
+from .methods.sequential import Sequential
 from .models.answers import WRAPPERS
 from .models.autoencoder import Autoencoder
 from .models.scheduled import chain_of, noises_of
@@ -58,7 +60,7 @@ class DEQDDIMPipelineOutput(BaseOutput):
 
 
 class DEQDDIMPipeline(DiffusionPipeline):
-    """DDIM or DDPM sampled with all time steps at once, and inverted, from the folder of a pipeline of diffusers.
+    """A chain sampled with all time steps at once, and inverted, from the folder of a pipeline of diffusers.
 
         pipe = DEQDDIMPipeline.from_pretrained(folder)
         images = pipe(batch_size=4, num_inference_steps=100, generator=torch.Generator().manual_seed(0)).images
@@ -68,7 +70,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
 
     Args:
         unet: UNet2DModel, with or without classes, or UNet2DConditionModel.
-        scheduler: DDIMScheduler or DDPMScheduler (`diffusion.schedulers`).
+        scheduler: of diffusers, one that is reproduced (`diffusion.models.schedulers`).
         vae: AutoencoderKL or VQModel; if given, the chain is that of its latents, and images are decoded and encoded.
         vqvae: the same, under the name that an LDMPipeline has for it.
 
@@ -81,7 +83,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
     _optional_components = ["vae", "vqvae"]  # noqa: RUF012  diffusers reads it off the class
 
     def __init__(
-        self, unet: UNet2DModel | UNet2DConditionModel, scheduler: DDIMScheduler | DDPMScheduler,
+        self, unet: UNet2DModel | UNet2DConditionModel, scheduler: SchedulerMixin,
         vae: AutoencoderKL | VQModel | None = None, vqvae: VQModel | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -125,8 +127,9 @@ class DEQDDIMPipeline(DiffusionPipeline):
         class_labels: Tensor | None = None, prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None, negative_class_labels: Tensor | None = None,
         guidance_scale: float = 1.0, output_type: str = "pil", return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None, method: str = "parallel",
-        clip_sample: bool | None = None, use_clipped_model_output: bool | None = None, **options: Any,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None, method: str | Sampling = "parallel",
+        clip_sample: bool | None = None, use_clipped_model_output: bool | None = None,
+        timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None, **options: Any,
     ) -> DEQDDIMPipelineOutput | tuple[Any]:  # fmt: skip
         """Images sampled from the latents, which are drawn from `generator` when not given.
 
@@ -134,7 +137,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
             batch_size: of the latents; by default as many as there are latents or conditions, else 1.
             generator: one, or a list with one for each image.
             eta: 0 is DDIM, 1 DDPM's ancestral sampling; None is the scheduler's: 1 of a DDPMScheduler, else 0.
-            latents: (B, C, H, W) standard normal.
+            latents: (B, C, H, W) standard normal; what the scheduler starts from is these times its init_noise_sigma.
             class_labels (B,), prompt_embeds (B, tokens, width): conditioning.
             negative_prompt_embeds, negative_class_labels: the same for "no condition", when guidance_scale is not 1.
             guidance_scale: of classifier-free guidance, both halves in one batch; 1 is none.
@@ -144,10 +147,11 @@ class DEQDDIMPipeline(DiffusionPipeline):
                 that changes states is `edit`, which diffusers' callbacks of that kind become. With
                 method="sequential" it is called after every step, and the latents that it returns replace the current.
                 Setting `pipe._interrupt = True` in it ends parallel sampling after that round.
-            method: "parallel" or "sequential".
+            method: as in `diffusion.sample`.
             clip_sample: False leaves predicted images as they are, whatever the scheduler does; None does as it does.
             use_clipped_model_output: as in DDIMPipeline: ε is taken anew from each image that is clipped.
-            options: error, splitting, max_rounds, window, levels, group, rows_per_call, edit, … of `diffusion.sample`.
+            timesteps, sigmas: before each step, instead of num_inference_steps, as the scheduler takes them.
+            options: error, splitting, max_rounds, start, group, rows_per_call, edit, … of `diffusion.sample`.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, by name.
@@ -167,7 +171,9 @@ class DEQDDIMPipeline(DiffusionPipeline):
             raise ValueError(f"generator: one for each of the {count} images is required, got {len(generator)}")
         draw = {"generator": generator, "device": self._execution_device, "dtype": self.unet.dtype}
         x_T = latents.to(self._execution_device) if latents is not None else randn_tensor(self._shape(count), **draw)
-        chain = chain_of(self.scheduler, num_inference_steps, eta, clip_sample, use_clipped_model_output)
+        own = {"timesteps": timesteps, "sigmas": sigmas}
+        chain = chain_of(self.scheduler, num_inference_steps, eta, clip_sample, use_clipped_model_output, **own)
+        x_T = x_T * chain.init_noise_sigma
         noises = noises_of(self.scheduler, chain, x_T, draw)
         self._interrupt = False
         with self.progress_bar(total=len(chain)) as bar:
@@ -181,8 +187,8 @@ class DEQDDIMPipeline(DiffusionPipeline):
         return DEQDDIMPipelineOutput(images, out.rounds, out.evaluations, out.converged)
 
     def invert(
-        self, image: Any, num_inference_steps: int = 50, method: str = "exact", clip_sample: bool | None = None,
-        **options: Any,
+        self, image: Any, num_inference_steps: int = 50, method: str | Inverting = "exact",
+        clip_sample: bool | None = None, **options: Any,
     ) -> Inversion:  # fmt: skip
         """The latents from which the pipeline samples these images at eta = 0: `pipe(latents=found.x_T, eta=0.0)`.
 
@@ -191,9 +197,9 @@ class DEQDDIMPipeline(DiffusionPipeline):
 
         Args:
             image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
-            method: "exact", "ddim", "deq" or "naive", see `diffusion.invert`.
+            method: "exact", "ddim", "deq", "naive", or an object, see `diffusion.invert`.
             clip_sample: as in the pipeline's call.
-            options: the conditioning arguments of the pipeline, and error, max_rounds, epochs, … of `diffusion.invert`.
+            options: the conditioning arguments of the pipeline, and error, max_rounds, state, … of `diffusion.invert`.
 
         Returns:
             Inversion, with x_T, and the loss in pixels (of the latents, where there is a vae) per image.
@@ -212,6 +218,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
                 x_0 = autoencoder.encode(x_0).to(self.unet.dtype)
         chain, given = chain_of(self.scheduler, num_inference_steps, 0.0, clip_sample), {"inputs": inputs, **options}
         found = find_latents(model, x_0, chain, method, prediction=chain.prediction or "epsilon", **given)
+        found.x_T = found.x_T / chain.init_noise_sigma  # as the pipeline takes them
         self.maybe_free_model_hooks()
         return found
 
@@ -254,7 +261,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         return x.to(self._execution_device, self.unet.dtype if x.is_floating_point() else None)
 
     def _hooks(
-        self, chain: Chain, bar: Any, callback: Callable[..., Any] | None, method: str, edit: Any
+        self, chain: Chain, bar: Any, callback: Callable[..., Any] | None, method: str | Sampling, edit: Any
     ) -> dict[str, Any]:
         """The hooks of `sample` that move the bar and call the callback."""
         times = chain.timesteps.tolist()
@@ -277,7 +284,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
             returned = (callback(self, k - 1, times[k - 1], {"latents": latents}) or {}).get("latents", latents)
             return x if returned is latents else returned.to(x)
 
-        if method == "sequential":
+        if method == "sequential" or isinstance(method, Sequential):
             return {"edit": after_step}
         quiet = callback is None and bar.disable
         return {"edit": edit, "callback": None if quiet else after_round}

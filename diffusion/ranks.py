@@ -69,13 +69,13 @@ def agree(group: Any, settings: Mapping[str, Any]) -> Callable[..., bool] | None
 
 def _drawn_from(settings: Mapping[str, Any]) -> Any:
     """What the noises of the chain are drawn from; None where none are drawn."""
-    chain, x_T, generator = (settings.get(name) for name in ("chain", "x_T", "generator"))
+    chain, latent, generator = (settings.get(name) for name in ("chain", "latent", "generator"))
     if settings.get("noises") is not None or not getattr(chain, "eta", 0):
         return None
     if generator is not None:
         return generator
-    if isinstance(x_T, Tensor) and x_T.is_cuda:
-        return torch.cuda.get_rng_state(x_T.device)
+    if isinstance(latent, Tensor) and latent.is_cuda:
+        return torch.cuda.get_rng_state(latent.device)
     return torch.get_rng_state()
 
 

@@ -14,20 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import Rotated
-from .chain import Chain, LinearChain, Splitting
+from .chain import Chain, Splitting
 from .methods.visits import Visits
-from .models.answers import ask, warn_of_training
+from .models.answers import checked, explained, warn_of_training
 from .ranks import evaluate_shared
+from .trajectory import Edit, EditedChain, LinearChain, TwoStepChain
 
 CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
+
+SMALLEST_SCALE = 1e-3
 
 Model = Callable[..., Tensor]
 
 
 @dataclass(eq=False)
 class Network:
-    """ε(x_t, t) from a model of any prediction type, in the model's dtype and in calls of at most `rows` rows."""
+    """The model's own prediction, in its dtype and in calls of at most `rows` rows.
+
+    Attributes:
+        basis: Q (D, D) or None: states are y = Qᵀ x, the model is asked at x and its answer turned to y. DDIM's steps
+            commute with a rotation of all states, so nothing else of a chain knows.
+        calls: rounds, in however many portions each.
+    """
 
     model: Model
     prediction: str
@@ -35,38 +43,47 @@ class Network:
     dtype: torch.dtype
     rows: int | None = None
     group: Any = None
+    basis: Tensor | None = None
     calls: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        warn_of_training(self.model.model if isinstance(self.model, Rotated) else self.model)
+        warn_of_training(self.model)
 
-    def epsilon(self, x: Tensor, t: Tensor, alpha: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
-        """ε (n, D) in the dtype of x (n, D), v where ᾱ = 0. t, alpha (n,): time steps, ᾱ there; conditioning (n, …)."""
-        self.calls += 1
-        shared = self.group is not None and not torch.is_grad_enabled()
-        out = (
-            evaluate_shared(self._local, [x, t, *conditioning], self.group)
-            if shared
-            else self._local(x, t, *conditioning)
-        )
-        out = out.to(x.dtype)
-        if self.prediction == "epsilon":
-            return out
-        root, sigma = alpha.sqrt()[:, None].to(x), (1 - alpha).sqrt()[:, None].to(x)
-        blind = root == 0  # where the chain's coefficients are those of v = −x_0
-        if self.prediction == "v":  # v = √ᾱ ε − σ x_0 (Salimans & Ho 2022)
-            return torch.where(blind, out, root * out + sigma * x)
-        return torch.where(blind, -out, (x - root * out) / sigma)
+    def __call__(self, x: Tensor, t: Tensor, conditioning: Sequence[Tensor] = (), alone: bool = False) -> Tensor:
+        """What the model says (n, D), in the dtype of x (n, D); t (n,), conditioning (n, …).
 
-    def _local(self, x: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
-        """The model's own prediction (n, D), in the dtype it answers in."""
+        alone: by this rank, whatever the group, and in the dtype that the model answers in.
+        """
+        self.calls += not alone
+        if self.group is not None and not alone and not torch.is_grad_enabled():
+            return evaluate_shared(self._alone, [x, t, *conditioning], self.group).to(x.dtype)
         most = self.rows or (CPU_ROWS if x.device.type == "cpu" else max(1, len(x)))
         parts = []
         for at in range(0, len(x), most):
             part = slice(at, at + most)
-            image = x[part].to(self.dtype).reshape(-1, *self.shape)
-            parts.append(ask(self.model, image, t[part], [c[part] for c in conditioning]).flatten(1))
-        return torch.cat(parts) if parts else x.new_empty(x.shape)
+            state = x[part] if self.basis is None else rotate(x[part].to(self.basis.dtype), self.basis.T)
+            state, time = state.to(self.dtype).reshape(-1, *self.shape), t[part]
+            inputs = [c[part] for c in conditioning]
+            try:
+                value = self.model(state, time, *inputs)
+            except (TypeError, RuntimeError, ValueError) as error:
+                told = explained(error, state, time, inputs)
+                if told is None:
+                    raise
+                raise told from error
+            value = checked(value, state).flatten(1)
+            parts.append(value if self.basis is None else rotate(value.to(self.basis.dtype), self.basis))
+        out = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x.new_empty(x.shape)
+        return out if alone else out.to(x.dtype)
+
+    def _alone(self, x: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
+        return self(x, t, conditioning, alone=True)
+
+
+def rotate(x: Tensor, Q: Tensor) -> Tensor:
+    """x (n, …), its entries as one row each times Q (D, D), in the dtype of x, or float32 where that is wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide).flatten(1) @ Q.to(x.device, wide)).reshape(x.shape).to(x.dtype)
 
 
 @dataclass(eq=False)
@@ -88,53 +105,93 @@ class Remainders:
     scale: Tensor | None = None
     visits: Visits | None = None
 
+    def __post_init__(self) -> None:
+        self.evaluations = torch.zeros(0, dtype=torch.int64)
+        self.reading = self.chain.reading(self.network.prediction)
+
     def __call__(
         self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor, wanted: Tensor | None = None
     ) -> Tensor:
         """N' (n, T, D) where `wanted` (n, T), N elsewhere. image (n,) numbers the images; base (n, T+1, D)."""
-        if self.scale is None:
-            return self.evaluate(N, image, base, conditioning, wanted)[1]
-        return self.evaluate(N / self.scale, image, base, conditioning, wanted)[1] * self.scale
+        N = N if self.scale is None else N / self.scale
+        x, i, k = self.visited(N, image, base, wanted)
+        states = x[i, k]
+        value = self.without_linear(self.epsilon(states, k, [c[i] for c in conditioning]), states, k)
+        if self.visits is not None:
+            self.visits.note(image[i], k, states, value)
+        out = N.clone()
+        out[i, k] = value
+        return out if self.scale is None else out * self.scale
 
-    def evaluate(
-        self, N: Tensor, image: Tensor, base: Tensor, conditioning: Sequence[Tensor], wanted: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The states (n, T, D) that N makes, and N' there; N as it is, without `scale`."""
+    def visited(self, N: Tensor, image: Tensor, base: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The states (n, T, D) that N makes, without `scale`; images i and steps k (m,) that are `wanted`, None is all.
+
+        Counts the evaluations.
+        """
         x = self.linear.trajectory(base, N, image)[:, self.shift : self.shift + N.shape[1]]
         if wanted is None:
             wanted = torch.ones(N.shape[:2], dtype=torch.bool, device=N.device)
+        if self.linear.given:  # by the pair of states that the chain starts from
+            wanted = wanted.clone()
+            wanted[:, : self.linear.given] = False
         i, k = wanted.nonzero(as_tuple=True)
         self.evaluations.index_add_(0, image[i], torch.ones_like(i))
-        out, states = N.clone(), x[i, k]
-        out[i, k] = value = self.remainder(states, k, [c[i] for c in conditioning])
-        if self.visits is not None:
-            self.visits.note(image[i], k, states, value)
-        return x, out
+        return x, i, k
 
     @property
     def unit(self) -> Tensor:
         """`scale` (T, 1), or ones."""
         return torch.ones_like(self.chain.c)[:, None] if self.scale is None else self.scale
 
-    def __post_init__(self) -> None:
-        self.evaluations = torch.zeros(0, dtype=torch.int64)
+    def says(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
+        """ε (n, D) at states x (n, D) of steps k (n,), −x̂_0 where there is no signal; before any clipping."""
+        answer = self.network(self.reading.asked(x, k), self.chain.timesteps[k], conditioning)
+        return self.reading.read(x, k, answer)
 
     def epsilon(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
         """e (n, D) at states x (n, D) of steps k (n,): the step is a x + c e, e = ε or what clipping makes of it."""
-        chain = self.chain
-        eps = self.network.epsilon(x, chain.timesteps[k], chain.alphas[k], conditioning)
-        return chain.held(x, eps, k)
+        return self.chain.held(x, self.says(x, k, conditioning), k)
+
+    def without_linear(self, e: Tensor, x: Tensor, k: Tensor) -> Tensor:
+        """N = e − κ x − b (n, D) at states x (n, D) of steps k (n,)."""
+        split, N = self.splitting, e - self.splitting.kappa[k] * x
+        return N if split.offset is None else N - split.offset[k]
 
     def remainder(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
-        """N (n, D) at states x (n, D) of steps k (n,)."""
-        split, eps = self.splitting, self.epsilon(x, k, conditioning)
-        eps = eps - split.kappa[k] * x
-        return eps if split.offset is None else eps - split.offset[k]
+        """N (n, D) at states x (n, D) of steps k (n,), asked of the network."""
+        return self.without_linear(self.epsilon(x, k, conditioning), x, k)
+
+
+def forward_map(
+    network: Network, chain: Chain, splitting: Splitting, edit: Edit | None, given: int = 0
+) -> tuple[Remainders, Tensor | None]:
+    """The map of the chain read from noise to image, and its drift c_k b_k + c'_k b_{k−1} (1, T, D) or None.
+
+    given: 1 where a two-step chain's second state is given.
+    """
+    a, c = chain.a[:, None], chain.c[:, None]
+    A = a + c * splitting.kappa
+    linear = LinearChain(A, c) if edit is None else EditedChain(A, c, edit, network.shape)
+    if chain.past is not None:
+        a_before, c_before = (part[:, None] for part in chain.past)
+        linear = TwoStepChain(A, c, a_before + c_before * splitting.kappa.roll(1, 0), c_before, given)
+    drift = None if splitting.offset is None else linear.added(splitting.offset[None])
+    return Remainders(network, chain, splitting, linear, scale=scale_of(chain)), drift
+
+
+def scale_of(chain: Chain) -> Tensor:
+    """σ_k/√(α_k² + σ_k²) (T, 1), never quite 0: the unit of the remainders in a solve.
+
+    An error δ of a state of unit variance changes ε there by about δ/σ, and x_0 by δ. So equal tolerances of σ ε, not
+    of ε, ask for the same accuracy of x_0 at every step; of ε they would make the steps next to the image wait for
+    digits nobody sees.
+    """
+    return (chain.before[1] / chain.size[:-1]).clamp_min(SMALLEST_SCALE)[:, None]
 
 
 def move(chain: Chain, splitting: Splitting, device: torch.device) -> tuple[Chain, Splitting]:
     """Both on `device`."""
-    moved = chain.at(torch.arange(len(chain), device=chain.alphas.device), device)
+    moved = chain.at(torch.arange(len(chain), device=chain.signal.device), device)
     offset = None if splitting.offset is None else splitting.offset.to(device)
     return moved, Splitting(splitting.kappa.to(device), offset)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,24 +11,15 @@ from torch import Tensor
 
 from pydeqsolve import Implicit, Phantom, Solution, Status
 
-from .arguments import check_arguments, check_settings, model_dtype, progress_bar
-from .basis import Rotated, rotate, rotate_states, rotated_callback, rotated_edit
-from .chain import Chain, Edit, Splitting
-from .gradients import check_gradient, through_chain, through_phantom
-from .methods.fastest import cheapest, timed
-from .methods.goal import Found, Goal
-from .methods.nodes import nodes, possible
-from .methods.passes import Passes
-from .methods.together import Together
-from .models.answers import draw
+from .arguments import check_settings, progress_bar
+from .chain import Chain, Splitting
+from .gradients import attach, check_gradient
+from .methods.fastest import Method, check_method, method_of
+from .methods.goal import Goal, Watch
+from .problem import ChainProblem
 from .ranks import agree
 from .remainder import Model
-from .sampler import SOLVER, Sampler
-
-METHODS = ("sequential", "parallel", "auto")
-# Steps. On digits at T = 300: 9 T rows in 39 rounds, 18 T in 39 without a window, which hardly ends at T = 1000.
-CLIPPED_WINDOW = 100
-LONG = 250  # steps from which nodes are the default: there they save most of the rows and cost few rounds more
+from .trajectory import Edit
 
 
 @dataclass(eq=False)
@@ -38,9 +28,9 @@ class Sample:
 
     Attributes:
         x_0: (B, …) the images, dtype of the latent.
-        trajectory: (B, steps + 1, …), the latent first.
+        trajectory: (B, T+1, …), the latent first, the image last.
         solution: of the chain's fixed point, in its remainders; None for sequential sampling.
-        rounds: model calls one after the other; first guesses, coarser levels and the measurement of the error too.
+        rounds: model calls one after the other; first guesses and the measurement of the error too.
         evaluations: (B,) network evaluations per image.
         error: (B,) estimate of the relative error of x_0 against sequential sampling, measured on what is returned, no
             less than what the network's precision leaves; inf where rounds ran out before it was measured, 0 for
@@ -70,15 +60,16 @@ class Sample:
 
 def sample(
     model: Model,
-    latent: Tensor,
+    latent: Tensor | tuple[Tensor, Tensor],
     chain: Chain,
-    method: str = "parallel",
+    method: str | Method = "parallel",
     *,
     prediction: str = "epsilon",
     error: float | Tensor | None = None,
     splitting: str | Tensor | Splitting = "v",
     inputs: Sequence[Tensor] = (),
     gradient: Implicit | Phantom | None = None,
+    start: Sample | None = None,
     edit: Edit | None = None,
     noises: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -87,57 +78,49 @@ def sample(
     rows_per_call: int | None = None,
     callback: Callable[[int, Tensor, Tensor], Any] | None = None,
     progress: bool = False,
-    solver: Any = None,
-    window: int | None = None,
-    levels: Sequence[int] | str | None = None,
-    mean: Tensor | None = None,
-    variance: Tensor | None = None,
 ) -> Sample:
-    """The images x_0 that the chain makes of the latents x_T.
+    """The images x_0 that the chain makes of the latents.
 
-    x_{k+1} = a_k x_k + c_k ε(x_k, t_k) + σ_k n_k (Song et al. 2021, Eq. 12), either one step after the other
-    ("sequential") or as the fixed point of all steps together ("parallel"; Pokle et al. 2022, Eq. 10, split linearly).
-    Both give the same images, to the error asked for, which is measured on what is returned
-    (`diffusion.methods.defects`). "auto" takes whichever should be faster here: it times a few model calls, once per
-    model, batch size and device, and counts rounds and evaluations (`diffusion.methods.fastest`). So what it does
-    depends on the machine; fix `method` and `levels` for the same computation everywhere.
+    s_{k+1} = a_k s_k + c_k ε(s_k, t_k) + σ_k n_k (Song et al. 2021, Eq. 12) from s_0 = latent to s_T = x_0, one step
+    after the other or as the fixed point of all steps together (Pokle et al. 2022, Eq. 10, split linearly). Both give
+    the same images, to the error asked for, which is measured on what is returned (`diffusion.methods.defects`).
 
     Args:
-        model: model(x, t, *inputs), x (N, …), t (N,) int64 → same shape as x; `prediction` says of what.
-        latent: (B, …) x_T, usually standard normal.
+        model: model(x, t, *inputs), x (N, …), t (N,) int64 or float32 as `chain.timesteps` → same shape as x;
+            `prediction` says of what.
+        latent: (B, …), standard normal noise times `chain.init_noise_sigma`; or, of a chain with rule="belm", the first
+            two states, as `Inversion.latent` has them.
         chain: from `Schedule.chain`.
-        prediction: "epsilon", "v" or "sample".
+        method: `Sequential()`, `Parallel(…)`, all steps in every round, or `CoarseToFine()`, the nonlinear work on a
+            coarse time grid and every step evaluated once, which saves most of the evaluations of a long chain. Or a
+            name: "sequential"; "parallel", the better of the other two; "auto", `fastest(…)` of all three, which times
+            the model once, so that what it does depends on the machine.
+        prediction: "epsilon", "v", "sample" or "flow" (ε − x_0).
         error: the relative error of x_0 against sequential sampling that is asked for, a number or (B,), each image's
             own. None is 1e-3, or five times the machine epsilon of the network where that is more: no parallel
             sampling of a network in that precision is better, and what is asked for beyond ends STALLED there.
-        splitting: "v", "epsilon", "gaussian" (with `mean` and `variance`, the data's, of the shape of an image), κ (T,)
-            or (T, D), or a `Splitting`: `Splitting.fitted` makes one of images, per pixel, frequency or covariance.
+        splitting: the linear part of ε that is solved exactly: "v", "epsilon", κ (T,) or (T, D), or a `Splitting`:
+            `checkpoint.splitting(chain, basis)`, or `Splitting.fitted` of images, per pixel, frequency or covariance.
         inputs: per-image conditioning (B, …), gathered for the rows that are evaluated.
-        gradient: None; Implicit() for the exact gradient with respect to x_T, inputs and parameters, by one
+        gradient: None; Implicit() for the exact gradient with respect to latent, inputs and parameters, by one
             sweep back over the steps; Implicit(solver=Anderson(2, coupling="causal")) for the same with all steps at
             once, to its `stop`; Phantom(steps, damping) for the approximate one. See `diffusion.gradients`.
+        start: an earlier result of as many images and steps, of other latents, inputs or guidance, whose trajectory is
+            the first guess of a parallel method. It changes the cost, not what is asked of the images.
         edit: edit(x, k, image) → x, what becomes of the states x (n, …), float64, that k of the T steps leave,
             k = 1 … T, of the images numbered `image` (n,): `Inpaint`, or a function of your own. It must treat images
             alone and answer alike when asked again: every round applies it to all T states in turn, so what calls a
             network belongs in the model, where it is evaluated for all steps at once.
         generator: of the noises n_k when chain.eta > 0, or a list with one for each image, which then has the noises
-            that it has alone; they are drawn once, ahead. noises: the noises (B, steps, …).
+            that it has alone; they are drawn once, ahead. noises: the noises (B, T, …).
         group: torch.distributed process group whose ranks share the evaluations of every round; every rank passes the
             same arguments, generators from one seed, and gets the result; progress and callback may differ, and a
             callback that stops one rank stops all. See `diffusion.ranks`.
         max_rounds: model calls in all, first guesses and the measurement of the error included; None is no limit. What
             is not done by then ends MAX_STEPS. "auto" then takes no time to choose: it is "parallel".
         rows_per_call: evaluations per model call; None is 256 on a CPU, all on a GPU. Calls of one round count once.
-        callback: callback(round, trajectory, residual) after each round that evaluates every step of the full chain; a
-            true return stops there, before the error is measured. Of sequential sampling, `edit` sees every state.
-        solver: of all steps together; Anderson(2, coupling="causal"). Nodes have `diffusion.methods.secants`.
-        window: time steps evaluated at once, at most; None is all, or 100 for a chain that clips, whose
-            clipped pixels are stiff: far ahead of the front their remainders are of no use yet.
-        levels: step counts of coarser chains solved first, coarsest first; () is none: every step in every round, but
-            for the first two, which evaluate a few time steps (`diffusion.methods.nodes`) where "nodes" could be had.
-            "nodes": the nonlinear work on a few time steps and every step evaluated once, which saves most of the
-            evaluations (`diffusion.methods.passes`; it needs eta = 0, no edit and no window). None is "nodes" for
-            chains of 250 steps and more that allow it, else ().
+        callback: callback(round, trajectory, residual) after each round that evaluates every step of the chain; a true
+            return stops there, before the error is measured. Of sequential sampling, `edit` sees every state.
 
     Returns:
         Sample.
@@ -152,123 +135,39 @@ def sample(
     if group is not None:
         callback = agree(group, locals())  # which are the arguments alone, here
     check_settings(
-        counts={"rows_per_call": rows_per_call, "window": window}, solver=solver,
-        tensors={"noises": noises, "mean": mean, "variance": variance}, functions={"edit": edit, "callback": callback},
+        counts={"rows_per_call": rows_per_call}, tensors={"noises": noises},
+        functions={"edit": edit, "callback": callback},
     )  # fmt: skip
-    if isinstance(splitting, Splitting) and splitting.basis is not None:
-        return _in_basis(
-            model, latent, chain, prediction, splitting, edit, callback, noises, method=method, error=error,
-            solver=solver, max_rounds=max_rounds, window=window, generator=generator, group=group, progress=progress,
-            inputs=inputs, gradient=gradient, levels=levels, rows_per_call=rows_per_call,
-        )  # fmt: skip
-    check_arguments(model, latent, "latent", chain, prediction, inputs)
-    run = Sampler.of(
-        model, latent, chain, prediction, splitting, generator, group, inputs, mean, variance, rows_per_call, edit,
-        noises,
+    check_method(method)
+    problem = ChainProblem.of(
+        model, latent, chain, prediction=prediction, splitting=splitting, inputs=inputs, edit=edit, noises=noises,
+        generator=generator, group=group, rows=rows_per_call,
     )  # fmt: skip
-    if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
-        raise TypeError(f"gradient: None, Implicit() or Phantom() is required, got {type(gradient).__name__}")
-    check_gradient(gradient, edit)
-    if callback is not None and method != "parallel":
-        raise ValueError('callback: of the rounds of method="parallel"; with "sequential" edit= sees every state')
-    goal = Goal.of(run, error, max_rounds)
-    bar = progress_bar(progress, "sampling", "round")
+    pair = isinstance(latent, tuple)
+    check_gradient(gradient, edit, chain.rule, pair)
+    latent = latent[0] if isinstance(latent, tuple) else latent
+    goal, guess = Goal.of(problem, error, max_rounds), None if start is None else _guess(problem, start, latent)
+    if callback is not None and method == "auto":
+        raise ValueError('callback: of the rounds of method="parallel"; "auto" may choose to have none')
+    watch = Watch(progress_bar(progress, "sampling", "round"), callback)
     try:
         with torch.no_grad():
-            way, counts = _way(run, method, goal, window, levels)
-            solve = partial(_solve, run, goal, way, counts, solver or SOLVER, window, bar, callback)
-            if method == "auto" and levels is None and group is None and len(latent) and max_rounds is None:
-                solve = partial(timed, run, way, len(nodes(len(chain))), solve)
-            found, rounds = solve()
+            chosen = method_of(method, problem, goal)
+            goal.before = problem.map.network.calls  # choosing may have called the model too
+            found = chosen.find(problem, goal, watch, guess)
     finally:
-        bar.close()
-    return _finish(run, goal, found, rounds, way, latent, inputs, gradient)
-
-
-def _solve(
-    run: Sampler, goal: Goal, way: str, counts: Sequence[int], solver: Any, window: int | None, bar: Any, callback: Any
-) -> tuple[Found, int]:
-    """What a way of sampling finds, and its rounds."""
-    before, found = run.map.network.calls, Found.nothing(run)
-    if way == "sequential":
-        found.x, _, _, found.evaluations = run.sequential(bar)
-        found.error = torch.zeros_like(found.error)
-    elif way == "nodes":
-        Passes(run, goal, solver, bar, callback, found).solve()
-    else:
-        together = Together(run, goal, solver, _front(run, window), _front(run, window), bar, callback, found)
-        together.solve(together.start(counts), run.image)
-    found.judged(goal)
-    return found, run.map.network.calls - before
-
-
-def _finish(
-    run: Sampler, goal: Goal, found: Found, rounds: int, way: str, latent: Tensor, inputs: Sequence[Tensor],
-    gradient: Implicit | Phantom | None,
-) -> Sample:  # fmt: skip
-    """The result, with the gradient that was asked for."""
-    solution, trajectory = None if way == "sequential" else found.solution(rounds), found.x
-    if isinstance(gradient, Implicit):
-        trajectory = through_chain(run.map, trajectory, latent, list(inputs), run.noise, gradient, solution)
-    elif isinstance(gradient, Phantom):
-        trajectory = through_phantom(run.map, trajectory, latent, list(inputs), run.drift, gradient)
-    images = trajectory.to(latent.dtype).unflatten(2, latent.shape[1:])
+        watch.bar.close()
+    states = attach(problem, found.states, latent, list(inputs), gradient, found.solution)
+    images = problem.shaped(states.to(latent.dtype))
     converged = found.status == int(Status.CONVERGED)
-    return Sample(images[:, -1], images, solution, rounds, found.evaluations, found.error, converged)
+    return Sample(images[:, -1], images, found.solution, found.rounds, found.evaluations, found.error, converged)
 
 
-def _in_basis(
-    model: Model, latent: Tensor, chain: Chain, prediction: str, splitting: Splitting, edit: Edit | None, callback: Any,
-    noises: Tensor | None, *, generator: Any, inputs: Sequence[Tensor], **options: Any,
-) -> Sample:  # fmt: skip
-    """`sample` in the splitting's basis, its result rotated back."""
-    check_arguments(model, latent, "latent", chain, prediction, inputs)
-    Q, D = splitting.basis, latent.shape[1:].numel()
-    if Q is None or Q.shape != (D, D):
-        raise ValueError(f"splitting: a basis ({D}, {D}) is required, got {None if Q is None else tuple(Q.shape)}")
-    if chain.clip is not None:
-        raise ValueError("splitting: a basis and a chain that clips go ill together: clipping is per pixel")
-    if noises is None and chain.eta > 0:
-        noises = draw((len(latent), len(chain), *latent.shape[1:]), generator, latent.device)
-    out = sample(
-        Rotated(model, Q, model_dtype(model, latent.dtype)), rotate(latent, Q), chain, prediction=prediction,
-        splitting=replace(splitting, basis=None), inputs=inputs, edit=rotated_edit(edit, Q),
-        callback=rotated_callback(callback, Q), noises=None if noises is None else rotate_states(noises, Q), **options,
-    )  # fmt: skip
-    trajectory = rotate_states(out.trajectory, Q.T)
-    return replace(out, x_0=trajectory[:, -1], trajectory=trajectory)
-
-
-def _front(run: Sampler, window: int | None) -> int | None:
-    """Time steps that a solve evaluates at once."""
-    return CLIPPED_WINDOW if window is None and run.map.chain.clip is not None else window
-
-
-def _way(
-    run: Sampler, method: str, goal: Goal, window: int | None, levels: Sequence[int] | str | None
-) -> tuple[str, Sequence[int]]:
-    """How to sample: "sequential", "together" or on "nodes"; and the step counts of coarser chains."""
-    T = len(run.map.chain)
-    if method not in METHODS:
-        raise ValueError(f"method: one of {', '.join(METHODS)} is required, got {method!r}")
-    if isinstance(levels, str) and levels != "nodes":
-        raise ValueError(f'levels: step counts, "nodes" or None is required, got {levels!r}')
-    if levels is not None and not isinstance(levels, (str, Sequence)):
-        raise TypeError(f'levels: step counts, "nodes" or None is required, got {levels!r}')
-    able = possible(run, _front(run, window))
-    if levels == "nodes" and not able:
-        raise ValueError('levels: "nodes" needs eta = 0, no edit, no window and a chain of at least 60 steps')
-    if method == "sequential":
-        if goal.max_rounds is not None and goal.max_rounds < T:
-            raise ValueError(f"max_rounds: at least {T}, the steps, is required of sequential, got {goal.max_rounds}")
-        return method, ()
-    if isinstance(levels, str):
-        return levels, ()
-    if levels is not None:
-        return "together", run.levels(levels)
-    auto = method == "auto" and goal.max_rounds is None
-    if auto and run.map.chain.clip is not None:
-        return "sequential", ()  # what clipping costs is not in the counts that the choice rests on
-    if auto and run.map.network.group is None and len(run.x_T):
-        return cheapest(run, len(nodes(T)) if able else None), ()
-    return ("nodes" if able and T >= LONG else "together"), ()
+def _guess(problem: ChainProblem, start: Any, latent: Tensor) -> Tensor:
+    """N (B, T, D) of an earlier result."""
+    if not isinstance(start, Sample):
+        raise TypeError(f"start: a Sample or None is required, got {type(start).__name__}")
+    shape = (len(latent), len(problem.map.chain) + 1, *latent.shape[1:])
+    if tuple(start.trajectory.shape) != shape:
+        raise ValueError(f"start: a trajectory {shape} is required, got {tuple(start.trajectory.shape)}")
+    return problem.guess(start.trajectory)

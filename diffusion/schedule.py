@@ -1,16 +1,20 @@
 """Noise schedules: how much of the image is left at each time step."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .chain import Chain
-from .checks import PREDICTIONS, SPACINGS, VARIANCES, count, flag, one_of, real
+from .checks import PREDICTIONS, RULES, SPACINGS, VARIANCES, count, flag, one_of, real
 from .clip import Clip
+from .models.continuous import ContinuousSchedule
+from .models.grids import SchedulerGrid
+from .models.levels import EDM, GRIDS, Flow, Given, time_steps_given, time_steps_of
 from .models.schedulers import read_scheduler
 
 # What `to_config` records where it is not the usual.
@@ -100,20 +104,20 @@ class Schedule:
         return hash((len(self), self.alphas_cumprod[-1].item(), self.final_alpha_cumprod, self.steps_offset))
 
     @classmethod
-    def linear(cls, n: int = 1000, start: float = 1e-4, end: float = 0.02) -> "Schedule":
+    def linear(cls, n: int = 1000, start: float = 1e-4, end: float = 0.02) -> Schedule:
         """Return ᾱ_t = Π_{u≤t} (1 − β_u), β evenly spaced from `start` to `end` (Ho et al. 2020)."""
         start, end = _betas(n, start, end)
         return cls._of_betas(torch.linspace(start, end, n, dtype=torch.float64), "linear", n=n, start=start, end=end)
 
     @classmethod
-    def scaled_linear(cls, n: int = 1000, start: float = 0.00085, end: float = 0.012) -> "Schedule":
+    def scaled_linear(cls, n: int = 1000, start: float = 0.00085, end: float = 0.012) -> Schedule:
         """Return the schedule whose √β is evenly spaced from √`start` to √`end` (Stable Diffusion)."""
         start, end = _betas(n, start, end)
         roots = torch.linspace(math.sqrt(start), math.sqrt(end), n, dtype=torch.float64)
         return cls._of_betas(roots.square(), "scaled_linear", n=n, start=start, end=end)
 
     @classmethod
-    def cosine(cls, n: int = 1000) -> "Schedule":
+    def cosine(cls, n: int = 1000) -> Schedule:
         """Return β_t = min(1 − g(t+1)/g(t), 0.999), g(t) = cos²(π/2 · (t/n + s)/(1 + s)), s = 0.008.
 
         Nichol and Dhariwal 2021, Eq. 17; the clip keeps the last ᾱ from being 0.
@@ -127,23 +131,47 @@ class Schedule:
     @classmethod
     def from_alphas_cumprod(
         cls, alphas_cumprod: Tensor, final_alpha_cumprod: float = 1.0, steps_offset: int = 0
-    ) -> "Schedule":
+    ) -> Schedule:
         """Return the schedule with these ᾱ (N,), kept in float64."""
         return cls(alphas_cumprod, final_alpha_cumprod, steps_offset)
 
+    @staticmethod
+    def flow(shift: float = 1.0, prediction: str | None = "flow") -> ContinuousSchedule:
+        """The schedule of a rectified flow, x = (1 − s) x_0 + s ε; its model has t = 1000 s as float32.
+
+        s runs from 1 to 0 through shift·u/(1 + (shift − 1)·u), u evenly spaced (Esser et al. 2024, Eq. 23).
+        """
+        return ContinuousSchedule(Flow(shift, prediction))
+
+    @staticmethod
+    def edm(
+        sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float = 0.5,
+        prediction: str = "epsilon",
+    ) -> ContinuousSchedule:  # fmt: skip
+        """The schedule of Karras et al. 2022, Eq. 5, x = x_0 + σ ε, with the preconditioning of their Table 1.
+
+        prediction: "epsilon" where the image is c_skip x + c_out F, "v" where it is c_skip x − c_out F.
+        """
+        return ContinuousSchedule(EDM(sigma_min, sigma_max, rho, sigma_data, prediction))
+
     @classmethod
-    def from_diffusers(cls, scheduler: Any) -> "Schedule":
+    def from_diffusers(cls, scheduler: Any, mu: float | None = None) -> AnySchedule:
         """Return the schedule whose chains take the steps of a diffusers scheduler, at its own time steps.
 
-        Read are its ᾱ and the ᾱ after its last step, spacing, clipping, fresh noise, and what its network predicts.
+        Read are its ᾱ and the ᾱ after its last step, spacing, clipping, fresh noise, and what its network predicts; of
+        Euler's, EDM's and flow schedulers what set_timesteps makes, when a chain is made.
+
+        Args:
+            mu: of a scheduler with use_dynamic_shifting, such as FLUX's.
 
         Raises:
-            TypeError: a scheduler of a class, or with an option, that is not reproduced (`diffusion.schedulers`).
+            TypeError: a scheduler of a class, or an option, that is not reproduced (`diffusion.models.schedulers`).
         """
-        return cls(**read_scheduler(scheduler))
+        found = read_scheduler(scheduler, mu)
+        return ContinuousSchedule(found, found.rule) if isinstance(found, SchedulerGrid) else cls(**found)
 
     @classmethod
-    def _of_betas(cls, betas: Tensor, name: str, **arguments: float) -> "Schedule":
+    def _of_betas(cls, betas: Tensor, name: str, **arguments: float) -> Schedule:
         return cls((1 - betas).cumprod(0), origin={"name": name, **arguments})
 
     def to_config(self) -> dict[str, Any]:
@@ -157,7 +185,7 @@ class Schedule:
         return config
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Schedule":
+    def from_config(cls, config: dict[str, Any]) -> AnySchedule:
         """Return the schedule recorded by `to_config`.
 
         Raises:
@@ -166,12 +194,14 @@ class Schedule:
         """
         if not isinstance(config, dict):
             raise TypeError(f"config: a dict is required, got {type(config).__name__}")
+        if config.get("name") in GRIDS:
+            return ContinuousSchedule.of_config(config)
         arguments = dict(config)
         name = arguments.pop("name", None)
         final = arguments.pop("final_alpha_cumprod", 1.0)
         offset = arguments.pop("steps_offset", 0)
         extras = {name: arguments.pop(name, usual) for name, usual in EXTRAS.items()}
-        extras["clip"] = _clip(arguments.pop("clip", None))
+        extras["clip"] = Clip.recorded(arguments.pop("clip", None))
         keys = {
             "linear": {"n", "start", "end"},
             "scaled_linear": {"n", "start", "end"},
@@ -211,41 +241,44 @@ class Schedule:
         """The share of fresh noise of a chain for which none is asked."""
         return 1.0 if self.ancestral else 0.0
 
-    def chain(self, steps: int = 50, spacing: str | None = None, eta: float | None = None) -> Chain:
-        """Return the DDIM chain of `steps` of this schedule's N time steps, which ends at its final ᾱ.
+    def chain(
+        self, steps: int = 50, spacing: str | None = None, eta: float | None = None, rule: str | None = None, *,
+        timesteps: Given = None,
+    ) -> Chain:  # fmt: skip
+        """Return the chain of `steps` of this schedule's N time steps, which ends at its final ᾱ.
 
         Args:
             steps: T, 1 to N.
             spacing: "linspace" (evenly from 0 to N−1), "leading" (k⌊N/T⌋ + steps_offset), "trailing" (N, N − N/T, …,
                 less one) or "quadratic" (denser near the image, made strictly increasing); None is the schedule's own.
             eta: the share of fresh noise; None is the schedule's own: of a scheduler what that does, else 0.
+            rule: "ddim", which None is too; "dpmsolver++2m"; "belm", whose latent is a pair of states.
+            timesteps: integers of N − 1 … 0 that fall, instead of `steps` and `spacing`; each step ends where the next
+                starts.
 
         With `diffusers_steps` each step ends ⌊N/T⌋ below its own t, as diffusers' DDIMScheduler has it.
         """
-        N = len(self)
-        if isinstance(steps, bool) or not isinstance(steps, int):
-            raise TypeError(f"steps: an integer is required, got {steps!r}")
-        if not 1 <= steps <= N:
-            raise ValueError(f"steps: 1 to {N}, the schedule's length, is required, got {steps}")
-        spacing = self.spacing if spacing is None else spacing
-        t = time_steps_of(N, steps, spacing, self.steps_offset, self.diffusers_steps or self.ancestral)
-        alphas = self.alphas_cumprod
+        N, alphas = len(self), self.alphas_cumprod
+        count("steps", steps, least=1)
+        rule = rule or "ddim"
+        one_of("rule", rule, RULES)
         final = alphas.new_tensor([self.final_alpha_cumprod])
-        if self.diffusers_steps:
+        if timesteps is not None:
+            t = time_steps_given(N, timesteps)
+        elif steps > N:
+            raise ValueError(f"steps: 1 to {N}, the schedule's length, is required, got {steps}")
+        else:
+            spacing = self.spacing if spacing is None else spacing
+            t = time_steps_of(N, steps, spacing, self.steps_offset, self.diffusers_steps or self.ancestral)
+        if self.diffusers_steps and timesteps is None and rule == "ddim":
             previous = t - N // steps
             after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
         else:
             after = torch.cat([alphas[t[1:]], final])
-        return Chain(t, alphas[t], after, self.eta if eta is None else eta, self.clip, self.variance, self.prediction)
-
-
-def _clip(record: Any) -> Clip | None:
-    """Return the clip recorded by `to_config`."""
-    if record is None:
-        return None
-    if not isinstance(record, dict) or not {"bound", "quantile"} <= set(record) <= {"bound", "quantile", "consistent"}:
-        raise ValueError(f"clip: bound and quantile are required, got {record!r}")
-    return Clip(**record)
+        return Chain.vp(
+            t, alphas[t], after, eta=self.eta if eta is None else eta, clip=self.clip, variance=self.variance,
+            prediction=self.prediction, rule=rule,
+        )  # fmt: skip
 
 
 def _betas(n: Any, start: Any, end: Any) -> tuple[float, float]:
@@ -257,21 +290,4 @@ def _betas(n: Any, start: Any, end: Any) -> tuple[float, float]:
     return start, end
 
 
-def time_steps_of(N: int, T: int, spacing: str, offset: int, like_diffusers: bool) -> Tensor:
-    """(T,) int64, strictly decreasing. like_diffusers: one step of "linspace" starts at 0, not at N − 1."""
-    one_of("spacing", spacing, SPACINGS)
-    if spacing == "linspace":
-        t = np.linspace(0, N - 1, T).round() if T > 1 or like_diffusers else np.array([N - 1.0])
-    elif spacing == "leading":
-        t = np.arange(T) * (N // T) + offset
-    elif spacing == "trailing":
-        t = np.round(np.arange(N, 0, -N / T))[:T][::-1] - 1
-    else:
-        t = np.round((N - 1) * (np.linspace(0, 1, T) if T > 1 else np.ones(1)) ** 2)
-        steps = np.arange(T)
-        t = np.maximum.accumulate(t - steps) + steps  # equal neighbours move up until all differ
-        t = np.minimum(t, N - T + steps)
-    t = t.astype(np.int64)[::-1].copy()
-    if t[0] >= N or t[-1] < 0:
-        raise ValueError(f"steps_offset: {offset} pushes time step {t[0]} out of 0 … {N - 1}")
-    return torch.from_numpy(t)
+AnySchedule = Schedule | ContinuousSchedule

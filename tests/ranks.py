@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from diffusion import Schedule, Splitting, load_checkpoint, sample
+from diffusion import Parallel, Schedule, Splitting, load_checkpoint, sample
 from pydeqsolve import Anderson, Implicit, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -106,9 +106,9 @@ def run(group: Any, model: Any = None, count: int = 2, steps: int = 30, eta: flo
 CASES: dict[str, dict[str, Any]] = {
     "parallel": {},
     "sequential": {"method": "sequential"},
-    "one row for many ranks": {"count": 1, "window": 1},
-    "window and noise": {"window": 7, "eta": 0.5},
-    "levels and small calls": {"steps": 60, "levels": (6, 20), "rows_per_call": 5},
+    "one row for many ranks": {"count": 1, "method": Parallel(window=1)},
+    "window and noise": {"method": Parallel(window=7), "eta": 0.5},
+    "small calls": {"steps": 60, "rows_per_call": 5},
     "nodes": {"steps": 300},
     "conditioning": {"inputs": (latents(2, 6, seed=5),)},
 }
@@ -134,13 +134,13 @@ DIFFERENT: dict[str, Any] = {
         "splitting": Splitting(torch.zeros(30, 1, dtype=torch.float64), basis=torch.eye(6 + rank, dtype=torch.float64))
     },
     "method": lambda rank: {"method": ("parallel", "sequential")[min(rank, 1)]},
-    "solver": lambda rank: {"solver": Anderson(2 + rank, coupling="causal")},
+    "method (solver)": lambda rank: {"method": Parallel(solver=Anderson(2 + rank, coupling="causal"))},
     "inputs": lambda rank: {"inputs": (latents(2, 6, seed=rank),)},
     "inputs (dtype)": lambda rank: {"inputs": (latents(2, 6).to(torch.float32 if rank else torch.float64),)},
     "inputs (number)": lambda rank: {"inputs": (latents(2, 6),) * (1 + min(rank, 1))},
     "gradient": lambda rank: {"gradient": (Implicit(), AT_ONCE)[min(rank, 1)]},
     "edit": lambda rank: {"edit": (None, _unchanged)[min(rank, 1)]},
-    "window": lambda rank: {"window": 7 + rank},
+    "method (window)": lambda rank: {"method": Parallel(7 + rank)},
     "rows_per_call": lambda rank: {"rows_per_call": 5 + rank},
     "model": lambda rank: {"model": Mixture(SCHEDULE, means()).train(rank > 0)},
 }
@@ -206,9 +206,11 @@ def agreeing(rank: int, group: Any) -> dict[str, Any]:
     found["callback fails"] = message(lambda: called_back(rank, group, lambda *_: _give_up()))
     found["after errors"] = run(group).trajectory
     wrapped = nn.parallel.DistributedDataParallel(Normed().eval(), process_group=group)
-    found["DDP shared"] = run(group, wrapped, count=1, window=1).x_0
+    found["DDP shared"] = run(group, wrapped, count=1, method=Parallel(window=1)).x_0
     network = load_checkpoint("digits").model.to(memory_format=torch.contiguous_format)  # which FSDP asks for
-    found["FSDP"] = digits(group, fully_shard(network, mesh=DeviceMesh.from_group(group, "cpu")), window=1, count=1)
+    found["FSDP"] = digits(
+        group, fully_shard(network, mesh=DeviceMesh.from_group(group, "cpu")), method=Parallel(window=1), count=1
+    )
     found["DDP alone"] = run(None, wrapped, count=1, steps=40 + 60 * rank).rounds
     with torch.enable_grad():
         loss = nn.parallel.DistributedDataParallel(SampledLoss(), process_group=group)

@@ -43,7 +43,11 @@ def test_parallel_and_sequential_commands_agree(tmp_path, capsys):
     assert (images[0] - images[1]).norm() / images[1].norm() < 1e-3
 
 
-@pytest.mark.parametrize("options", [["--method", "auto"], ["--levels", "nodes"], ["--levels", "8,15"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [["--method", "auto"], ["--method", "coarse-to-fine"], ["--method", "all-steps", "--window", "20"]],
+    ids=" ".join,
+)
 def test_every_way_of_sampling_can_be_asked_for(options, tmp_path, capsys):
     argv = ["sample", "--steps", 60, "--count", 1, "--no-pictures", "--threads", 1]
     for folder, more in (("expected", ["--method", "sequential"]), ("found", options)):
@@ -191,7 +195,7 @@ WRONG = {
     "unknown inversion": (["invert", "--method", "fast"], "'fast'"),
     "unknown spacing": (["sample", "--spacing", "odd"], "'odd'"),
     "unknown splitting": (["sample", "--splitting", "odd"], "'odd'"),
-    "levels": (["sample", "--levels", "5,x"], "5,x"),
+    "a window of one step after the other": (["sample", "--method", "sequential", "--window", "5"], "--window"),
     "no images": (["sample", "--count", "0"], "got 0"),
     "eta": (["sample", "--eta", "1.5"], "1.5"),
     "learning rate": (["invert", "--method", "deq", "--lr", "nan"], "nan"),

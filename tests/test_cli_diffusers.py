@@ -25,6 +25,7 @@ def network():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("place", [".", "unet"])
 @pytest.mark.parametrize(
     "scheduler",
@@ -34,8 +35,10 @@ def network():
         diffusers.DDIMScheduler(
             rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction", clip_sample=False
         ),
+        diffusers.EulerDiscreteScheduler(timestep_spacing="leading"),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),
     ],
-    ids=["leading", "trailing, clipped", "zero signal"],
+    ids=["leading", "trailing, clipped", "zero signal", "euler", "flow"],
 )
 def test_a_folder_is_sampled_by_its_own_scheduler(scheduler, place, network, tmp_path, capsys):
     diffusers.DDPMPipeline(network, scheduler).save_pretrained(tmp_path / "model")
@@ -45,8 +48,9 @@ def test_a_folder_is_sampled_by_its_own_scheduler(scheduler, place, network, tmp
     made = load_file(tmp_path / "out" / "samples.safetensors")
     state = made["x_T"]
     scheduler.set_timesteps(10)
+    scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for t in scheduler.timesteps:
-        state = scheduler.step(network(state, t).sample, t, state).prev_sample
+        state = scheduler.step(network(scaled(state, t), t).sample, t, state).prev_sample
     assert (made["x_0"] - state).norm() < 2e-3 * state.norm()
 
 
@@ -86,8 +90,8 @@ def test_the_spacing_of_an_inversion_is_the_schedulers_and_is_recorded(network, 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 WRONG = {
     "another scheduler": (
-        lambda: (small_unet(), diffusers.FlowMatchEulerDiscreteScheduler()),
-        "FlowMatchEulerDiscrete",
+        lambda: (small_unet(), diffusers.FlowMatchHeunDiscreteScheduler()),
+        "FlowMatchHeunDiscrete",
     ),
     "flow prediction": (
         lambda: (small_unet(), diffusers.DPMSolverMultistepScheduler(**FLOW)),

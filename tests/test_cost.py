@@ -1,19 +1,22 @@
 """method="auto": the way that should be fastest, by times measured once."""
 
+import sys
+
 import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Schedule, sample
-from diffusion.methods import fastest as cost
+from diffusion import CoarseToFine, Parallel, Schedule, Sequential, fastest, sample
 from diffusion.methods.fastest import TOGETHER, Timing
-from diffusion.sampler import Sampler
+from diffusion.problem import ChainProblem
+
+cost = sys.modules["diffusion.methods.fastest"]
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 
 
 def problem(model, T, B=1):
-    return Sampler.of(model, latents(B, 6), SCHEDULE.chain(T), "epsilon", "v", None, None, (), None, None, None)
+    return ChainProblem.of(model, latents(B, 6), SCHEDULE.chain(T))
 
 
 def device(monkeypatch, latency, per_row):
@@ -24,32 +27,33 @@ def device(monkeypatch, latency, per_row):
 @pytest.mark.parametrize(
     ("latency", "per_row", "T", "expected"),
     [
-        (0.0, 1e-3, 1000, "sequential"),  # rows cost what they cost, in calls of any size
-        (0.0, 1e-3, 50, "sequential"),
-        (1e-2, 1e-9, 1000, "together"),  # a call costs the same whatever it holds: fewest rounds
-        (1e-2, 1e-9, 50, "together"),
-        (4e-4, 5e-5, 1000, "nodes"),  # a small model on one core: fewest rows
+        (0.0, 1e-3, 1000, Sequential()),  # rows cost what they cost, in calls of any size
+        (0.0, 1e-3, 50, Sequential()),
+        (1e-2, 1e-9, 1000, Parallel()),  # a call costs the same whatever it holds: fewest rounds
+        (1e-2, 1e-9, 50, Parallel()),
+        (4e-4, 5e-5, 1000, CoarseToFine()),  # a small model on one core: fewest rows
     ],
 )
 def test_the_cheapest_way_follows_from_what_calls_and_rows_cost(monkeypatch, latency, per_row, T, expected):
     device(monkeypatch, latency, per_row)
-    assert cost.cheapest(problem(Mixture(SCHEDULE, means()), T), 24) == expected
+    assert fastest(Mixture(SCHEDULE, means()), latents(1, 6), SCHEDULE.chain(T)) == expected
 
 
 def test_a_chain_that_has_no_nodes_is_not_sent_there(monkeypatch):
     device(monkeypatch, 4e-4, 5e-5)
-    assert cost.cheapest(problem(Mixture(SCHEDULE, means()), 1000), None) != "nodes"
+    chosen = fastest(Mixture(SCHEDULE, means()), latents(1, 6), SCHEDULE.chain(1000), edit=lambda x, k, image: x)
+    assert not isinstance(chosen, CoarseToFine)
 
 
 def test_time_is_linear_between_the_two_measured_calls_and_beyond():
     timing = Timing(few=4, seconds_few=1.0, many=64, seconds_many=4.0, seen={})
     assert [timing.call(rows) for rows in (1, 4, 34, 64, 124)] == [1.0, 1.0, 2.5, 4.0, 7.0]
-    assert timing.foretell("sequential", 10, None, 6) == 10.0
+    assert timing.foretell(Sequential(), 10, None, 6) == 10.0
     assert timing.rounds((1.0,), 16, 0) == pytest.approx(4.0, abs=1e-2)
     assert len(TOGETHER) == pytest.approx(timing.rounds(TOGETHER, 1, 0), rel=1e-2)
 
 
-@pytest.mark.parametrize("way", ["sequential", "together", "nodes"])
+@pytest.mark.parametrize("way", [Sequential(), Parallel(), CoarseToFine()])
 def test_a_run_that_took_longer_than_foretold_is_foretold_longer_next_time(way):
     timing = Timing(1, 1.0, 64, 2.0, {})
     before, other = (timing.foretell(way, T, 20, 6) for T in (100, 200))
@@ -62,9 +66,9 @@ def test_a_run_that_took_longer_than_foretold_is_foretold_longer_next_time(way):
 def test_a_way_that_disappoints_is_left(monkeypatch):
     device(monkeypatch, 1e-2, 1e-9)
     run = problem(Mixture(SCHEDULE, means()), 50)
-    assert cost.cheapest(run, None) == "together"
-    cost.timing(run).note("together", 50, None, 6, 50.0)
-    assert cost.cheapest(run, None) == "sequential"
+    assert cost.quickest(run) == Parallel()
+    cost.timing(run).note(Parallel(), 50, None, 6, 50.0)
+    assert cost.quickest(run) == Sequential()
 
 
 @torch.no_grad()

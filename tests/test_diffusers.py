@@ -172,11 +172,11 @@ def test_the_loop_of_the_ddpm_scheduler_is_reproduced(variance, settings, steps)
 
 
 OTHERS = [
-    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler", "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler", "EDMDPMSolverMultistepScheduler", "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "LCMScheduler", "TCDScheduler",
-    "CMStochasticIterativeScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "PNDMScheduler",
-    "RePaintScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler",
+    "FlowMatchHeunDiscreteScheduler", "EulerAncestralDiscreteScheduler", "EDMDPMSolverMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
+    "LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler", "UniPCMultistepScheduler",
+    "DEISMultistepScheduler", "PNDMScheduler", "RePaintScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler",
+    "DDPMParallelScheduler", "FlowMatchLCMScheduler",
 ]  # fmt: skip
 
 

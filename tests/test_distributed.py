@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from mixture import Mixture, latents, means
 
-from diffusion import sample
+from diffusion import Parallel, sample
 
 if not dist.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
@@ -97,14 +97,14 @@ def test_the_group_can_be_used_again_after_such_an_error(found):
 
 @torch.no_grad()
 def test_a_model_in_ddp_with_buffers_is_sampled_by_the_group(found):
-    alone = ranks.run(None, ranks.Normed().eval(), count=1, window=1).x_0
+    alone = ranks.run(None, ranks.Normed().eval(), count=1, method=Parallel(window=1)).x_0
     for rank in found:
         assert torch.equal(rank["DDP shared"], alone)
 
 
 @torch.no_grad()
 def test_a_model_sharded_by_fsdp_is_called_alike_on_all_ranks_also_when_rows_are_fewer(found):
-    alone = ranks.digits(None, window=1, count=1)  # one row at a time
+    alone = ranks.digits(None, method=Parallel(window=1), count=1)  # one row at a time
     for rank in found:
         assert (rank["FSDP"] - alone).norm() <= 1e-5 * alone.norm()
 

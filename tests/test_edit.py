@@ -6,7 +6,7 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Clip, Inpaint, Schedule, load_checkpoint, sample
+from diffusion import Clip, Inpaint, Parallel, Schedule, load_checkpoint, sample
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 TIGHT = 1e-8
@@ -36,13 +36,11 @@ def test_an_edit_acts_on_every_state_that_a_step_leaves():
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",
-    [{}, {"splitting": "epsilon"}, {"splitting": "gaussian"}, {"window": 7}, {"levels": (8, 20)}, {"rows_per_call": 9}],
+    [{}, {"splitting": "epsilon"}, {"splitting": "gaussian"}, {"method": Parallel(window=7)}, {"rows_per_call": 9}],
     ids=str,
 )
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_edited_states_are_those_of_sequential_sampling(options, eta):
-    if eta and "levels" in options:
-        options = {}
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(40, eta=eta), latents(4, 6)
     runs = [
         sample(model, x, chain, edit=drifting, error=TIGHT, generator=torch.Generator().manual_seed(1), **more)
@@ -50,13 +48,6 @@ def test_edited_states_are_those_of_sequential_sampling(options, eta):
     ]
     assert relative(runs[1].trajectory, runs[0].trajectory) < 1e-7
     assert runs[1].solution.converged.all()
-
-
-@torch.no_grad()
-def test_a_coarser_level_numbers_its_states_as_the_chain_asked_for():
-    model, chain, seen = Mixture(SCHEDULE, means()), SCHEDULE.chain(40), []
-    sample(model, latents(1, 6), chain, levels=(8,), edit=lambda x, k, image: seen.append(k) or x)
-    assert seen[:8] == [*chain.coarsen(8)[1][1:].tolist(), 40]
 
 
 @torch.no_grad()
@@ -123,15 +114,6 @@ def test_a_bound_that_nothing_reaches_changes_nothing():
     held = Schedule(SCHEDULE.alphas_cumprod, clip=Clip(1e6))
     plain, clipped = (sample(model, x, s.chain(30), error=TIGHT).x_0 for s in (SCHEDULE, held))
     torch.testing.assert_close(clipped, plain)
-
-
-@torch.no_grad()
-def test_coarser_levels_hold_their_images_in_range_too():
-    schedule = Schedule(SCHEDULE.alphas_cumprod, clip=Clip(0.8))
-    model, chain, x = Mixture(schedule, means()), schedule.chain(300), latents(2, 6)
-    oracle = sample(model, x, chain, method="sequential").x_0
-    got = sample(model, x, chain, levels=(30,), error=TIGHT)
-    assert relative(got.x_0, oracle) < 1e-7
 
 
 def test_a_threshold_is_that_of_each_image_however_many_there_are(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion import Schedule, invert, sample
+from diffusion import Descent, Parallel, Schedule, Sequential, invert, sample
 from pydeqsolve import Anderson, Implicit, Phantom
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -31,8 +31,9 @@ def test_the_gradient_of_no_images_is_empty(gradient, steps):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("method", ["naive", "deq"])
-def test_descending_for_no_images_finds_no_latents(method, gradient):
-    found = invert(network, torch.empty(0, 6), SCHEDULE.chain(4), method, epochs=2, gradient=gradient)
+@pytest.mark.parametrize("through", [Sequential(), Parallel()])
+def test_descending_for_no_images_finds_no_latents(through, gradient):
+    method = Descent(through, epochs=2, gradient=gradient)
+    found = invert(network, torch.empty(0, 6), SCHEDULE.chain(4), method)
     assert found.x_T.shape == (0, 6)
     assert found.status.shape == (0,)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Schedule, load_checkpoint, sample
-from diffusion.chain import LinearChain
-from diffusion.methods.defects import SAFETY, carried, filled, summed
-from diffusion.methods.together import weight_of
+from diffusion import CoarseToFine, Parallel, Schedule, load_checkpoint, sample
+from diffusion.methods.defects import SAFETY, carried, filled
+from diffusion.methods.parallel import weight_of
 from diffusion.methods.visits import Visits
+from diffusion.trajectory import LinearChain, summed
 from pydeqsolve import Status
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -71,7 +71,7 @@ def test_a_network_as_easy_as_a_tenth_of_x_is_not_said_to_have_converged_before_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("T", "options"), [(100, {}), (1000, {}), (100, {"levels": "nodes"})])
+@pytest.mark.parametrize(("T", "options"), [(100, {}), (1000, {}), (100, {"method": CoarseToFine()})])
 def test_the_shipped_digits_meet_what_they_are_said_to(T, options):
     checkpoint = load_checkpoint("digits")
     chain, x = checkpoint.schedule.chain(T), latents(6, *checkpoint.shape, seed=9).float()
@@ -162,9 +162,9 @@ def test_a_slope_that_is_unknown_is_taken_from_the_next_step_and_at_the_end_from
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 6, 9])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"levels": ()}, {"levels": "nodes"}, {"levels": (8, 20)}, {"window": 30}, {"edit": lambda x, k, image: 0.9*x},
-     {"eta": 0.5}, {"method": "auto"}, {"error": 1e-9}],
-    ids=["default", "together", "nodes", "levels", "window", "edit", "eta", "auto", "error"],
+    [{}, {"method": Parallel()}, {"method": CoarseToFine()}, {"method": Parallel(window=30)},
+     {"edit": lambda x, k, image: 0.9*x}, {"eta": 0.5}, {"method": "auto"}, {"error": 1e-9}],
+    ids=["default", "parallel", "coarse", "window", "edit", "eta", "auto", "error"],
 )  # fmt: skip
 def test_a_cap_on_rounds_caps_every_model_call(options, most):
     model, options = Mixture(SCHEDULE, means()), dict(options)
@@ -172,7 +172,9 @@ def test_a_cap_on_rounds_caps_every_model_call(options, most):
     got = sample(model, latents(2, 6), chain, max_rounds=most, rows_per_call=10**6, **options)
     assert model.calls == got.rounds <= most
     assert (got.solution.status[~got.converged] == int(Status.MAX_STEPS)).all()
-    if most >= 4 or "window" not in options:  # where all steps fit into them, the last rounds measure
+    if most >= 4 or options.get("method") != Parallel(
+        window=30
+    ):  # where all steps fit into them, the last rounds measure
         assert got.error.isfinite().all()
 
 
@@ -180,9 +182,9 @@ def test_a_cap_on_rounds_caps_every_model_call(options, most):
 def test_rounds_that_run_out_leave_a_status_and_an_error_that_are_true():
     model, x, chain = Mixture(SCHEDULE, means()), latents(3, 6), SCHEDULE.chain(300)
     expected = sample(model, x, chain, "sequential")
-    for levels in ((), "nodes"):
+    for method in (Parallel(), CoarseToFine()):
         for most in range(2, 14):
-            got = sample(model, x, chain, levels=levels, max_rounds=most, error=1e-6)
+            got = sample(model, x, chain, method, max_rounds=most, error=1e-6)
             true = true_errors(got, expected)
             assert (got.converged == (got.error <= 1e-6)).all()
             assert (true[got.converged] <= 1e-6).all()
@@ -199,10 +201,10 @@ def test_more_rounds_than_are_needed_change_nothing():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"levels": ()}, {"levels": "nodes"}, {"window": 10}], ids=str)
-def test_a_callback_that_stops_early_leaves_no_claim(options):
+@pytest.mark.parametrize("method", [Parallel(), CoarseToFine(), Parallel(window=10)], ids=str)
+def test_a_callback_that_stops_early_leaves_no_claim(method):
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(100)
-    got = sample(model, latents(2, 6), chain, error=1e-8, callback=lambda *_: True, **options)
+    got = sample(model, latents(2, 6), chain, method, error=1e-8, callback=lambda *_: True)
     assert not got.converged.any()
     assert (got.solution.status == int(Status.MAX_STEPS)).all()
     assert (got.error > 1e-8).all()
@@ -213,7 +215,7 @@ def test_a_callback_sees_all_images_while_some_are_gone_on_with():
     model, chain, seen = Mixture(SCHEDULE, means()), SCHEDULE.chain(80), []
     error = torch.tensor([1e-2, 1e-9, 1e-2], dtype=torch.float64)
     got = sample(
-        model, latents(3, 6), chain, error=error, levels="nodes",
+        model, latents(3, 6), chain, CoarseToFine(), error=error,
         callback=lambda step, states, residual: seen.append((step, tuple(states.shape), tuple(residual.shape))),
     )  # fmt: skip
     assert seen == [(k + 1, (3, 81, 6), (3,)) for k in range(len(seen))]

@@ -5,10 +5,10 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Schedule, invert, load_checkpoint, sample
-from diffusion.chain import interpolation
-from diffusion.inversion.backwards import OnNodes, joint_nodes, reversed_map, stiff_steps
+from diffusion.inversion.backwards import reversed_map, stiff_steps
 from diffusion.inversion.exact import SOLVER, STIFFNESS
-from diffusion.sampler import Sampler
+from diffusion.methods.grid import OnGrid, TimeGrid
+from diffusion.problem import ChainProblem
 from pydeqsolve import Status, Stop, solve
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -191,19 +191,19 @@ def test_an_image_that_exact_inversion_misses_is_never_worse_than_one_pass():
 def test_a_round_on_nodes_leaves_the_solution_where_it_is_and_costs_their_rows_alone():
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(50)
     x_0 = images(model, chain)
-    sampler = Sampler.of(model, x_0, chain, "epsilon", "v", None, None, (), None, None, None)
-    backward, image = reversed_map(sampler.map, 0, 40, sampler.map.splitting), torch.arange(4)
+    forward = ChainProblem.of(model, x_0, chain).map
+    backward, image = reversed_map(forward, 0, 40, forward.splitting), torch.arange(4)
     backward.evaluations = torch.zeros(4, dtype=torch.int64)
     base = backward.linear.base(x_0, None)
     with torch.no_grad():
         start, stop = torch.zeros(4, 40, 6, dtype=torch.float64), Stop(1e-12, max_steps=200)
         N = solve(backward, start, (image, base), solver=SOLVER, stop=stop, gradient=None).z
-        at = joint_nodes(40)
+        grid = TimeGrid.inversion(40)
         backward.evaluations.zero_()
-        on_nodes = OnNodes(backward, at, interpolation(at, 40))
+        on_nodes = OnGrid(backward, grid)
         moved = on_nodes(N, image, base)
         smooth = on_nodes(N + 1e-3, image, base) - N
     assert (moved - N).abs().max() <= 1e-9
     assert smooth.abs().max() <= 0.9e-3  # the other steps follow the nodes
-    assert backward.evaluations.tolist() == [2 * len(at)] * 4
-    assert len(at) < 12
+    assert backward.evaluations.tolist() == [2 * len(grid.at)] * 4
+    assert len(grid.at) < 12

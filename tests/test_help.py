@@ -43,7 +43,7 @@ def _flat(value):
 # Where the parser has no default because it depends on the model or the data: all values that it can have.
 DEPENDS = {
     ("demo", "steps"): {*LONG.values(), 100},
-    ("invert", "epochs"): set(EPOCHS.values()),
+    ("invert", "epochs"): {EPOCHS},
     ("invert", "lr"): set(LEARNING_RATES.values()),
     ("fit", "steps"): {defaults(f)["steps"] for f in (fit, *recipes.values())},
     **{("fit", name): {defaults(fit)[name]} for name in ("lr", "batch", "save_every")},
@@ -58,7 +58,6 @@ IN_WORDS = {
     "error",
     "splitting",
     "window",
-    "levels",
     "model",
     "images",
     "dataset_folder",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Clip, Schedule, invert, load_checkpoint, sample
+from diffusion import Clip, Descent, OnePass, Parallel, Schedule, Sequential, invert, load_checkpoint, sample
 from pydeqsolve import Anderson, Implicit, Phantom, Status, Stop
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -14,6 +14,12 @@ AT_ONCE = Implicit(solver=Anderson(2, coupling="causal"), stop=Stop(rtol=1e-8))
 def images(model, chain, count=4):
     with torch.no_grad():
         return sample(model, latents(count, 6), chain, method="sequential").x_0
+
+
+def descent(name, epochs, **options):
+    """The descent of that name with so many epochs; any other name as it is."""
+    through = {"naive": Sequential(), "deq": Parallel()}
+    return Descent(through[name], epochs, **options) if name in through else name
 
 
 def test_a_long_chain_is_checked_in_fewer_rounds_than_it_has_steps():
@@ -38,7 +44,7 @@ def test_deq_comes_to_a_tenth_of_the_loss_of_naive_in_as_many_epochs():
     checkpoint = load_checkpoint("digits")
     x_0, chain = checkpoint.images[:4], checkpoint.schedule.chain(10)
     naive, deq = (
-        invert(checkpoint.model, x_0, chain, method, epochs=200, generator=torch.Generator().manual_seed(0)).loss
+        invert(checkpoint.model, x_0, chain, descent(method, 200), generator=torch.Generator().manual_seed(0)).loss
         for method in ("naive", "deq")
     )
     assert deq.median() <= 0.1 * naive.median()
@@ -47,7 +53,7 @@ def test_deq_comes_to_a_tenth_of_the_loss_of_naive_in_as_many_epochs():
 def test_the_solves_of_deq_become_finer_as_the_loss_falls():
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(10)
     x_0 = images(model, chain)
-    found = invert(model, x_0, chain, "deq", epochs=200, generator=torch.Generator().manual_seed(0))
+    found = invert(model, x_0, chain, descent("deq", 200), generator=torch.Generator().manual_seed(0))
     assert found.loss.max() <= 2e-7  # solves to a relative 1e-3 stop at 1e-5
     torch.testing.assert_close(found.loss, found.history.min(0).values, rtol=0.1, atol=1e-12)
 
@@ -59,9 +65,8 @@ def test_the_solves_of_deq_become_finer_as_the_loss_falls():
 def test_descent_lowers_the_loss_and_reports_the_best_latent(method, gradient):
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(10)
     x_0 = images(model, chain)
-    found = invert(
-        model, x_0, chain, method, epochs=60, lr=0.1, gradient=gradient, generator=torch.Generator().manual_seed(0)
-    )
+    chosen = descent(method, 60, lr=0.1, **({} if gradient is None else {"gradient": gradient}))
+    found = invert(model, x_0, chain, chosen, generator=torch.Generator().manual_seed(0))
     assert found.history.shape == (60, 4)
     assert (found.loss < 0.2 * found.history[0]).all()
     torch.testing.assert_close(found.loss, found.history.min(0).values, rtol=0.1, atol=1e-3)
@@ -71,9 +76,9 @@ def test_descent_lowers_the_loss_and_reports_the_best_latent(method, gradient):
 def test_a_resumed_descent_ends_bit_for_bit_where_an_uninterrupted_one_does(method):
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
     x_0 = images(model, chain)
-    whole = invert(model, x_0, chain, method, epochs=9, lr=0.1, generator=torch.Generator().manual_seed(0))
-    part = invert(model, x_0, chain, method, epochs=4, lr=0.1, generator=torch.Generator().manual_seed(0))
-    rest = invert(model, x_0, chain, method, epochs=9, lr=0.1, state=part.state)
+    whole = invert(model, x_0, chain, descent(method, 9, lr=0.1), generator=torch.Generator().manual_seed(0))
+    part = invert(model, x_0, chain, descent(method, 4, lr=0.1), generator=torch.Generator().manual_seed(0))
+    rest = invert(model, x_0, chain, descent(method, 9, lr=0.1), state=part.state)
     assert torch.equal(rest.x_T, whole.x_T)
     assert torch.equal(rest.history, whole.history)
     assert torch.equal(rest.evaluations, whole.evaluations)
@@ -88,10 +93,10 @@ def test_a_callback_may_stop_and_its_snapshot_resumes():
         kept.append(epoch.snapshot())
         return epoch.number == 3
 
-    stopped = invert(model, x_0, chain, "deq", epochs=50, callback=watch, generator=torch.Generator().manual_seed(0))
+    stopped = invert(model, x_0, chain, descent("deq", 50), callback=watch, generator=torch.Generator().manual_seed(0))
     assert len(stopped.history) == len(kept) == 3
-    resumed = invert(model, x_0, chain, "deq", epochs=5, state=kept[1])
-    whole = invert(model, x_0, chain, "deq", epochs=5, generator=torch.Generator().manual_seed(0))
+    resumed = invert(model, x_0, chain, descent("deq", 5), state=kept[1])
+    whole = invert(model, x_0, chain, descent("deq", 5), generator=torch.Generator().manual_seed(0))
     assert torch.equal(resumed.history, whole.history)
 
 
@@ -99,14 +104,10 @@ def test_a_callback_may_stop_and_its_snapshot_resumes():
 def test_a_nan_image_harms_no_other(method):
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
     x_0 = images(model, chain)
-    options = {"epochs": 3, "generator": None} if method in ("naive", "deq") else {}
-    start = {"state": None}
-    if options:
-        options["state"] = invert(model, x_0, chain, method, epochs=0).state
-        start = {}
-    clean = invert(model, x_0, chain, method, **options, **start)
+    state = invert(model, x_0, chain, descent(method, 0)).state if method in ("naive", "deq") else None
+    clean = invert(model, x_0, chain, descent(method, 3), state=state)
     x_0[2] = torch.nan
-    got = invert(model, x_0, chain, method, **options, **start)
+    got = invert(model, x_0, chain, descent(method, 3), state=state)
     others = [0, 1, 3]
     torch.testing.assert_close(got.x_T[others], clean.x_T[others])
     assert got.status[2] == Status.NONFINITE
@@ -118,7 +119,7 @@ def test_rounds_and_check_are_the_calls_of_the_model(method):
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
     x_0 = images(model, chain)
     model.calls = 0
-    found = invert(model, x_0, chain, method, **({"epochs": 3} if method in ("naive", "deq") else {}))
+    found = invert(model, x_0, chain, descent(method, 3))
     assert found.check == 8
     assert found.rounds + found.check == model.calls
 
@@ -129,21 +130,19 @@ def test_the_rounds_of_a_descent_include_those_of_its_backward_passes(gradient):
     model.requires_grad_(False)
     x_0 = images(model, chain)
     model.calls = 0
-    found = invert(model, x_0, chain, "deq", epochs=3, gradient=gradient)
+    found = invert(model, x_0, chain, descent("deq", 3, gradient=gradient))
     assert found.rounds + found.check == model.calls
 
 
 def test_evaluations_are_the_rows_the_model_saw():
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
     x_0 = images(model, chain)
-    cases = [("ddim", {}), ("exact", {}), ("naive", {"epochs": 3}), ("deq", {"epochs": 3})]
-    cases += [
-        ("deq", {"epochs": 3, "gradient": gradient}) for gradient in (Phantom(1), Phantom(3, 0.5), Implicit(), AT_ONCE)
-    ]
-    for method, options in cases:
+    gradients = (Phantom(1), Phantom(3, 0.5), Implicit(), AT_ONCE)
+    methods = ["ddim", "exact", descent("naive", 3), descent("deq", 3)]
+    for method in [*methods, *(descent("deq", 3, gradient=gradient) for gradient in gradients)]:
         model.rows = 0
-        found = invert(model, x_0, chain, method, **options)
-        assert int(found.evaluations.sum()) == model.rows, (method, options)
+        found = invert(model, x_0, chain, method)
+        assert int(found.evaluations.sum()) == model.rows, method
 
 
 @pytest.mark.parametrize(
@@ -152,8 +151,8 @@ def test_evaluations_are_the_rows_the_model_saw():
         ({"method": "guess"}, ValueError, "method"),
         ({"chain": SCHEDULE.chain(5, eta=1.0)}, ValueError, "eta"),
         ({"x_0": torch.ones(2, dtype=torch.float64)}, ValueError, "x_0"),
-        ({"method": "deq", "epochs": -1}, ValueError, "epochs"),
-        ({"method": "deq", "gradient": 3}, TypeError, "gradient"),
+        ({"method": OnePass}, TypeError, "method"),
+        ({"method": Sequential()}, TypeError, "method"),
         ({"method": "deq", "state": {"x_T": torch.ones(1, 6), "N": torch.ones(1, 5, 6)}}, ValueError, "state"),
     ],
 )
@@ -161,6 +160,22 @@ def test_a_wrong_argument_is_named(change, error, names):
     arguments = {"model": Mixture(SCHEDULE, means()), "x_0": latents(2, 6), "chain": SCHEDULE.chain(5), **change}
     with pytest.raises(error, match=names):
         invert(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "names"),
+    [
+        ({"epochs": -1}, ValueError, "epochs"),
+        ({"epochs": 2.0}, TypeError, "epochs"),
+        ({"gradient": 3}, TypeError, "gradient"),
+        ({"through": "deq"}, TypeError, "through"),
+        ({"lr": 0.0}, ValueError, "lr"),
+        ({"optimizer": 3}, TypeError, "optimizer"),
+    ],
+)
+def test_a_wrong_option_of_a_descent_is_named(options, error, names):
+    with pytest.raises(error, match=names):
+        Descent(**options)
 
 
 @pytest.mark.parametrize(
@@ -184,12 +199,11 @@ def test_an_error_or_a_budget_that_cannot_be_asked_for_is_named(change, error, n
 @pytest.mark.parametrize("method", ["ddim", "exact", "naive", "deq"])
 def test_a_latent_is_called_converged_by_the_loss_measured_whatever_the_method(method):
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
-    options = {"epochs": 30} if method in ("naive", "deq") else {}
-    x_0, generator = images(model, chain), torch.Generator().manual_seed(0)
-    found = invert(model, x_0, chain, method, error=1.0, generator=generator, **options)
+    method, x_0, generator = descent(method, 30), images(model, chain), torch.Generator().manual_seed(0)
+    found = invert(model, x_0, chain, method, error=1.0, generator=generator)
     assert found.converged.tolist() == (found.loss <= 6.0).tolist()
     assert found.converged.any()
-    far = invert(model, x_0, chain, method, error=1e-18, generator=generator, **options)
+    far = invert(model, x_0, chain, method, error=1e-18, generator=generator)
     assert not far.converged.any()
     assert (far.status != Status.NONFINITE).all()
 
@@ -197,7 +211,7 @@ def test_a_latent_is_called_converged_by_the_loss_measured_whatever_the_method(m
 @pytest.mark.parametrize("method", ["naive", "deq"])
 def test_a_descent_begins_no_epoch_beyond_its_rounds(method):
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(8)
-    found = invert(model, images(model, chain), chain, method, epochs=100, max_rounds=50)
+    found = invert(model, images(model, chain), chain, descent(method, 100), max_rounds=50)
     assert 1 <= len(found.history) < 50 // 2
     assert found.rounds <= 50
 
@@ -206,7 +220,7 @@ def test_the_loss_is_that_of_the_latent_returned_and_not_of_the_one_found():
     model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(10)
     x_0 = images(model, chain).bfloat16()
     for method in ("ddim", "exact", "deq"):
-        found = invert(model, x_0, chain, method, **({"epochs": 20} if method == "deq" else {}))
+        found = invert(model, x_0, chain, descent(method, 20))
         again = sample(model, found.x_T, chain, method="sequential").trajectory[:, -1]
         exactly = sample(model, found.x_T.double(), chain, method="sequential").x_0
         assert again.dtype == torch.bfloat16

@@ -5,7 +5,7 @@ import torch
 from mixture import latents
 from torch import nn
 
-from diffusion import Schedule, load_checkpoint, sample
+from diffusion import Parallel, Schedule, Sequential, load_checkpoint, sample
 from pydeqsolve import Anderson, Implicit, Status
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -47,11 +47,11 @@ def exact(x_T, chain):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("method", "most"), [("sequential", 2), ("parallel", 10)])
+@pytest.mark.parametrize(("method", "most"), [(Sequential(), 2), (Parallel(), 10)])
 def test_sums_over_a_thousand_steps_lose_nothing_to_a_low_precision_network(dtype, method, most):
     # In parallel ε is settled to 5 of its roundings, and these images are half its size.
     chain, x, model = SCHEDULE.chain(1000), latents(3, 4), Gaussian(dtype)
-    got = sample(model, x, chain, method=method, levels=())
+    got = sample(model, x, chain, method)
     assert model.seen == {dtype}
     assert relative(got.x_0, exact(x, chain)) < most * torch.finfo(dtype).eps
     low = x.to(dtype)
@@ -103,7 +103,7 @@ def test_gradients_are_summed_over_the_steps_in_more_than_the_dtype_of_the_netwo
     gradients = {}
     for kind in (torch.float64, dtype):
         model = Gaussian(kind)
-        out = sample(model, x, chain, gradient=gradient, error=1e-5, levels=())
+        out = sample(model, x, chain, gradient=gradient, error=1e-5, method=Parallel())
         gradients[kind] = torch.autograd.grad((out.x_0 * x.detach()).sum(), [x, model.weight])
     assert gradients[dtype][1].dtype == dtype
     for low, full in zip(gradients[dtype], gradients[torch.float64], strict=True):

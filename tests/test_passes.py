@@ -4,9 +4,10 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Schedule, load_checkpoint, sample
-from diffusion.chain import LinearChain, interpolation
-from diffusion.methods.nodes import START, NodeChain, nodes
+from diffusion import CoarseToFine, Parallel, Schedule, load_checkpoint, sample
+from diffusion.methods.grid import NodeChain, interpolation, nodes
+from diffusion.methods.parallel import START
+from diffusion.trajectory import LinearChain
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 
@@ -33,7 +34,7 @@ def both(model, x, T=200, **options):
     chain = SCHEDULE.chain(T)
     expected = sample(model, x, chain, method="sequential")
     model.asked = []
-    return sample(model, x, chain, levels="nodes", **options), expected
+    return sample(model, x, chain, CoarseToFine(), **options), expected
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def test_the_first_rounds_of_all_steps_are_made_on_the_nodes():
     model, chain, x = Watched(), SCHEDULE.chain(200), latents(2, 6)
     expected = sample(model, x, chain, method="sequential")
     model.asked = []
-    got = sample(model, x, chain, levels=(), rows_per_call=1000)
+    got = sample(model, x, chain, Parallel(), rows_per_call=1000)
     assert [len(t) for t in model.asked[: START + 1]] == [2 * len(nodes(200))] * START + [2 * 200]
     assert sum(map(len, model.asked)) == int(got.evaluations.sum())
     assert got.rounds == len(model.asked)
@@ -83,24 +84,24 @@ def test_first_rounds_that_end_in_nan_leave_no_trace():
             return out * torch.nan if len(self.asked) <= START else out
 
     model, chain, x = NotAtFirst(), SCHEDULE.chain(100), latents(2, 6)
-    got = sample(model, x, chain, levels=())
+    got = sample(model, x, chain, Parallel())
     assert got.solution.converged.all()
     assert relative(got.x_0, sample(Mixture(SCHEDULE, means()), x, chain, method="sequential").x_0) <= 1e-3
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"window": 50}, {"levels": (20,)}, {"edit": lambda x, k, image: x}])
-def test_windows_levels_and_edits_have_no_start_on_the_nodes(options):
+@pytest.mark.parametrize("options", [{"method": Parallel(window=50)}, {"edit": lambda x, k, image: x}])
+def test_windows_and_edits_have_no_start_on_the_nodes(options):
     model = Watched()
-    sample(model, latents(1, 6), SCHEDULE.chain(100), **{"levels": (), **options})
-    assert len(model.asked[0]) == options.get("window", options.get("levels", (100,))[0])
+    sample(model, latents(1, 6), SCHEDULE.chain(100), **options)
+    assert len(model.asked[0]) == (100 if "edit" in options else 50)
 
 
 @torch.no_grad()
 def test_an_exact_solve_takes_no_more_rounds_than_steps():
     model, chain, x = Watched(), SCHEDULE.chain(60), latents(1, 6)
     expected = sample(model, x, chain, method="sequential")
-    got = sample(model, x, chain, levels=(), error=1e-15)
+    got = sample(model, x, chain, Parallel(), error=1e-15)
     assert got.rounds <= 60
     assert relative(got.x_0, expected.x_0) <= 1e-12
 
@@ -143,7 +144,7 @@ def test_images_may_ask_for_errors_of_their_own():
 @torch.no_grad()
 def test_conditioning_on_nodes_follows_its_image():
     model, chain, x, shift = Mixture(SCHEDULE, means()), SCHEDULE.chain(100), latents(3, 6), latents(3, 6, seed=5)
-    got = sample(model, x, chain, inputs=(shift,), levels="nodes")
+    got = sample(model, x, chain, CoarseToFine(), inputs=(shift,))
     for i in range(3):
         alone = sample(model, x[i : i + 1], chain, method="sequential", inputs=(shift[i : i + 1],))
         assert relative(got.x_0[i : i + 1], alone.x_0) <= 1e-3
@@ -166,7 +167,7 @@ def test_a_callback_sees_the_round_of_all_steps_and_may_stop_there():
 @pytest.mark.parametrize("width", [1, 5])
 @pytest.mark.parametrize("T", [40, 150])
 def test_states_at_the_nodes_are_those_of_the_whole_chain_with_a_spline_between(monkeypatch, T, width, small):
-    monkeypatch.setattr("diffusion.methods.nodes.SMALL", small)
+    monkeypatch.setattr("diffusion.methods.grid.SMALL", small)
     A = 0.9 + 0.2 * latents(T, width, seed=3).sigmoid()
     linear, at = LinearChain(A, latents(T, 1, seed=4)), nodes(T)
     spread = interpolation(at, T)
@@ -187,19 +188,20 @@ def test_nodes_rise_from_the_first_step_to_the_last(T):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "change",
-    [{"eta": 0.5}, {"window": 10}, {"edit": lambda x, k, image: x}, {"T": 59}],
-    ids=["fresh noise", "a window", "an edit", "a short chain"],
+    [{"eta": 0.5}, {"edit": lambda x, k, image: x}, {"T": 59}],
+    ids=["fresh noise", "an edit", "a short chain"],
 )
 def test_what_nodes_cannot_do_is_refused_when_asked_for(change):
     chain = SCHEDULE.chain(change.pop("T", 100), eta=change.pop("eta", 0.0))
-    with pytest.raises(ValueError, match="levels"):
-        sample(Watched(), latents(1, 6), chain, levels="nodes", **change)
+    with pytest.raises(ValueError, match="CoarseToFine"):
+        sample(Watched(), latents(1, 6), chain, CoarseToFine(), **change)
 
 
 @torch.no_grad()
-def test_a_long_chain_takes_to_nodes_by_itself_and_none_means_all_steps_in_every_round():
+def test_parallel_takes_a_long_chain_to_the_nodes_by_itself():
     model, x, chain = Watched(), latents(1, 6), SCHEDULE.chain(400)
-    chosen, nodes_, together = (sample(model, x, chain, levels=levels) for levels in (None, "nodes", ()))
+    methods = ("parallel", CoarseToFine(), Parallel())
+    chosen, nodes_, together = (sample(model, x, chain, method) for method in methods)
     assert torch.equal(chosen.evaluations, nodes_.evaluations)
     assert chosen.evaluations < together.evaluations
     assert torch.equal(chosen.x_0, nodes_.x_0)
@@ -210,6 +212,6 @@ def test_the_shipped_digits_need_little_more_than_one_row_a_step():
     checkpoint = load_checkpoint("digits")
     chain, x = checkpoint.schedule.chain(1000), latents(6, *checkpoint.shape).float()
     expected = sample(checkpoint.model, x, chain, method="sequential")
-    got = sample(checkpoint.model, x, chain, splitting="gaussian", mean=checkpoint.mean, variance=checkpoint.variance)
+    got = sample(checkpoint.model, x, chain, splitting=checkpoint.splitting(chain))
     assert relative(got.x_0, expected.x_0) <= 1e-3
     assert got.evaluations.double().median() <= 1500

@@ -8,7 +8,7 @@ import torch
 from program import program, run, signal_when, write_pictures
 from safetensors.torch import load_file
 
-from diffusion import Schedule, invert
+from diffusion import Descent, Schedule, Sequential, invert
 from diffusion.models.files import read_tensors, write_tensors
 from diffusion.models.unet import UNet
 from diffusion.program.record import Record
@@ -190,11 +190,12 @@ def test_a_damaged_record_is_refused_by_part_and_left_as_it_is(change, words, tm
 )
 def test_a_state_that_does_not_fit_is_refused_by_part(change, words):
     chain, x_0 = Schedule.cosine(9).chain(3), torch.zeros(2, 1, 2, 2)
-    state = invert(lambda x, t: 0.1 * x, x_0, chain, "naive", epochs=1).state
-    assert invert(lambda x, t: 0.1 * x, x_0, chain, "naive", epochs=2, state=state).history.shape == (2, 2)
+    one, two = (Descent(Sequential(), epochs=count) for count in (1, 2))
+    state = invert(lambda x, t: 0.1 * x, x_0, chain, one).state
+    assert invert(lambda x, t: 0.1 * x, x_0, chain, two, state=state).history.shape == (2, 2)
     change(state)
     with pytest.raises(ValueError, match=f"state: {words}"):
-        invert(lambda x, t: 0.1 * x, x_0, chain, "naive", epochs=2, state=state)
+        invert(lambda x, t: 0.1 * x, x_0, chain, two, state=state)
 
 
 def test_a_state_without_a_part_is_refused_in_one_line(tmp_path, capsys, monkeypatch):

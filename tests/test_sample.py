@@ -4,7 +4,7 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Schedule, Splitting, invert, load_checkpoint, sample
+from diffusion import CoarseToFine, Parallel, Schedule, Sequential, Splitting, invert, load_checkpoint, sample
 from diffusion.chain import cosines
 from pydeqsolve import Anderson, Implicit, Picard
 
@@ -81,10 +81,8 @@ def test_at_the_default_tolerance_states_and_images_are_within_one_in_a_thousand
         for prediction in ("epsilon", "v", "sample"):
             model = Mixture(schedule, means(), prediction=prediction)
             got, expected = (
-                sample(
-                    model, x, chain, m, prediction=prediction, window=window, generator=torch.Generator().manual_seed(3)
-                )
-                for m in ("parallel", "sequential")
+                sample(model, x, chain, m, prediction=prediction, generator=torch.Generator().manual_seed(3))
+                for m in (Parallel(window), Sequential())
             )
             assert relative(got.x_0, expected.x_0) <= 1e-3
             assert relative(got.trajectory, expected.trajectory) <= 1e-3
@@ -97,7 +95,7 @@ def test_a_window_bounds_the_rows_of_a_round_and_changes_no_result(window):
     oracle = sample(model, x, chain, method="sequential")
     largest = []
     wrapped = lambda x, t: largest.append(len(x)) or model(x, t)  # noqa: E731
-    got = sample(wrapped, x, chain, window=window, error=TIGHT)
+    got = sample(wrapped, x, chain, Parallel(window), error=TIGHT)
     assert relative(got.x_0, oracle.x_0) < 1e-7
     assert max(largest) <= 2 * window
 
@@ -105,7 +103,7 @@ def test_a_window_bounds_the_rows_of_a_round_and_changes_no_result(window):
 @torch.no_grad()
 def test_a_window_of_one_is_sequential_sampling_row_for_row():
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(15), latents(2, 6)
-    got = sample(model, x, chain, window=1)
+    got = sample(model, x, chain, Parallel(window=1))
     assert got.rounds == 15
     assert got.evaluations.tolist() == [15, 15]
     assert relative(got.x_0, sample(model, x, chain, method="sequential").x_0) < 1e-12
@@ -115,35 +113,27 @@ def test_a_window_of_one_is_sequential_sampling_row_for_row():
 @pytest.mark.parametrize("solver", [Picard(), Anderson(2, coupling="causal"), Anderson(5, coupling="independent")])
 def test_the_chain_is_exact_after_as_many_rounds_as_steps_whatever_the_solver(solver):
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(12), latents(2, 6)
-    got = sample(model, x, chain, splitting="epsilon", solver=solver, error=1e-15)
+    got = sample(model, x, chain, Parallel(solver=solver), splitting="epsilon", error=1e-15)
     assert relative(got.x_0, sample(model, x, chain, method="sequential").x_0) < 1e-12
 
 
 @torch.no_grad()
 def test_evaluations_are_the_rows_the_model_saw():
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(60), latents(3, 6)
-    for levels in ((), (8,), (5, 20)):
+    for method in (Parallel(), Parallel(window=9), CoarseToFine(), Sequential()):
         model.rows = 0
-        got = sample(model, x, chain, levels=levels)
+        got = sample(model, x, chain, method)
         assert int(got.evaluations.sum()) == model.rows
 
 
 @torch.no_grad()
 def test_rounds_count_model_calls_in_sequence_and_a_split_call_once():
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(60), latents(1, 6)
-    whole = sample(model, x, chain, levels=())
+    whole = sample(model, x, chain, Parallel())
     model.calls = 0
-    split = sample(model, x, chain, levels=(), rows_per_call=7)
+    split = sample(model, x, chain, Parallel(), rows_per_call=7)
     assert split.rounds == whole.rounds < model.calls
     torch.testing.assert_close(split.x_0, whole.x_0, rtol=1e-9, atol=1e-9)
-
-
-@torch.no_grad()
-def test_coarser_levels_change_the_cost_and_not_the_images():
-    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(400), latents(2, 6)
-    plain = sample(model, x, chain, levels=(), error=TIGHT)
-    coarse = sample(model, x, chain, levels=(10, 50), error=TIGHT)
-    assert relative(coarse.x_0, plain.x_0) < 1e-7
 
 
 @torch.no_grad()
@@ -293,10 +283,8 @@ def test_the_default_tolerance_reaches_one_in_a_thousand_on_the_shipped_models(n
     checkpoint = load_checkpoint(name)
     chain = checkpoint.schedule.chain(100)
     x = latents(4, *checkpoint.shape).float()
-    for splitting in ("v", "gaussian"):
-        got = sample(
-            checkpoint.model, x, chain, splitting=splitting, mean=checkpoint.mean, variance=checkpoint.variance
-        )
+    for splitting in ("v", checkpoint.splitting(chain)):
+        got = sample(checkpoint.model, x, chain, splitting=splitting)
         oracle = sample(checkpoint.model, x, chain, method="sequential")
         assert relative(got.x_0, oracle.x_0) <= 1e-3
         assert got.rounds < 25
@@ -324,9 +312,10 @@ def test_every_hook_and_limit_at_once_changes_no_image(method, capfd):
     watched = lambda x, t, c: largest.append(len(x)) or model(x, t, c)  # noqa: E731
     parallel = method == "parallel"
     got = sample(
-        watched, x, chain, method=method, inputs=(shift,), error=TIGHT, progress=True, rows_per_call=5,
+        watched, x, chain, Parallel(window=9) if parallel else method, inputs=(shift,), error=TIGHT, progress=True,
+        rows_per_call=5,
         gradient=Implicit(), edit=lambda x, k, image: states.append(k) or x,
-        **({"window": 9, "levels": (6, 20), "callback": lambda r, *_: rounds.append(r)} if parallel else {}),
+        **({"callback": lambda r, *_: rounds.append(r)} if parallel else {}),
     )  # fmt: skip
     assert relative(got.trajectory, plain.trajectory) < 1e-7
     assert max(largest) <= 5
@@ -363,9 +352,9 @@ def test_an_empty_batch_gives_an_empty_result():
         ({"latent": [1.0]}, TypeError, "latent"),
         ({"chain": 10}, TypeError, "chain"),
         ({"model": None}, TypeError, "model"),
-        ({"levels": (5, 3)}, ValueError, "levels"),
-        ({"levels": (50,)}, ValueError, "levels"),
-        ({"window": 0}, ValueError, "window"),
+        ({"method": 3}, TypeError, "method"),
+        ({"method": Sequential}, TypeError, "method"),
+        ({"start": latents(2, 6)}, TypeError, "start"),
         ({"error": 0.0}, ValueError, "error"),
         ({"error": -1e-3}, ValueError, "error"),
         ({"error": float("nan")}, ValueError, "error"),
@@ -386,3 +375,16 @@ def test_a_wrong_argument_is_named(change, error, names):
     arguments = {"model": Mixture(SCHEDULE, means()), "latent": latents(2, 6), "chain": SCHEDULE.chain(10), **change}
     with pytest.raises(error, match=names):
         sample(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "names"),
+    [
+        (lambda: Parallel(window=0), ValueError, "window"),
+        (lambda: Parallel(window=2.0), TypeError, "window"),
+        (lambda: Parallel(solver="anderson"), TypeError, "solver"),
+    ],
+)
+def test_a_wrong_option_of_a_method_is_named(make, error, names):
+    with pytest.raises(error, match=names):
+        make()

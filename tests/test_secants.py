@@ -4,10 +4,10 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Schedule, load_checkpoint, sample
-from diffusion.methods.nodes import Nodes
+from diffusion import CoarseToFine, Schedule, load_checkpoint, sample
+from diffusion.methods.grid import TimeGrid
 from diffusion.methods.secants import MEMORY, Secants
-from diffusion.sampler import Sampler, scale_of
+from diffusion.problem import ChainProblem
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 
@@ -15,8 +15,8 @@ SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 def grid_of(images=2, splitting="v", model=None, D=6):
     model = Mixture(SCHEDULE, means(size=D)) if model is None else model
     chain = SCHEDULE.chain(100)
-    run = Sampler.of(model, latents(images, D), chain, "epsilon", splitting, None, None, (), None, None, None)
-    return run, Nodes.of(run, scale_of(chain))
+    problem, grid = ChainProblem.of(model, latents(images, D), chain, splitting=splitting), TimeGrid.sampling(100)
+    return problem, grid, grid.part(problem.map, images, scaled=True)
 
 
 def product(secants, d):
@@ -26,8 +26,8 @@ def product(secants, d):
 
 def after(rounds, images=2, **options):
     """Secants that have seen so many values at random states, the states and the values."""
-    _, grid = grid_of(images, **options)
-    secants, everyone, n = Secants(grid, images, 6), torch.arange(images), len(grid.at)
+    _, grid, part = grid_of(images, **options)
+    secants, everyone, n = Secants(part, images, 6), torch.arange(images), len(grid.at)
     states = [latents(images, n, 6, seed=10 + k) for k in range(rounds)]
     values = [0.1 * latents(images, n, 6, seed=50 + k) for k in range(rounds)]
     for x, value in zip(states, values, strict=True):
@@ -69,16 +69,16 @@ class Linear(torch.nn.Module):
 
 @torch.no_grad()
 def test_a_chain_affine_in_one_entry_is_right_after_two_rounds_where_plain_iteration_takes_many():
-    run, grid = grid_of(2, model=Linear().eval(), D=1)
-    base, everyone = run.base()[:, grid.at], torch.arange(2)
-    secants = Secants(grid, 2, 1)
+    problem, grid, part = grid_of(2, model=Linear().eval(), D=1)
+    base, everyone = problem.base()[:, grid.at], torch.arange(2)
+    secants = Secants(part, 2, 1)
     N = M = torch.zeros_like(base)
     for _ in range(2):
         N = secants(N, everyone, base, wanted=torch.ones(2, len(grid.at), dtype=torch.bool))
-        M = grid.map(M, everyone, base)
-    residual = (grid.map(N, everyone, base) - N).abs().max()
+        M = part(M, everyone, base)
+    residual = (part(N, everyone, base) - N).abs().max()
     assert residual <= 1e-9
-    assert (grid.map(M, everyone, base) - M).abs().max() >= 1e-2
+    assert (part(M, everyone, base) - M).abs().max() >= 1e-2
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -147,12 +147,10 @@ def test_moves_within_the_rounding_of_the_network_are_not_learnt_from():
 def test_the_shipped_digits_take_fewer_rounds_and_rows_than_without(monkeypatch, T, splitting):
     checkpoint = load_checkpoint("digits")
     chain, x = checkpoint.schedule.chain(T), latents(4, *checkpoint.shape, seed=3).float()
+    split = checkpoint.splitting(chain) if splitting == "gaussian" else splitting
 
     def run():
-        return sample(
-            checkpoint.model, x, chain, splitting=splitting, levels="nodes", mean=checkpoint.mean,
-            variance=checkpoint.variance,
-        )  # fmt: skip
+        return sample(checkpoint.model, x, chain, CoarseToFine(), splitting=split)
 
     expected, got = sample(checkpoint.model, x, chain, method="sequential"), run()
     assert ((got.x_0 - expected.x_0).flatten(1).norm(dim=1) <= 1e-3 * expected.x_0.flatten(1).norm(dim=1)).all()
@@ -169,8 +167,8 @@ def test_an_image_beside_others_that_finish_earlier_is_sampled_as_alone(dtype):
     model, chain = checkpoint.model.to(dtype), checkpoint.schedule.chain(100)
     x = latents(3, *checkpoint.shape).to(dtype)
     rtol = torch.tensor([1e-5, 1e-3, 1e-2], dtype=torch.float64)
-    beside = sample(model, x, chain, levels="nodes", error=10 * rtol)
-    alone = sample(model, x[:1], chain, levels="nodes", error=1e-4)
+    beside = sample(model, x, chain, CoarseToFine(), error=10 * rtol)
+    alone = sample(model, x[:1], chain, CoarseToFine(), error=1e-4)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
     torch.testing.assert_close(beside.x_0[:1], alone.x_0, rtol=tolerance, atol=tolerance)
     if dtype == torch.float64:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from pydeqsolve import Status, Stop, solve
 
-from ..chain import Chain, LinearChain, Splitting, interpolation
+from ..chain import Chain, Splitting
+from ..methods.grid import OnGrid, TimeGrid
+from ..problem import ChainProblem
 from ..remainder import Remainders, rounding
-from ..sampler import Sampler
+from ..trajectory import LinearChain
 
 NOISE = 64.0  # residuals within so many units of the network's rounding are taken for its doing where they stay
 SPARE = 10  # of the evaluations allowed to an image, what a solve leaves to each of the steps after it
@@ -32,17 +34,18 @@ def reversed_map(forward: Remainders, first: int, last: int, splitting: Splittin
     the error that they would leave in the image if none of the errors were damped.
     """
     chain, cut = forward.chain, slice(first, last)
-    flipped = chain.at(torch.arange(last - 1, first - 1, -1, device=chain.alphas.device))
+    flipped = chain.at(torch.arange(last - 1, first - 1, -1, device=chain.signal.device))
     offset = None if splitting.offset is None else splitting.offset[cut].flip(0)
     kappa = splitting.kappa[cut].flip(0)
     a, c = flipped.a[:, None], flipped.c[:, None]
     A = a + c * kappa
-    unit = c.abs().clamp_min(SMALLEST_UNIT) * (last - first) ** 0.5
+    size = flipped.after[0].square() + flipped.after[1].square()  # in unit of a state of unit variance
+    unit = (c.abs() / size[:, None].sqrt()).clamp_min(SMALLEST_UNIT) * (last - first) ** 0.5
     return Remainders(forward.network, flipped, Splitting(kappa, offset), LinearChain(1 / A, -c / A), 1, unit)
 
 
 @dataclass(eq=False)
-class Found:
+class Steps:
     """ε (n, steps, D) at the states before some steps of the chain, and what is left of them (n,)."""
 
     eps: Tensor
@@ -86,30 +89,6 @@ class Patient:
         return torch.where(self.ended[image][:, None, None], z, value)
 
 
-@dataclass(eq=False)
-class OnNodes:
-    """The same map with only the nodes evaluated: all remainders change by a spline through the nodes' changes."""
-
-    map: Remainders
-    at: Tensor  # (n,) positions, both ends included
-    spread: Tensor  # (steps, n), from nodes to all
-
-    def __call__(self, N: Tensor, image: Tensor, base: Tensor, *conditioning: Tensor) -> Tensor:
-        m, at = self.map, self.at
-        unit = m.unit
-        x = m.linear.trajectory(base, N / unit)[:, at + m.shift]  # (n, nodes, D)
-        m.evaluations.index_add_(0, image, torch.full_like(image, len(at)))
-        rows = [c.repeat_interleave(len(at), 0) for c in conditioning]
-        value = m.remainder(x.flatten(0, 1), at.repeat(len(x)), rows).view_as(x)
-        return N + unit * (self.spread @ (value - (N / unit)[:, at]))
-
-
-def joint_nodes(steps: int) -> Tensor:
-    """Positions (n,) of steps^0.6 nodes, denser towards the image, where the remainders change most."""
-    n = max(2, round(steps**0.6))
-    return ((steps - 1) * torch.linspace(0, 1, n, dtype=torch.float64).square()).round().long().unique()
-
-
 class Backwards:
     """The way from the images to their latents, so far.
 
@@ -123,11 +102,12 @@ class Backwards:
         traces: residuals (rounds, B) of every solve, NaN where an image took no part.
     """
 
-    def __init__(self, sampler: Sampler, target: Tensor, limit: float, allowance: Tensor, bar: Any) -> None:
-        self.sampler, self.bar, self.x, self.limit, self.allowance = sampler, bar, target, limit, allowance
+    def __init__(self, problem: ChainProblem, limit: float, allowance: Tensor, bar: Any) -> None:
+        target = problem.latent
+        self.problem, self.bar, self.x, self.limit, self.allowance = problem, bar, target, limit, allowance
         B, D = target.shape
         self.last = torch.zeros_like(target)
-        self.eps = target.new_zeros(B, len(sampler.map.chain), D)
+        self.eps = target.new_zeros(B, len(problem.map.chain), D)
         self.left = target.new_zeros(B)
         self.evaluations = torch.zeros(B, dtype=torch.int64, device=target.device)
         self.traces: list[Tensor] = []
@@ -135,37 +115,36 @@ class Backwards:
     @property
     def rounds_left(self) -> float:
         """Of the budget, which the network's calls use up."""
-        return max(0, self.limit - self.sampler.map.network.calls)
+        return max(0, self.limit - self.problem.map.network.calls)
 
     def solve(
         self, first: int, last: int, splitting: Splitting, solver: Any, atol: Tensor, rounds: int, *,
         patience: tuple[int, int], node_rounds: int = 0, guess: Tensor | None = None, images: Tensor | None = None,
-    ) -> Found:  # fmt: skip
+    ) -> Steps:  # fmt: skip
         """ε at x_first … x_last − 1 from x_last, all steps at once, to atol (n,); x stays where it is.
 
         rounds: the most, those on nodes included. patience: of `Patient`. guess: ε (n, steps, D) or the last found.
         images: (n,) those to be solved, None is all.
         """
         image = torch.arange(len(self.x), device=self.x.device) if images is None else images
-        backward = reversed_map(self.sampler.map, first, last, splitting)
+        backward = reversed_map(self.problem.map, first, last, splitting)
         split, unit = backward.splitting, backward.unit
         backward.evaluations = self.evaluations
         x, rounds = self.x[image], int(min(rounds, self.rounds_left))
         drift = None if split.offset is None else (backward.linear.c * split.offset)[None]
         base = backward.linear.base(x, drift).expand(len(x), -1, -1)
-        inputs = (image, base, *[c[image] for c in self.sampler.conditioning])
+        inputs = (image, base, *[c[image] for c in self.problem.conditioning])
         eps = self.last[image, None].expand(-1, last - first, -1) if guess is None else guess.flip(1)
         start: Any = unit * remainders(eps, _straight(backward.chain, x, eps), split)
         if node_rounds:
-            at = joint_nodes(last - first).to(base.device)
-            on_nodes = OnNodes(backward, at, interpolation(at.cpu(), last - first).to(base.device))
+            on_grid = OnGrid(backward, TimeGrid.inversion(last - first, base.device))
             start = solve(
-                on_nodes, start, inputs, solver=solver, stop=Stop(0.0, 0.0, node_rounds), gradient=None, trace=True,
+                on_grid, start, inputs, solver=solver, stop=Stop(0.0, 0.0, node_rounds), gradient=None, trace=True,
                 callback=self._tick, keep_history=True,
             )  # fmt: skip
             self._keep(start.trace, image)
         # A network rounds its answer at least; more of a floor than that loses digits of the image (docs/inversion.md).
-        floor = rounding(self.sampler.map.network.dtype) * unit.square().mean().sqrt()
+        floor = rounding(self.problem.map.network.dtype) * unit.square().mean().sqrt()
         stop = Stop(0.0, torch.maximum(atol, floor), max(0, rounds - node_rounds))
         patient = Patient(backward, NOISE * floor, patience, self.allowance, SPARE * first)
         solution = solve(
@@ -184,11 +163,11 @@ class Backwards:
         N = N / unit
         states = backward.linear.trajectory(base, N)[:, 1:]
         eps = N + split.kappa * states if split.offset is None else N + split.kappa * states + split.offset
-        return Found(eps.flip(1), residual, settled)
+        return Steps(eps.flip(1), residual, settled)
 
-    def take(self, first: int, last: int, found: Found) -> None:
+    def take(self, first: int, last: int, found: Steps) -> None:
         """Moves on to x_first by what was found for all images."""
-        chain = reversed_map(self.sampler.map, first, last, self.sampler.map.splitting).chain
+        chain = reversed_map(self.problem.map, first, last, self.problem.map.splitting).chain
         self.eps[:, first:last], self.last = found.eps, found.eps[:, 0]
         self.x = _straight(chain, self.x, found.eps.flip(1))[:, -1]
         self.left = (self.left.square() + found.residual.square()).sqrt()
@@ -200,11 +179,11 @@ class Backwards:
         for trace in other.traces:
             self._keep(trace, images)
 
-    def remainders(self, target: Tensor) -> Tensor:
-        """N (B, T, D) of the sampler's own splitting along the whole way from the image."""
-        chain = reversed_map(self.sampler.map, 0, self.eps.shape[1], self.sampler.map.splitting).chain
-        states = _straight(chain, target, self.eps.flip(1)).flip(1)
-        return remainders(self.eps, states, self.sampler.map.splitting)
+    def remainders(self) -> Tensor:
+        """N (B, T, D) of the problem's own splitting along the whole way from the image."""
+        chain = reversed_map(self.problem.map, 0, self.eps.shape[1], self.problem.map.splitting).chain
+        states = _straight(chain, self.problem.latent, self.eps.flip(1)).flip(1)
+        return remainders(self.eps, states, self.problem.map.splitting)
 
     def _keep(self, trace: Tensor | None, images: Tensor) -> None:
         assert trace is not None
@@ -232,12 +211,12 @@ def remainders(eps: Tensor, states: Tensor, splitting: Splitting) -> Tensor:
 
 def stiff_steps(chain: Chain, stiffness: float) -> int:
     """How many steps next to the image shrink what is not like the data to less than 1 − stiffness of its size."""
-    before, after = ((1 - alphas) / alphas for alphas in (chain.alphas, chain.alphas_next))
-    stiff = 1 - (after / before).sqrt() > stiffness
+    (alpha, sigma), (alpha_next, sigma_next) = chain.before, chain.after
+    stiff = 1 - sigma_next * alpha / (alpha_next * sigma) > stiffness
     return int(stiff.flip(0).cumprod(0).sum())
 
 
 def removing(chain: Chain, share: float, resolution: float) -> Splitting:
-    """κ = share·σ/(σ² + resolution²), σ² = 1 − ᾱ."""
-    variance = 1 - chain.alphas[:, None]
-    return Splitting(share * variance.sqrt() / (variance + resolution**2))
+    """κ = share·σ/(σ² + resolution² (α² + σ²))."""
+    sigma, size = chain.before[1][:, None], chain.size[:-1, None]
+    return Splitting(share * sigma / (sigma.square() + (resolution * size).square()))

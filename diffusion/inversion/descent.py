@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydeqsolve import Implicit, Phantom, Stop
+from pydeqsolve import Implicit, Phantom, Solution, Stop
 
-from ..sampler import Sampler
-from .exact import Outcome
+from ..chain import Splitting
+from ..checks import count, real
+from ..gradients import attach, check_gradient
+from ..methods.parallel import Parallel, fixed_point
+from ..methods.sequential import Sequential
+from ..problem import ChainProblem, Found, in_steps
+from .loss import Best, Call, latents
 
-EPOCHS = {"naive": 400, "deq": 400}
-# Measured on digits at T = 10 … 100 as the best of 0.01, 0.03, 0.1, 0.3, for each method by itself.
-LEARNING_RATES = {"naive": 0.3, "deq": 0.1}
-# The relative error of x_0 that a solve of "deq" may leave, as part of that of the last epoch, and at least.
+EPOCHS = 400
+# Measured on digits at T = 10 … 100 as the best of 0.01, 0.03, 0.1, 0.3, for each by itself.
+LEARNING_RATES = {Sequential: 0.3, Parallel: 0.1}
+# The relative error of x_0 that a solve may leave, as part of that of the last epoch, and at least.
 FINER, FINEST = 0.03, 1e-7
-EPOCH_STOP = Stop(rtol=1e-3, max_steps=1000)  # of the solve in each epoch of "deq"
+EPOCH_STOP = Stop(rtol=1e-3, max_steps=1000)  # of the solve in each epoch
 
 
 @dataclass(eq=False)
@@ -32,13 +37,57 @@ class Epoch:
     snapshot: Callable[[], dict[str, Tensor]]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Descent:
-    """Adam on x_T; everything that a resumed run needs is in `snapshot`."""
+    """Gradient descent on the loss, through the sequential chain (Pokle et al. 2022, Algorithm 1) or through its fixed
+    point, solved in every epoch from that of the last (Algorithms 2 and 3).
 
-    sampler: Sampler
-    target: Tensor
-    method: str
+    Attributes:
+        through: Sequential() or Parallel(…).
+        epochs: how many, those of a resumed state included.
+        lr: rate of Adam; None is 0.3 through Sequential, 0.1 through Parallel, the best for each.
+        optimizer: makes another one than Adam from [x_T]; lr is its own affair then.
+        gradient: of Parallel: Phantom(steps, damping) or Implicit().
+    """
+
+    through: Sequential | Parallel = field(default_factory=Parallel)
+    epochs: int = EPOCHS
+    lr: float | None = None
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+    gradient: Phantom | Implicit = field(default_factory=lambda: Phantom(1, 0.1))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.through, (Sequential, Parallel)):
+            raise TypeError(f"through: Sequential() or Parallel() is required, got {self.through!r}")
+        count("epochs", self.epochs, least=0)
+        if self.lr is not None and real("lr", self.lr) <= 0:
+            raise ValueError(f"lr: a positive number is required, got {self.lr}")
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise TypeError(f"optimizer: a function or None is required, got {type(self.optimizer).__name__}")
+        if not isinstance(self.gradient, (Implicit, Phantom)):
+            raise TypeError(f"gradient: Phantom(...) or Implicit() is required, got {type(self.gradient).__name__}")
+        check_gradient(self.gradient, None)
+
+    @property
+    def rate(self) -> float:
+        """lr, or the default."""
+        return LEARNING_RATES[type(self.through)] if self.lr is None else self.lr
+
+    def find(self, problem: ChainProblem, best: Best, call: Call, splitting: Splitting | None = None) -> Found:
+        """The latents of least loss, which are offered to `best`."""
+        run = Run.start(self, problem, call.generator, call.state)
+        found = run.run(call)
+        with torch.no_grad():
+            best.offer(found.states[:, 0], None, problem.image)
+        return found
+
+
+@dataclass(eq=False)
+class Run:
+    """A descent on its way; everything that a resumed run needs is in `snapshot`."""
+
+    method: Descent
+    problem: ChainProblem  # whose latents are the images
     optimizer: torch.optim.Optimizer
     x_T: Tensor  # (B, D) float64, the variable
     best: Tensor  # (B, D)
@@ -51,13 +100,14 @@ class Descent:
 
     @staticmethod
     def start(
-        sampler: Sampler, target: Tensor, method: str, lr: float, make: Any, generator: Any,
-        state: Mapping[str, Tensor] | None,
-    ) -> Descent:  # fmt: skip
-        B, D = target.shape
-        T, device = len(sampler.map.chain), target.device
+        method: Descent, problem: ChainProblem, generator: Any, state: Mapping[str, Tensor] | None
+    ) -> Run:  # fmt: skip
+        """Before the first epoch, or after the last of a state."""
+        (B, D), T, device = problem.latent.shape, len(problem.map.chain), problem.latent.device
+        size = float(problem.map.chain.size[0])  # of the latent, whose unit is that of the rate
+        make, lr = method.optimizer, method.rate * size if method.lr is None else method.lr
         if state is None:
-            start = torch.randn(B, D, dtype=torch.float64, generator=generator).to(device)
+            start = torch.randn(B, D, dtype=torch.float64, generator=generator).to(device) * size
             state = {
                 "x_T": start, "best": start, "best_loss": torch.full((B,), torch.inf, dtype=torch.float64),
                 "history": torch.empty(0, B, dtype=torch.float64), "evaluations": torch.zeros(B, dtype=torch.int64),
@@ -70,53 +120,60 @@ class Descent:
         moments = {name[5:]: value for name, value in at.items() if name.startswith("adam.")}
         if moments:
             optimizer.state[x_T] = moments
-        return Descent(
-            sampler, target, method, optimizer, x_T, at["best"], at["best_loss"], len(at["history"]),
+        return Run(
+            method, problem, optimizer, x_T, at["best"], at["best_loss"], len(at["history"]),
             list(at["history"]), at["evaluations"], int(at["rounds"]), at["N"],
         )  # fmt: skip
 
     def snapshot(self) -> dict[str, Tensor]:
         """Tensors by name, from which `start` goes on."""
-        B = len(self.target)
         moments = {f"adam.{k}": v for k, v in self.optimizer.state[self.x_T].items() if isinstance(v, Tensor)}
-        history = torch.stack(self.history) if self.history else self.target.new_empty(0, B)
         state = {
-            "x_T": self.x_T, "best": self.best, "best_loss": self.best_loss, "history": history, "N": self.N,
+            "x_T": self.x_T, "best": self.best, "best_loss": self.best_loss, "history": self._history(), "N": self.N,
             "evaluations": self.evaluations, "rounds": torch.tensor(self.rounds), **moments,
         }  # fmt: skip
         return {name: value.detach().clone().contiguous() for name, value in state.items()}
 
-    def run(
-        self, epochs: int, limit: int | None, gradient: Phantom | Implicit, solver: Any, callback: Any, bar: Any
-    ) -> Outcome:
-        """Epochs up to number `epochs` and rounds up to `limit`, those of the resumed state included."""
-        while self.epoch < epochs and (limit is None or self.rounds + self._most_rounds(gradient) <= limit):
-            sampler = self.sampler.at(self.x_T.detach())
-            before, solution = sampler.map.network.calls, None
-            if self.method == "naive":
-                x_0, rows = sampler.differentiable_sequential(self.x_T)
-            else:
-                x_0, solution, rows = sampler.differentiable_parallel(
-                    self.x_T, self.N, gradient, self._tightened(EPOCH_STOP), solver
-                )
-                self.N = solution.z
-            loss = (x_0 - self.target).square().sum(1)
-            self._step(loss)
+    def run(self, call: Call) -> Found:
+        """Epochs and rounds up to the most, those of the resumed state included."""
+        limit, network = call.max_rounds, self.problem.map.network
+        while self.epoch < self.method.epochs and (limit is None or self.rounds + self._most_rounds() <= limit):
+            before = network.calls
+            x_0, solution, rows = self._sampled()
+            self._step((x_0 - self.problem.latent).square().sum(1))
             if solution is not None and solution.adjoint is not None:
                 rows = rows + solution.adjoint.evaluations
-            self.epoch, self.rounds = self.epoch + 1, self.rounds + sampler.map.network.calls - before
+            self.epoch, self.rounds = self.epoch + 1, self.rounds + network.calls - before
             self.evaluations = self.evaluations + rows
-            bar.update()
+            call.bar.update()
             seen = Epoch(self.epoch, self.history[-1], self.best_loss, self.snapshot)
-            if callback is not None and callback(seen):
+            if call.callback is not None and call.callback(seen):
                 break
-        history = torch.stack(self.history) if self.history else self.target.new_empty(0, len(self.target))
-        return Outcome(self.best, history, self.evaluations, self.rounds, self.snapshot())
+        found = latents(self.best, self.evaluations, self.rounds, self._history())
+        found.state = self.snapshot()
+        return found
 
-    def _most_rounds(self, gradient: Phantom | Implicit) -> int:
+    def _sampled(self) -> tuple[Tensor, Solution | None, Tensor | int]:
+        """The images (B, D) of the latents with their graph, the solution if it is one, and rows (B,)."""
+        problem, through, gradient = self.problem.at(self.x_T.detach()), self.method.through, self.method.gradient
+        if isinstance(through, Sequential):
+            return in_steps(self.problem.at(self.x_T))[:, -1], None, len(problem.map.chain)
+        with torch.no_grad():
+            stop = self._tightened(EPOCH_STOP)
+            states, solution, rows = fixed_point(problem, self.N, stop, through.solver, through.window)
+        self.N = solution.z
+        states = attach(problem, states, self.x_T, problem.conditioning, gradient, solution, latent_alone=True)
+        if isinstance(gradient, Phantom) and gradient.steps > 1:  # one step reads no model
+            rows = rows + gradient.steps * len(problem.map.chain)
+        return states[:, -1], solution, rows
+
+    def _history(self) -> Tensor:
+        return torch.stack(self.history) if self.history else self.x_T.new_empty(0, len(self.x_T)).detach()
+
+    def _most_rounds(self) -> int:
         """What an epoch may take: a causal chain of T steps is solved after T rounds, and swept back in T more."""
-        T = len(self.sampler.map.chain)
-        if self.method == "naive":
+        T, gradient = len(self.problem.map.chain), self.method.gradient
+        if isinstance(self.method.through, Sequential):
             return T
         return T + (T if isinstance(gradient, Implicit) else gradient.steps)
 
@@ -124,7 +181,7 @@ class Descent:
         """The tolerance of this epoch's solve: as the loss falls, what the solve leaves must fall below it."""
         if not self.history:
             return stop
-        needed = FINER * (self.history[-1] / self.target.square().sum(1)).sqrt()
+        needed = FINER * (self.history[-1] / self.problem.latent.square().sum(1)).sqrt()
         allowed = torch.as_tensor(stop.rtol, dtype=needed.dtype, device=needed.device)
         return replace(stop, rtol=torch.minimum(needed.nan_to_num(1.0).clamp_min(FINEST), allowed))
 

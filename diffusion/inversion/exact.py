@@ -21,18 +21,21 @@ steps stiff. That is done again while it halves the error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydeqsolve import Anderson, Broyden, Picard
+from pydeqsolve import Anderson, Broyden, Picard, Status
 
+from ..arguments import check_solver
 from ..chain import Splitting
-from ..sampler import Sampler
+from ..problem import ChainProblem, Found
 from .backwards import SPARE, Backwards, removing, stiff_steps
-from .loss import Best
+from .loss import Best, Call, latents
+from .one_pass import one_pass
 
 STIFFNESS = 0.7  # 1 − σ̄_{k+1}/σ̄_k from which a step is solved by itself
 # κ = SHARE·σ/(σ² + RESOLUTION²) removes SHARE of the noise, but little of noise so faint that a network cannot tell it
@@ -58,77 +61,64 @@ VISIBLE = 0.03  # root mean square error of a pixel, of a range of 2, from which
 FELL = 0.5  # another pass is made where the last has brought the error down to this part of what it was
 
 
-@dataclass(eq=False)
-class Outcome:
-    """Latents as the methods find them.
+@dataclass(frozen=True)
+class Exact:
+    """Every step read backwards as an equation for the state before it: a fixed point each, or most of them together.
 
-    exhausted: (B,) bool, the rounds or evaluations were over; where not, the method ended of itself. None is all.
+    solver: of the steps that are not stiff, Anderson(10) or another forward solver.
     """
 
-    x_T: Tensor  # (B, D)
-    history: Tensor  # (epochs or rounds, B)
-    evaluations: Tensor  # (B,)
-    rounds: int
-    state: dict[str, Tensor] = field(default_factory=dict)
-    exhausted: Tensor | None = None
+    solver: Any = SOLVER
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+
+    @torch.no_grad()
+    def find(self, problem: ChainProblem, best: Best, call: Call, splitting: Splitting | None = None) -> Found:
+        """Latents whose images are off by what `best` asks, as far as the rounds go; `best` has them.
+
+        splitting: of the steps that are solved together; None is one that removes most of the noise.
+        """
+        network, (B, T), target = problem.map.network, (len(problem.latent), len(problem.map.chain)), problem.latent
+        limit, error = math.inf if call.max_rounds is None else call.max_rounds, best.asked
+        spared = limit - 2 * T if limit >= 3 * T else limit  # what is left is for one-pass inversion, if it comes to it
+        allowance = torch.full((B,), ALLOWED + ALLOWED_PER_STEP * T, device=target.device)
+        way = Backwards(problem, spared, allowance, call.bar)
+        together(way, splitting, self.solver, error)
+        images = torch.arange(B, device=target.device)
+        best.offer(way.x, way.remainders(), images)
+        again_and_again(way, best, spared)
+        exhausted = (way.allowance <= SPARE * T) | (network.calls >= spared)
+        doubted = ((best.error > VISIBLE) & target.isfinite().all(1)).nonzero()[:, 0]
+        if len(doubted) and network.calls + T <= limit:
+            way.evaluations[doubted] += T
+            best.offer(one_pass(problem.pick(doubted)), None, doubted)
+        found = latents(best.x_T, way.evaluations, network.calls - best.check, torch.cat(way.traces))
+        found.status[~exhausted] = int(Status.STALLED)
+        return found
 
 
-def one_pass(sampler: Sampler, target: Tensor) -> Outcome:
-    """x_k ≈ (x_{k+1} − c_k ε(x_{k+1}, t_{k+1})) / a_k; at the image itself, which has no t, that of the last step."""
-    chain, x = sampler.map.chain, target
-    T = len(chain)
-    a, c = chain.a, chain.c
-    for k in range(T - 1, -1, -1):
-        at = min(k + 1, T - 1)
-        t = chain.timesteps[at].expand(len(x))
-        alpha = chain.alphas[at]
-        eps = sampler.map.network.epsilon(x, t, alpha.expand(len(x)), sampler.conditioning)
-        if at != k and chain.blind[k]:  # step k wants v = −x̂_0
-            eps = ((1 - alpha).sqrt() * eps - x) / alpha.sqrt()
-        x = (x - c[k] * eps) / a[k]
-    return Outcome(x, x.new_empty(0, len(x)), torch.full((len(x),), T, device=x.device), T)
-
-
-def exact(
-    sampler: Sampler, target: Tensor, splitting: Splitting | None, solver: Any, error: float, limit: float, best: Best,
-    bar: Any,
-) -> Outcome:  # fmt: skip
-    """Latents whose images are off by `error`, as far as `limit` rounds go; `best` has them.
-
-    splitting, solver: of the steps that are solved together; None is a splitting that removes most of the noise.
-    """
-    network, B, T = sampler.map.network, len(target), len(sampler.map.chain)
-    spared = limit - 2 * T if limit >= 3 * T else limit  # what is left is for one-pass inversion, if it comes to that
-    allowance = torch.full((B,), ALLOWED + ALLOWED_PER_STEP * T, device=target.device)
-    way = Backwards(sampler, target, spared, allowance, bar)
-    together(way, splitting, solver, error)
-    images = torch.arange(B, device=target.device)
-    best.offer(way.x, way.remainders(target), images)
-    left, before = way.left, best.error.clone()
-    images = images[(before > error) & target.isfinite().all(1)]
-    while len(images) and network.calls < spared:
+def again_and_again(way: Backwards, best: Best, limit: float) -> None:
+    """All steps one after the other, for the images that miss the error, while that halves it."""
+    problem, target, error = way.problem, way.problem.latent, best.asked
+    T, left, before = len(problem.map.chain), way.left, best.error.clone()
+    images = ((before > error) & target.isfinite().all(1)).nonzero()[:, 0]
+    while len(images) and problem.map.network.calls < limit:
         # Guidance makes what is left on the way larger in the image: less may be left by as much.
         asked = STEP_PART * error * (left[images] / before[images]).nan_to_num(1.0).clamp(1e-3, 1.0)
-        again = Backwards(sampler.pick(images), target[images], spared, allowance[images], bar)
+        again = Backwards(problem.pick(images), limit, way.allowance[images], way.bar)
         one_by_one(again, way.eps[images], asked / T**0.5)
-        best.offer(again.x, again.remainders(target[images]), images)
+        best.offer(again.x, again.remainders(), images)
         way.join(again, images)
         now, reached = best.error[images], (again.left <= asked) | (again.left <= FELL * left[images])
         left[images] = again.left
         going = (now > error) & (now <= FELL * before[images]) & reached & (again.allowance > SPARE * T)
         images, before = images[going], best.error.clone()
-    exhausted = (way.allowance <= SPARE * T) | (network.calls >= spared)
-    doubted = ((best.error > VISIBLE) & target.isfinite().all(1)).nonzero()[:, 0]
-    if len(doubted) and network.calls + T <= limit:
-        rough = one_pass(sampler.pick(doubted), target[doubted])
-        way.evaluations[doubted] += rough.evaluations
-        best.offer(rough.x_T, None, doubted)
-    return Outcome(best.x_T, torch.cat(way.traces), way.evaluations, network.calls - best.check, exhausted=exhausted)
 
 
 def together(way: Backwards, splitting: Splitting | None, solver: Any, error: float) -> None:
     """The stiff steps one by one, then all the others as one fixed point, no finer than what those have left allows."""
-    chain, asked = way.sampler.map.chain, torch.full_like(way.left, error)
+    chain, asked = way.problem.map.chain, torch.full_like(way.left, error)
     k, own = len(chain), removing(chain, SHARE, RESOLUTION)
     stiff = stiff_steps(chain, STIFFNESS)
     kept = min(JOINT_ROUNDS, way.rounds_left // 4) if k > stiff else 0
@@ -149,7 +139,7 @@ def together(way: Backwards, splitting: Splitting | None, solver: Any, error: fl
 
 def one_by_one(way: Backwards, eps: Tensor, atol: Tensor) -> None:
     """Every step by itself to atol (B,), from what is known of ε (B, T, D)."""
-    chain = way.sampler.map.chain
+    chain = way.problem.map.chain
     own = removing(chain, SHARE, RESOLUTION)
     for k in range(len(chain) - 1, -1, -1):
         guess = eps[:, k : k + 1]

@@ -1,4 +1,5 @@
-"""What a way of sampling will cost on this device with this model: two measured times, and counts that were measured.
+"""Which method a name stands for, and what each will cost on this device with this model: two measured times, and
+counts that were measured.
 
 A call on B rows, the sequential step, is timed, and a call on many; between them time is taken as linear in the rows.
 Choosing costs a few calls once per model, batch size, image shape, dtype, device and number of threads, and nothing
@@ -10,19 +11,26 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..basis import Rotated
-from ..remainder import CPU_ROWS
-from .nodes import START
+from ..chain import Chain, Splitting
+from ..problem import ChainProblem, Found
+from ..remainder import CPU_ROWS, Model
+from ..trajectory import Edit
+from .coarse import CoarseToFine
+from .goal import Goal, Watch
+from .grid import nodes
+from .parallel import START, Parallel, smooth
+from .sequential import Sequential
 
-if TYPE_CHECKING:
-    from ..sampler import Sampler
-
+Method = Sequential | Parallel | CoarseToFine
+NAMES = ("sequential", "parallel", "auto")
+LONG = 250  # steps from which a coarse grid is the default: there it saves most of the rows and costs few rounds more
 # Rows of each round, as shares of T, of the shipped models with all steps at once, without a start on the nodes and
 # after one, the last to measure the error; and on the nodes, as shares of n, besides the evaluation of all steps, of
 # which one image in twenty has a second: the last two measure at the nodes and between them, not always twice.
@@ -43,7 +51,7 @@ class Timing:
     seconds_few: float
     many: int
     seconds_many: float
-    seen: dict[tuple[str, int], float]
+    seen: dict[tuple[Method, int], float]
 
     def call(self, rows: float) -> float:
         """Seconds of one round with so many rows."""
@@ -57,81 +65,142 @@ class Timing:
         rows = self.few * steps
         return sum(self.call(max(self.few, share * rows)) + PER_ROUND + PER_ENTRY * rows * width for share in shares)
 
-    def foretell(self, way: str, T: int, n: int | None, width: int) -> float:
-        """Seconds of T steps on B = few images of D = width: "sequential", "together" or on n "nodes"."""
-        if way == "nodes" and n is None:
+    def foretell(self, method: Method, T: int, n: int | None, width: int) -> float:
+        """Seconds of T steps on B = few images of D = width; n: steps of the coarse grid, None without one."""
+        if isinstance(method, CoarseToFine) and n is None:
             return math.inf
-        if way == "sequential":
+        if isinstance(method, Sequential):
             seconds = T * self.seconds_few
-        elif way == "together" and n is None:
-            seconds = self.rounds(TOGETHER, T, width)
-        elif way == "together":
-            seconds = self.rounds((1.0,) * START, n or 0, width) + self.rounds(STARTED, T, width)
-        else:
+        elif isinstance(method, CoarseToFine):
             seconds = SWEEPS * self.rounds((1.0,), T, width) + self.rounds(ON_NODES, n or 0, width)
-        return seconds * self.seen.get((way, T), 1.0)
+        elif n is None:
+            seconds = self.rounds(TOGETHER, T, width)
+        else:
+            seconds = self.rounds((1.0,) * START, n, width) + self.rounds(STARTED, T, width)
+        return seconds * self.seen.get((method, T), 1.0)
 
-    def note(self, way: str, T: int, n: int | None, width: int, seconds: float) -> None:
+    def note(self, method: Method, T: int, n: int | None, width: int, seconds: float) -> None:
         """Takes in what a run took: half the weight to it, half to those before."""
-        ratio = seconds / self.foretell(way, T, n, width)
-        self.seen[way, T] = self.seen.get((way, T), 1.0) * (1 + ratio) / 2
+        ratio = seconds / self.foretell(method, T, n, width)
+        self.seen[method, T] = self.seen.get((method, T), 1.0) * (1 + ratio) / 2
 
 
 _kept: weakref.WeakKeyDictionary[Any, dict[Any, Timing]] = weakref.WeakKeyDictionary()
 
 
-def timing(run: Sampler) -> Timing:
+def method_of(method: str | Method, problem: ChainProblem, goal: Goal) -> Method | Timed:
+    """The method that a name stands for here, or the one given."""
+    if not isinstance(method, str):
+        return method
+    if method == "sequential":
+        return Sequential()
+    if method == "parallel" or goal.max_rounds is not None:
+        return parallel(problem)
+    if problem.map.network.group is not None or not len(problem.latent):
+        return Sequential() if problem.map.chain.clip is not None else parallel(problem)
+    return Timed(quickest(problem))
+
+
+def check_method(method: Any) -> None:
+    """Raises for what is neither a method nor the name of one."""
+    if isinstance(method, str) and method not in NAMES:
+        raise ValueError(f"method: one of {', '.join(NAMES)} is required, got {method!r}")
+    if not isinstance(method, (str, Sequential, Parallel, CoarseToFine)):
+        raise TypeError(f"method: a name, Sequential(), Parallel() or CoarseToFine() is required, got {method!r}")
+
+
+def parallel(problem: ChainProblem) -> Parallel | CoarseToFine:
+    """The better of the two, by the length of the chain and where a coarse grid serves."""
+    return CoarseToFine() if len(problem.map.chain) >= LONG and smooth(problem) else Parallel()
+
+
+def fastest(
+    model: Model, latent: Tensor, chain: Chain, *, prediction: str = "epsilon",
+    splitting: str | Tensor | Splitting = "v", inputs: Sequence[Tensor] = (), edit: Edit | None = None,
+    rows_per_call: int | None = None,
+) -> Method:  # fmt: skip
+    """The method that should take the least time on this device; the arguments are those of `sample`.
+
+    Times a few calls of the model, once per model, batch size, shape, dtype, device and number of threads. The answer
+    depends on the machine; the images do not.
+    """
+    with torch.no_grad():
+        return quickest(
+            ChainProblem.of(
+                model, latent, chain, prediction=prediction, splitting=splitting, inputs=inputs, edit=edit,
+                rows=rows_per_call,
+            )
+        )  # fmt: skip
+
+
+def quickest(problem: ChainProblem) -> Method:
+    """The method of least foretold time; of a chain that clips, whose counts are not known, the sequential one."""
+    T, width = len(problem.map.chain), problem.latent.shape[1]
+    if problem.map.chain.clip is not None or not len(problem.latent):
+        return Sequential()
+    known, n = timing(problem), count_of(problem)
+    costs: dict[Method, float] = {
+        method: known.foretell(method, T, n, width) for method in (Parallel(), CoarseToFine())
+    }  # fmt: skip
+    best = min(costs, key=lambda method: costs[method])
+    return best if costs[best] <= MARGIN * known.foretell(Sequential(), T, n, width) else Sequential()
+
+
+def count_of(problem: ChainProblem) -> int | None:
+    """Steps of the problem's coarse grid, None where it has none."""
+    return len(nodes(len(problem.map.chain))) if smooth(problem) else None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A method whose run's time is noted for the next choice."""
+
+    method: Method
+
+    def find(self, problem: ChainProblem, goal: Goal, watch: Watch, guess: Tensor | None = None) -> Found:
+        start, latent = time.perf_counter(), problem.latent
+        found = self.method.find(problem, goal, watch, guess)
+        if latent.device.type == "cuda":
+            torch.cuda.synchronize(latent.device)
+        T, n = len(problem.map.chain), count_of(problem)
+        if len(latent):
+            timing(problem).note(self.method, T, n, latent.shape[1], time.perf_counter() - start)
+        return found
+
+
+def timing(problem: ChainProblem) -> Timing:
     """The times of this model on this batch, measured if they are not known."""
-    network, x = run.map.network, run.x_T
+    network, x = problem.map.network, problem.latent
     most = network.rows or (CPU_ROWS if x.device.type == "cpu" else MANY * len(x))
     key = (tuple(x.shape), network.dtype, str(x.device), torch.get_num_threads(), most)
-    model = network.model.model if isinstance(network.model, Rotated) else network.model
     try:
-        kept = _kept.setdefault(model, {})
+        kept = _kept.setdefault(network.model, {})
     except TypeError:  # a callable that cannot be referred to weakly, or has no hash
         kept = {}
     if key not in kept:
-        kept[key] = _measure(run, most)
+        kept[key] = _measure(problem, most)
     return kept[key]
 
 
-def _measure(run: Sampler, most: int) -> Timing:
-    B = len(run.x_T)
+def _measure(problem: ChainProblem, most: int) -> Timing:
+    B = len(problem.latent)
     many = max(B, min(most, max(MANY, B)))
-    few = min(_seconds(run, B) for _ in range(4))
-    return Timing(B, few, many, few if many == B else min(_seconds(run, many) for _ in range(3)), {})
+    few = min(_seconds(problem, B) for _ in range(4))
+    return Timing(B, few, many, few if many == B else min(_seconds(problem, many) for _ in range(3)), {})
 
 
-def _seconds(run: Sampler, rows: int) -> float:
+def _seconds(problem: ChainProblem, rows: int) -> float:
     """Seconds of one call on so many rows, spread over the images and the time steps."""
-    x, T = run.x_T, len(run.map.chain)
+    x, T = problem.latent, len(problem.map.chain)
     i = torch.arange(rows, device=x.device) % len(x)
     k = torch.linspace(0, T - 1, rows, device=x.device).long()
-    states, inputs = x[i], [c[i] for c in run.conditioning]
+    states, inputs = x[i], [c[i] for c in problem.conditioning]
 
     def call() -> None:
-        run.map.remainder(states, k, inputs)
+        problem.map.remainder(states, k, inputs)
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
 
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def cheapest(run: Sampler, n: int | None) -> str:
-    """ "sequential", "together" or "nodes", by the time foretold; n is the number of nodes, None without."""
-    known, T, width = timing(run), len(run.map.chain), run.x_T.shape[1]
-    costs = {way: known.foretell(way, T, n, width) for way in ("together", "nodes")}
-    best = min(costs, key=lambda way: costs[way])
-    return best if costs[best] <= MARGIN * known.foretell("sequential", T, n, width) else "sequential"
-
-
-def timed(run: Sampler, way: str, n: int | None, solve: Callable[[], Any]) -> Any:
-    """solve(), its time noted for the next choice."""
-    start = time.perf_counter()
-    out = solve()
-    if run.x_T.device.type == "cuda":
-        torch.cuda.synchronize(run.x_T.device)
-    timing(run).note(way, len(run.map.chain), n, run.x_T.shape[1], time.perf_counter() - start)
-    return out

@@ -1,18 +1,19 @@
-"""The error of x_0 that is asked for, the model calls allowed, and what a way of sampling hands back."""
+"""The error of the images that is asked for, the model calls allowed, and who is told of the rounds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydeqsolve import Solution, Status
 
-if TYPE_CHECKING:
-    from ..sampler import Sampler
+from ..arguments import Silent
+from ..problem import ChainProblem, Found
 
 ERROR = 1e-3  # asked for by default
 FLOOR = 5.0  # a network that computes with machine epsilon u is asked for no less than FLOOR·u
@@ -40,14 +41,14 @@ class Goal:
     floor: Tensor
     precision: float  # machine epsilon of the network
     max_rounds: int | None
-    run: Sampler
+    problem: ChainProblem
     before: int  # calls of the network when the call of `sample` began
     loose: bool  # nothing was asked for: what precision allows will do
 
     @staticmethod
-    def of(run: Sampler, error: float | Tensor | None, max_rounds: int | None) -> Goal:
-        """The goal of a run, its arguments checked."""
-        B, device, network = len(run.x_T), run.x_T.device, run.map.network
+    def of(problem: ChainProblem, error: float | Tensor | None, max_rounds: int | None) -> Goal:
+        """The goal of a problem, its arguments checked."""
+        B, device, network = len(problem.latent), problem.latent.device, problem.map.network
         if isinstance(error, bool) or not isinstance(error, (int, float, Tensor, NoneType)):
             raise TypeError(f"error: a number, a tensor ({B},) or None is required, got {type(error).__name__}")
         if max_rounds is not None and (isinstance(max_rounds, bool) or not isinstance(max_rounds, int)):
@@ -62,7 +63,7 @@ class Goal:
         if bool((~(asked > 0) | asked.isinf()).any()):
             raise ValueError(f"error: positive and finite is required, got {error}")
         floor = torch.full_like(asked, FLOOR * unit)
-        return Goal(asked, floor, unit, max_rounds, run, network.calls, error is None)
+        return Goal(asked, floor, unit, max_rounds, problem, network.calls, error is None)
 
     def raised(self, images: Tensor, rounding: Tensor) -> None:
         """What rounding leaves (n,) in some images is no less than their floor."""
@@ -76,63 +77,47 @@ class Goal:
     @property
     def left(self) -> int:
         """Rounds that may still be made."""
-        spent = self.run.map.network.calls - self.before
+        spent = self.problem.map.network.calls - self.before
         return 2**31 if self.max_rounds is None else max(0, self.max_rounds - spent)
+
+    def judged(self, found: Found) -> Found:
+        """The same, with status, error and solution that say what was measured."""
+        finite = found.states.isfinite().flatten(1).all(1) & found.N.isfinite().flatten(1).all(1)
+        finite &= ~found.error.isnan()
+        measured = found.error <= self.error
+        found.status[measured] = int(Status.CONVERGED)
+        if not self.loose:
+            found.status[measured & (self.asked < self.floor)] = int(Status.STALLED)
+        found.status[~finite] = int(Status.NONFINITE)
+        found.error[~finite] = torch.nan
+        found.rounds, none = self.problem.map.network.calls - self.before, torch.zeros_like(found.steps)
+        found.solution = Solution(
+            found.N, found.residual, found.steps, found.status, found.rounds, none, none.clone()
+        )  # fmt: skip
+        return found
 
 
 @dataclass(eq=False)
-class Found:
-    """What is known of the B images while they are sampled, and in the end.
+class Watch:
+    """The bar that every round moves, and the user's callback, told of the rounds that evaluate every step."""
 
-    Attributes:
-        x: (B, T+1, D) states; N (B, T, D), the remainders that made them.
-        error: (B,) estimate for exactly these states; inf where none was measured.
-        residual: (B,) root mean square of the defects, in units of σ ε.
-        steps: (B,) rounds that the image took part in; evaluations (B,) of the network.
-    """
-
-    x: Tensor
-    N: Tensor
-    error: Tensor
-    residual: Tensor
-    status: Tensor
-    steps: Tensor
-    evaluations: Tensor
+    bar: Any = field(default_factory=Silent)
+    callback: Callable[[int, Tensor, Tensor], Any] | None = None
+    told: int = 0  # rounds so far
     stopped: bool = False  # by the callback
-    told: int = 0  # rounds that the callback was told of
 
-    @staticmethod
-    def nothing(run: Sampler) -> Found:
-        """Before the first round: the states of N = 0."""
-        (B, D), T = run.x_T.shape, len(run.map.chain)
-        unknown, none = run.x_T.new_full((B,), torch.inf), torch.zeros(B, dtype=torch.int64, device=run.x_T.device)
-        status = torch.full_like(none, int(Status.MAX_STEPS))
-        N = run.x_T.new_zeros(B, T, D)
-        return Found(run.base().clone(), N, unknown, unknown.clone(), status, none, none.clone())
+    def tell(self, problem: ChainProblem, found: Found, states: Tensor, images: Tensor | None = None) -> None:
+        """Shows all images, `states` (n, T+1, D) those of some (n,) or None for all, and the residuals as they are."""
+        self.told += 1
+        if self.callback is None:
+            return
+        if images is not None:
+            whole = found.states.clone()
+            whole[images] = states
+            states = whole
+        self.stopped = bool(self.callback(self.told, problem.shaped(states), found.residual.clone()))
 
-    def note(self, images: Tensor, steps: Tensor, rows: Tensor, residual: Tensor) -> None:
-        """Adds rounds and rows (n,) of some images, and puts down their residual."""
-        self.steps[images] += steps
-        self.evaluations[images] += rows
-        self.residual[images] = residual
-
-    def take(self, images: Tensor, x: Tensor, N: Tensor, error: Tensor) -> None:
-        """Keeps states (n, T+1, D) of some images with their estimate (n,), unless those known are better."""
-        better = (error < self.error[images]) | self.error[images].isinf() | error.isnan()
-        chosen = images[better]
-        self.x[chosen], self.N[chosen], self.error[chosen] = x[better], N[better], error[better]
-
-    def judged(self, goal: Goal) -> None:
-        """Says by `status` and `error` what was measured."""
-        finite = self.x.isfinite().flatten(1).all(1) & self.N.isfinite().flatten(1).all(1) & ~self.error.isnan()
-        measured = self.error <= goal.error
-        self.status[measured] = int(Status.CONVERGED)
-        if not goal.loose:
-            self.status[measured & (goal.asked < goal.floor)] = int(Status.STALLED)
-        self.status[~finite] = int(Status.NONFINITE)
-        self.error[~finite] = torch.nan
-
-    def solution(self, rounds: int) -> Solution:
-        """The same as `pydeqsolve` says it."""
-        none = torch.zeros_like(self.steps)
-        return Solution(self.N, self.residual, self.steps, self.status, rounds, none, none.clone())
+    @property
+    def quiet(self) -> bool:
+        """Whether nobody looks."""
+        return self.callback is None and isinstance(self.bar, Silent)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .nodes import Nodes
+from ..remainder import Remainders
+from .grid import NodeChain
 from .visits import slopes
 
 MEMORY = 3  # m
@@ -30,9 +31,11 @@ class Secants:
     Takes 2 (m + 1) words per image, node and entry, and (m n)² per image. An image's J comes from its own rounds alone.
     """
 
-    def __init__(self, grid: Nodes, images: int, entries: int) -> None:
-        self.map, self.chain = grid.map, grid.chain
-        B, m, n, D, device = images, MEMORY, len(grid.at), entries, grid.at.device
+    def __init__(self, part: Remainders, images: int, entries: int) -> None:
+        """part: the map at n nodes, whose linear part is a `NodeChain`."""
+        assert isinstance(part.linear, NodeChain)
+        self.map, self.chain, G = part, part.linear, part.linear.G
+        B, m, n, D, device = images, MEMORY, G.shape[1], entries, G.device
         self.U = torch.zeros(B, m, n, D, dtype=torch.float64, device=device)
         self.V = torch.zeros_like(self.U)
         self.x = torch.full((B, n, D), torch.nan, dtype=torch.float64, device=device)  # where last evaluated
@@ -40,8 +43,8 @@ class Secants:
         self.slope = torch.full((B, n), torch.nan, dtype=torch.float64, device=device)  # of N along its last move
         self.steepest = self.slope.clone()  # the least of all moves
         self.rounds = torch.zeros(B, dtype=torch.int64, device=device)
-        self.G = grid.chain.G.mean(0).repeat(m, m)  # (m n, m n)
-        self.precision = torch.finfo(grid.map.network.dtype).eps
+        self.G = G.mean(0).repeat(m, m)  # (m n, m n)
+        self.precision = torch.finfo(part.network.dtype).eps
         self.least = (TELLING * self.precision) ** 2
         self.one = torch.eye(m * n, dtype=torch.float64, device=device)
 
@@ -51,7 +54,8 @@ class Secants:
         """N' + J d (b, n, D) where `wanted` (b, n), N elsewhere; arguments as of `Remainders`."""
         m, scale = self.map, 1.0 if self.map.scale is None else self.map.scale
         N = N / scale
-        x, value = m.evaluate(N, image, base, conditioning, wanted)
+        (x, i, k), value = m.visited(N, image, base, wanted), N.clone()
+        value[i, k] = m.remainder(x[i, k], k, [c[i] for c in conditioning])
         self.note(image, x, value, wanted)
         return (value + self.change(image, self.chain.response(value - N), wanted)) * scale
 

@@ -1,10 +1,10 @@
-"""The model called, its answer checked: what does not fit is said in one line, with what to do about it."""
+"""The model's answers checked: what does not fit is said in one line, with what to do about it."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,30 +22,30 @@ REMEDIES = {
 }
 
 
-def ask(model: Callable[..., Any], x: Tensor, t: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """What the model says of the states x (n, …) at the time steps t (n,), of the shape of x.
-
-    Raises:
-        TypeError, ValueError: it cannot be called so, or answers something else; by name, with the remedy.
-    """
-    try:
-        value = model(x, t, *inputs)
-    except TypeError as error:
+def explained(error: Exception, x: Tensor, t: Tensor, inputs: Sequence[Tensor]) -> Exception | None:
+    """What to raise instead of an error of model(x, t, *inputs), x (n, …), t (n,): with the remedy, if one is known."""
+    if isinstance(error, TypeError):
         names = ", ".join(["x", "t", *[f"inputs[{i}]" for i in range(len(inputs))]])
-        raise TypeError(
+        return TypeError(
             f"model: called as model({names}): {_line(error)}; wrap a network that takes other arguments: "
             "model = lambda x, t, *inputs: net(…)"
-        ) from error
-    except (RuntimeError, ValueError) as error:
-        remedy = next((what for words, what in REMEDIES.items() if re.search(words, str(error))), None)
-        if remedy is None:
-            raise
-        given = f"x {tuple(x.shape)} {x.dtype} and t ({len(t)},) {t.dtype}, one for each row"
-        raise ValueError(f"model: called with {given}: {_line(error)}; {remedy}") from error
-    return _checked(value, x)
+        )
+    remedy = next((what for words, what in REMEDIES.items() if re.search(words, str(error))), None)
+    if remedy is None:
+        return None
+    given = f"x {tuple(x.shape)} {x.dtype} and t ({len(t)},) {t.dtype}, one for each row"
+    return ValueError(f"model: called with {given}: {_line(error)}; {remedy}")
 
 
-def _checked(value: Any, x: Tensor) -> Tensor:
+def checked(value: Any, x: Tensor) -> Tensor:
+    """The model's answer at x (n, …), of the shape of x.
+
+    Raises:
+        TypeError, ValueError: it is something else; by name, with the remedy.
+    """
+    fits = isinstance(value, Tensor) and value.shape == x.shape and value.is_floating_point()
+    if fits and value.device == x.device:
+        return value
     required = f"model: a tensor of the shape of x, {tuple(x.shape)}, is required, got"
     if not isinstance(value, Tensor):
         raise TypeError(f"{required} {type(value).__name__}{_inside(value)}")
@@ -55,9 +55,7 @@ def _checked(value: Any, x: Tensor) -> Tensor:
         raise ValueError(f"{required} {tuple(value.shape)}{hint if doubled else ''}")
     if not value.is_floating_point():
         raise TypeError(f"{required} {value.dtype}: floating-point values")
-    if value.device != x.device:
-        raise ValueError(f"{required} one on {value.device}: that of x, {x.device}")
-    return value
+    raise ValueError(f"{required} one on {value.device}: that of x, {x.device}")
 
 
 def _inside(value: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain import Chain, Splitting
-from ..schedule import Schedule
+from ..schedule import AnySchedule, Schedule
 from .configuration import (
     ARCHITECTURES,
     CONFIG,
@@ -54,7 +54,7 @@ class Checkpoint:
     """
 
     model: nn.Module
-    schedule: Schedule
+    schedule: AnySchedule
     prediction: str
     shape: tuple[int, int, int]
     mean: Tensor | None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..schedule import Schedule
+from ..schedule import AnySchedule, Schedule
 from . import statistics, weights
 from .files import Stored, parse_json
 from .unet import UNet
@@ -55,10 +55,10 @@ def described(
     except ValueError as error:
         raise ValueError(f"{path}: arguments of {name}: {error}") from error
     try:
-        schedule = Schedule.from_config(config.get("schedule", {}))
+        read = Schedule.from_config(config.get("schedule", {}))
         shape = checked_shape(config.get("shape"), model)
         prediction = checked_prediction(config.get("prediction"))
-        check_timesteps(model, schedule)
+        schedule = check_timesteps(model, read)
         if not isinstance(config.get("training", {}), dict):
             raise ValueError(f"training: an object is required, got {config['training']!r}")
     except (TypeError, ValueError, OverflowError, RuntimeError, RecursionError) as error:
@@ -102,8 +102,11 @@ def checked_prediction(prediction: Any) -> str:
     return str(prediction)
 
 
-def check_timesteps(model: nn.Module, schedule: Schedule) -> None:
-    """Raises ValueError where the model does not know the schedule's last time step."""
+def check_timesteps(model: nn.Module, schedule: AnySchedule) -> Schedule:
+    """The schedule, once it has a table of ᾱ whose last time step the model knows; else raises ValueError."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule: one with a table of ᾱ is required, got {type(schedule.grid).__name__}")
     known = getattr(model, "config", {}).get("timesteps", len(schedule))
     if known < len(schedule):
         raise ValueError(f"model: {len(schedule)} timesteps are required, got {known}")
+    return schedule

@@ -13,10 +13,16 @@ from torch import Tensor
 from ..chain import Chain
 from ..clip import Clip
 from ..schedule import Schedule
+from .continuous import ContinuousSchedule
 
 
 def chain_of(
-    scheduler: Any, steps: int, eta: float | None, clip_sample: bool | None = None, anew: bool | None = None
+    scheduler: Any,
+    steps: int,
+    eta: float | None,
+    clip_sample: bool | None = None,
+    anew: bool | None = None,
+    **own: Any,
 ) -> Chain:
     """The scheduler's chain.
 
@@ -25,17 +31,24 @@ def chain_of(
         clip_sample: False leaves predicted images as they are, True clips them to [−1, 1] where the scheduler does not
             clip; None does as the scheduler does.
         anew: whether ε is taken anew from an image that is clipped; None does as the scheduler does.
+        own: timesteps or sigmas instead of `steps`, or None.
     """
     schedule = Schedule.from_diffusers(scheduler)
     for name, value in (("clip_sample", clip_sample), ("use_clipped_model_output", anew)):
         if value not in (None, True, False):
             raise TypeError(f"{name}: true, false or None is required, got {value!r}")
+    if isinstance(schedule, ContinuousSchedule):
+        if clip_sample or anew:
+            raise ValueError(f"clip_sample: {type(scheduler).__name__} does not clip; only DDIM and DDPM do")
+        return schedule.chain(steps, eta=eta, **own)
     clip = schedule.clip
     if clip_sample is not None:
         clip = (clip or Clip(1.0, consistent=schedule.ancestral)) if clip_sample else None
     if clip is not None and anew is not None:
         clip = replace(clip, consistent=bool(anew))
-    return replace(schedule, clip=clip).chain(steps, eta=eta)
+    if own.pop("sigmas", None) is not None:
+        raise ValueError(f"sigmas: not taken by {type(scheduler).__name__}, which has time steps")
+    return replace(schedule, clip=clip).chain(steps, eta=eta, **own)
 
 
 def noises_of(scheduler: Any, chain: Chain, x_T: Tensor, draw: dict[str, Any]) -> Tensor | None:
@@ -45,6 +58,6 @@ def noises_of(scheduler: Any, chain: Chain, x_T: Tensor, draw: dict[str, Any]) -
     """
     if chain.eta == 0:
         return None
-    fresh = chain.timesteps > (0 if isinstance(scheduler, DDPMScheduler) else -1)
+    fresh = (chain.timesteps > 0) | torch.tensor(not isinstance(scheduler, DDPMScheduler))
     none = torch.zeros_like(x_T)
     return torch.stack([randn_tensor(x_T.shape, **draw) if one else none for one in fresh.tolist()], 1)

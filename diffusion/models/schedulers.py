@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,9 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import real
 from ..clip import Clip
+from ..recurrence import Preconditioning
+from .grids import SchedulerGrid
 
 PREDICTED = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+Read = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 
 
 class UnsupportedSchedulerError(TypeError, ValueError):
@@ -26,11 +31,13 @@ class Known:
     """One class of schedulers.
 
     options: the values of each option that are reproduced; None, all that the class takes.
-    read: from the scheduler and its options, what a `Schedule` has besides ᾱ, spacing and prediction.
+    read: from the scheduler and its options, what a `Schedule` has besides ᾱ, spacing and prediction; without a table
+        of ᾱ, what a `SchedulerGrid` has.
     """
 
     options: Mapping[str, tuple[Any, ...] | None]
-    read: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+    read: Read
+    table: bool = True
 
 
 def _clip(options: Mapping[str, Any], consistent: bool) -> Clip | None:
@@ -53,6 +60,31 @@ def _ddpm(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"ancestral": True, "variance": variance, "clip": _clip(options, consistent=True)}
 
 
+def _euler(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    prediction = PREDICTED[options["prediction_type"]]
+    return {"signal": "one", "prediction": prediction, "preconditioning": Preconditioning()}
+
+
+def _edm(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    given = Preconditioning(float(options["sigma_data"]), output=True)
+    return {"signal": "one", "prediction": PREDICTED[options["prediction_type"]], "preconditioning": given}
+
+
+def _flow(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"signal": "flow", "prediction": "flow"}
+
+
+def _dpmsolver(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    flow = options["prediction_type"] == "flow_prediction"
+    if flow and not options["use_flow_sigmas"]:
+        raise UnsupportedSchedulerError(
+            "scheduler: prediction_type='flow_prediction' of DPMSolverMultistepScheduler is not reproduced without "
+            "use_flow_sigmas"
+        )
+    prediction = "flow" if flow else PREDICTED[options["prediction_type"]]
+    return {"signal": "flow" if options["use_flow_sigmas"] else "vp", "prediction": prediction, "rule": "dpmsolver++2m"}
+
+
 # What DDIMScheduler and DDPMScheduler have in common. Their betas are read as ᾱ, whatever they are made of.
 COMMON: dict[str, tuple[Any, ...] | None] = {
     "num_train_timesteps": None, "beta_start": None, "beta_end": None, "beta_schedule": None, "trained_betas": None,
@@ -60,9 +92,29 @@ COMMON: dict[str, tuple[Any, ...] | None] = {
     "prediction_type": tuple(PREDICTED), "clip_sample": None, "clip_sample_range": None, "thresholding": None,
     "dynamic_thresholding_ratio": None, "sample_max_value": None,
 }  # fmt: skip
+# Options of sigmas, which are read off what set_timesteps makes of them.
+SIGMAS: dict[str, tuple[Any, ...] | None] = {
+    "use_karras_sigmas": None, "use_exponential_sigmas": None, "use_beta_sigmas": None, "sigma_min": None,
+    "sigma_max": None, "final_sigmas_type": None, "sigma_schedule": None, "rho": None, "sigma_data": None,
+    "interpolation_type": None, "timestep_type": None,
+}  # fmt: skip
+SHIFTS: dict[str, tuple[Any, ...] | None] = {
+    "shift": None, "shift_terminal": None, "use_dynamic_shifting": None, "time_shift_type": None, "base_shift": None,
+    "max_shift": None, "base_image_seq_len": None, "max_image_seq_len": None,
+}  # fmt: skip
+DPMSOLVER: dict[str, tuple[Any, ...] | None] = {
+    "thresholding": (False,), "solver_order": (2,), "algorithm_type": ("dpmsolver++",), "solver_type": ("midpoint",),
+    "use_lu_lambdas": None, "use_flow_sigmas": None, "flow_shift": None, "lambda_min_clipped": None,
+    "use_dynamic_shifting": None, "time_shift_type": None, "prediction_type": (*PREDICTED, "flow_prediction"),
+}  # fmt: skip
+EDM_PREDICTED = {"prediction_type": ("epsilon", "v_prediction")}
 SCHEDULERS = {
     "DDIMScheduler": Known({**COMMON, "set_alpha_to_one": None}, _ddim),
     "DDPMScheduler": Known({**COMMON, "variance_type": ("fixed_small", "fixed_small_log", "fixed_large")}, _ddpm),
+    "EulerDiscreteScheduler": Known({**COMMON, **SIGMAS}, _euler, table=False),
+    "FlowMatchEulerDiscreteScheduler": Known({**COMMON, **SIGMAS, **SHIFTS}, _flow, table=False),
+    "DPMSolverMultistepScheduler": Known({**COMMON, **SIGMAS, **DPMSOLVER}, _dpmsolver, table=False),
+    "EDMEulerScheduler": Known({**COMMON, **SIGMAS, **EDM_PREDICTED}, _edm, table=False),
 }
 
 
@@ -80,12 +132,14 @@ def known_class(name: str, argument: str = "scheduler") -> Known:
     return SCHEDULERS[name]
 
 
-def read_scheduler(scheduler: Any) -> dict[str, Any]:
-    """The arguments of the `Schedule` that has the chains of a diffusers scheduler.
+def read_scheduler(scheduler: Any, mu: float | None = None) -> dict[str, Any] | SchedulerGrid:
+    """The arguments of the `Schedule` that has the chains of a diffusers scheduler, or the grid of its states.
+
+    mu: of a scheduler with use_dynamic_shifting.
 
     Raises:
         UnsupportedSchedulerError: a class that is not in the table, a subclass of one included, or an option out of it.
-        ValueError: an option that the scheduler's own class could not use either.
+        ValueError: an option that the scheduler's own class could not use either; mu missing, or of no use.
     """
     kind = type(scheduler)
     name = kind.__name__ if kind.__module__.startswith("diffusers.") else f"{kind.__module__}.{kind.__name__}"
@@ -97,6 +151,9 @@ def read_scheduler(scheduler: Any) -> dict[str, Any]:
             raise UnsupportedSchedulerError(
                 f"scheduler: {option}={value!r} of {name} is not reproduced; known: {', '.join(map(repr, values))}"
             )
+    _check_shift(name, options, mu)
+    if not known.table:
+        return SchedulerGrid(scheduler=copy.deepcopy(scheduler), mu=mu, **known.read(scheduler, options))
     alphas, N = scheduler.alphas_cumprod, options["num_train_timesteps"]
     if not isinstance(alphas, Tensor) or len(alphas) != N:
         raise ValueError(f"scheduler: num_train_timesteps={N} betas are required, got {len(alphas)} (trained_betas)")
@@ -104,3 +161,12 @@ def read_scheduler(scheduler: Any) -> dict[str, Any]:
         "alphas_cumprod": alphas, "steps_offset": int(options["steps_offset"]), "spacing": options["timestep_spacing"],
         "prediction": PREDICTED[options["prediction_type"]], **known.read(scheduler, options),
     }  # fmt: skip
+
+
+def _check_shift(name: str, options: Mapping[str, Any], mu: float | None) -> None:
+    """Raises unless mu is given where it is needed, and only there."""
+    if mu is not None:
+        real("mu", mu)
+    if bool(options.get("use_dynamic_shifting")) != (mu is not None):
+        required = "required by" if mu is None else "of use only to"
+        raise ValueError(f"mu: {required} a scheduler with use_dynamic_shifting, such as FLUX's; {name} was given")

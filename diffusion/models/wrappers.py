@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..schedule import Schedule
+from ..schedule import AnySchedule, Schedule
 from .answers import WRAPPERS
 from .files import read_json
 from .schedulers import known_class
@@ -145,7 +145,7 @@ class Guided(nn.Module):
         return without + self.scale * (with_condition - without)
 
 
-Found = tuple[DiffusersModel, Schedule, str, tuple[int, int, int]]
+Found = tuple[DiffusersModel, AnySchedule, str, tuple[int, int, int]]
 
 
 def read_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> Found:
@@ -171,7 +171,7 @@ def read_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> Found:
     except ImportError as error:
         raise ImportError(f"{folder} holds a diffusers model: pip install diffusers") from error
     places = [place for place in (folder, folder.parent / "scheduler") if (place / SCHEDULER).is_file()]
-    schedule = read_schedule(places[0]) if places else Schedule.linear()
+    schedule: AnySchedule = read_schedule(places[0]) if places else Schedule.linear()
     try:
         unet = UNet2DModel.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
@@ -189,7 +189,7 @@ def read_diffusers(folder: Path, kind: str, dtype: torch.dtype) -> Found:
     return model, schedule, schedule.prediction or "epsilon", (unet.config.in_channels, height, width)
 
 
-def read_schedule(folder: Path) -> Schedule:
+def read_schedule(folder: Path) -> AnySchedule:
     """Return the schedule of the scheduler that diffusers saved in a folder.
 
     Raises:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from pydeqsolve import Status
 
-from ..chain import Chain
+from ..chain import Chain, Splitting
+from ..methods.coarse import CoarseToFine
+from ..methods.fastest import NAMES
+from ..methods.parallel import Parallel
 from ..models.checkpoint import IMAGES, Checkpoint, load_checkpoint
 from ..models.configuration import CONFIG, WEIGHTS
 from ..models.files import read_json, write_json, write_tensors
@@ -36,13 +39,27 @@ def load(name: str, device: torch.device) -> Checkpoint:
     return checkpoint
 
 
-def options_of(checkpoint: Checkpoint, splitting: str | None) -> dict[str, Any]:
+def splitting_of(checkpoint: Checkpoint, name: str | None) -> str:
+    """Return the splitting asked for, or that of the checkpoint: gaussian where it knows its data, else v."""
+    return name or ("v" if checkpoint.mean is None or checkpoint.variance is None else "gaussian")
+
+
+def options_of(checkpoint: Checkpoint, chain: Chain, splitting: str | None) -> dict[str, Any]:
     """Return the arguments of `sample` and `invert` that the checkpoint decides, if the user does not."""
-    own = "v" if checkpoint.mean is None or checkpoint.variance is None else "gaussian"
-    return {
-        "prediction": checkpoint.prediction, "splitting": splitting or own,
-        "mean": checkpoint.mean, "variance": checkpoint.variance,
-    }  # fmt: skip
+    name, known = splitting_of(checkpoint, splitting), (checkpoint.mean, checkpoint.variance)
+    moments = [part.flatten() for part in known if part is not None]
+    split = Splitting.named(name, chain, *moments) if name == "gaussian" and len(moments) == 2 else name
+    return {"prediction": checkpoint.prediction, "splitting": split}
+
+
+def sampler_of(name: str, window: int | None) -> Any:
+    """Return the method of `sample` that the options name."""
+    if window is not None and name not in ("parallel", "all-steps"):
+        raise ValueError(f"--window: of the methods parallel and all-steps, got --method {name}")
+    objects = {"all-steps": Parallel(window), "coarse-to-fine": CoarseToFine()}
+    if name not in (*NAMES, *objects):
+        raise ValueError(f"--method: one of {', '.join((*NAMES, *objects))} is required, got {name!r}")
+    return Parallel(window) if window is not None else objects.get(name, name)
 
 
 def noise(seed: int, count: int, checkpoint: Checkpoint, device: torch.device) -> Tensor:
@@ -57,7 +74,7 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     chain = checkpoint.schedule.chain(args.steps, args.spacing, args.eta)
     if args.pictures:
         pictures.require_matplotlib()
-    x_T = noise(args.seed, args.count, checkpoint, device)
+    x_T = noise(args.seed, args.count, checkpoint, device) * chain.init_noise_sigma
     files = ["samples.safetensors", "summary.json", *(["samples.png", "latents.png"] if args.pictures else [])]
     with writable(args.output, files, args.overwrite) as folder:
         start = time.perf_counter()
@@ -87,12 +104,12 @@ def run_sample(args: Namespace) -> dict[str, Any]:
 
 def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> list[Sample]:
     generator = torch.Generator().manual_seed(args.seed + 1) if chain.eta else None
+    method = sampler_of(args.method, args.window)
     parts: list[Sample] = []
     for part in x_T.split(args.batch):
         out = sample(
-            checkpoint.model, part, chain, method=args.method, error=args.error, window=args.window, levels=args.levels,
-            generator=generator, progress=True,
-            **options_of(checkpoint, args.splitting),
+            checkpoint.model, part, chain, method, error=args.error, generator=generator, progress=True,
+            **options_of(checkpoint, chain, args.splitting),
         )  # fmt: skip
         if parts:  # only the first batch's is drawn
             out.trajectory = out.trajectory[:0]

@@ -13,14 +13,15 @@ from torch import Tensor
 from pydeqsolve import Status
 
 from ..chain import Chain
-from ..inversion.descent import EPOCHS
-from ..invert import METHODS, invert
+from ..inversion.descent import Descent
+from ..invert import METHODS, NAMED, invert
+from ..methods.parallel import Parallel
 from ..models.checkpoint import Checkpoint
 from ..models.files import write_json
 from ..sample import Sample, sample
 from . import pictures
-from .commands import load, noise, options_of
-from .inversion import reconstruct
+from .commands import load, noise, options_of, splitting_of
+from .inversion import inverter_of, reconstruct
 from .machine import cores, device_of, threads
 from .output import finite, say, writable
 from .timing import compare, relative_errors, thread_counts
@@ -29,6 +30,7 @@ MODELS = ("digits", "fashion")
 PICTURES = ("samples", "latents", "convergence", "inversion", "losses")
 LONG = {"digits": 1000}  # T of sampling, where it is not 100
 AGREEMENT = 1e-3  # relative error at most, parallel against sequential
+DESCENTS = tuple(name for name, method in NAMED.items() if isinstance(method, Descent))
 REPEATS = 5  # latents that are timed one at a time
 REPEATS_BATCH = 3
 ROUNDS_SHOWN = 30
@@ -73,7 +75,7 @@ def _demonstrate(args: Namespace, checkpoint: Checkpoint, folder: Path, device: 
     name = checkpoint.name
     chain, _ = _chains(args, checkpoint)
     x_T = noise(args.seed, args.count, checkpoint, device)
-    options = options_of(checkpoint, None)
+    options = options_of(checkpoint, chain, None)
 
     def sequential(x: Tensor) -> Sample:
         return sample(checkpoint.model, x, chain, method="sequential", prediction=checkpoint.prediction)
@@ -92,7 +94,8 @@ def _demonstrate(args: Namespace, checkpoint: Checkpoint, folder: Path, device: 
         say(f"{name}: inversion of {max(1, args.count // 2)} real images, T = {args.invert_steps}")
         inversion, more = _invert_all(args, checkpoint, folder, batch)
     return {
-        "model": name, "shape": list(checkpoint.shape), "steps": len(chain), "splitting": options["splitting"],
+        "model": name, "shape": list(checkpoint.shape), "steps": len(chain),
+        "splitting": splitting_of(checkpoint, None),
         "single": single, "batch": batch, "inversion": inversion, "files": files + more,
         "agrees": all(timing["error_max"] <= AGREEMENT for timing in (single, batch)),
     }  # fmt: skip
@@ -129,14 +132,14 @@ def _draw_sampling(
 
 
 def errors_by_round(checkpoint: Checkpoint, chain: Chain, splitting: str, x_T: Tensor, expected: Tensor) -> Tensor:
-    """Return the relative error (rounds, B) of the images after each round, without coarser levels."""
+    """Return the relative error (rounds, B) of the images after each round of all steps."""
     errors = []
 
     def see(_: int, trajectory: Tensor, residual: Tensor) -> None:
         errors.append(relative_errors(trajectory[:, -1], expected))
 
-    options = {"error": 1e-4, "max_rounds": ROUNDS_SHOWN, "levels": (), **options_of(checkpoint, splitting)}
-    sample(checkpoint.model, x_T, chain, callback=see, **options)
+    options = {"error": 1e-4, "max_rounds": ROUNDS_SHOWN, **options_of(checkpoint, chain, splitting)}
+    sample(checkpoint.model, x_T, chain, Parallel(), callback=see, **options)
     return torch.stack(errors)
 
 
@@ -154,22 +157,22 @@ def _invert_all(
         start = time.perf_counter()
         with threads(batch[side]["threads"]):
             found = invert(
-                checkpoint.model, images, chain, method, epochs=args.epochs, lr=args.lr, progress=True,
-                generator=torch.Generator().manual_seed(args.seed), **options_of(checkpoint, None),
+                checkpoint.model, images, chain, inverter_of(method, args.epochs, args.lr), progress=True,
+                generator=torch.Generator().manual_seed(args.seed), **options_of(checkpoint, chain, None),
             )  # fmt: skip
         seconds = time.perf_counter() - start
         status = [Status(k).name for k in found.status.tolist()]
         methods[method] = {
-            "epochs": args.epochs if method in EPOCHS else None, "rounds": found.rounds,
+            "epochs": args.epochs if method in DESCENTS else None, "rounds": found.rounds,
             "rows_per_image": found.evaluations.double().mean().item(), "loss_median": found.loss.median().item(),
             "loss_max": found.loss.max().item(), "typicality_median": found.typicality.median().item(),
             "status": {name: status.count(name) for name in sorted(set(status))},
             "seconds": seconds, "threads": batch[side]["threads"],
         }  # fmt: skip
-        label = f"{method}\n{args.epochs} epochs" if method in EPOCHS else f"{method}\n{found.rounds} rounds"
+        label = f"{method}\n{args.epochs} epochs" if method in DESCENTS else f"{method}\n{found.rounds} rounds"
         rows[label] = reconstruct(checkpoint, found.x_T, chain)
         below[label] = [f"{loss:.1e}" for loss in found.loss.tolist()]
-        if method in EPOCHS:
+        if method in DESCENTS:
             curves[f"{method}, {found.evaluations.double().mean().item():,.0f} rows per image"] = found.history
     title = f"{checkpoint.name}: real images, and sampled again from their latents, T = {len(chain)}"
     caption = "Below each image: sum of the squared differences from the real one."

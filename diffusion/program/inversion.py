@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch import Tensor
 from pydeqsolve import Implicit, Phantom, Status
 
 from ..chain import Chain
-from ..inversion.descent import EPOCHS, LEARNING_RATES, Epoch
-from ..invert import METHODS, Inversion, invert
+from ..inversion.descent import Descent, Epoch
+from ..invert import METHODS, NAMED, Inversion, invert
 from ..models.checkpoint import Checkpoint
 from ..models.files import fingerprint, write_json
 from ..sample import sample
 from ..training.data import picture_files, read_picture
 from . import pictures
-from .commands import load, options_of
+from .commands import load, options_of, splitting_of
 from .machine import device_of
 from .output import finite, say, writable
 from .record import SETTINGS, TENSORS, Record, under_way
@@ -84,27 +85,40 @@ def run_invert(args: Namespace) -> dict[str, Any]:
 
 def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device) -> dict[str, Any]:
     """Return all that the result depends on."""
-    iterated = args.method in EPOCHS
+    method = inverter_of(args.method, args.epochs, args.lr, GRADIENTS[args.gradient])
+    descent = method if isinstance(method, Descent) else None
     return {
         "model": checkpoint.name, "weights": fingerprint(checkpoint.model.state_dict().values()), "images": len(images),
         "pixels": fingerprint([images]),
-        "method": args.method, "steps": args.steps, "spacing": args.spacing or checkpoint.schedule.spacing,
-        "splitting": options_of(checkpoint, args.splitting)["splitting"], "batch": args.batch, "device": device.type,
-        "epochs": (EPOCHS[args.method] if args.epochs is None else args.epochs) if iterated else None,
-        "lr": (LEARNING_RATES[args.method] if args.lr is None else args.lr) if iterated else None,
-        "seed": args.seed if iterated else None,
+        "method": args.method, "steps": args.steps,
+        "spacing": args.spacing or getattr(checkpoint.schedule, "spacing", None),
+        "splitting": splitting_of(checkpoint, args.splitting), "batch": args.batch, "device": device.type,
+        "epochs": None if descent is None else descent.epochs, "lr": None if descent is None else descent.rate,
+        "seed": None if descent is None else args.seed,
         "gradient": args.gradient if args.method == "deq" else None,
     }  # fmt: skip
 
 
+def inverter_of(
+    name: str, epochs: int | None = None, lr: float | None = None, gradient: Phantom | Implicit | None = None
+) -> Any:
+    """Return the method of `invert` of that name, with the options that are given of a descent."""
+    method = NAMED[name]
+    if not isinstance(method, Descent):
+        return method
+    given: dict[str, Any] = {"epochs": epochs, "lr": lr, "gradient": gradient}
+    return replace(method, **{option: value for option, value in given.items() if value is not None})
+
+
 def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain) -> Callable[..., Inversion]:
+    method = inverter_of(args.method, args.epochs, args.lr, GRADIENTS[args.gradient])
+
     def invert_batch(
         images: Tensor, number: int, state: dict[str, Tensor] | None, callback: Callable[[Epoch], Any]
     ) -> Inversion:
         return invert(
-            checkpoint.model, images, chain, args.method, epochs=args.epochs, lr=args.lr,
-            gradient=GRADIENTS[args.gradient], generator=torch.Generator().manual_seed(args.seed + number),
-            state=state, callback=callback, progress=True, **options_of(checkpoint, args.splitting),
+            checkpoint.model, images, chain, method, generator=torch.Generator().manual_seed(args.seed + number),
+            state=state, callback=callback, progress=True, **options_of(checkpoint, chain, args.splitting),
         )  # fmt: skip
 
     return invert_batch
@@ -138,7 +152,7 @@ def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor
         pictures.draw_rows(folder / "reconstruction.png", title, rows, {"sampled\nfrom it": losses})
         summary["files"] += ["reconstruction.png"]
         if done["history"].shape[1]:
-            what = ("epoch", "loss") if args.method in EPOCHS else ("round", "residual")
+            what = ("epoch", "loss") if isinstance(NAMED[args.method], Descent) else ("round", "residual")
             pictures.draw_curves(folder / "history.png", title, {args.method: done["history"].T}, *what)
             summary["files"] += ["history.png"]
     write_json(folder / SETTINGS, finite(summary))

@@ -68,18 +68,6 @@ def positive(text: str) -> float:
     return value
 
 
-def step_counts(text: str) -> tuple[int, ...] | str | None:
-    """Return the levels that a text names: auto, nodes, none, or step counts with commas between."""
-    named: dict[str, tuple[int, ...] | str | None] = {"auto": None, "nodes": "nodes", "none": ()}
-    if text in named:
-        return named[text]
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(
-            f"{', '.join(named)} or step counts with commas between are required, got {text}"
-        )
-    return tuple(int(part) for part in text.split(","))
-
-
 def build_parser() -> Parser:
     """Return the parser of all commands."""
     layout = argparse.RawTextHelpFormatter
@@ -148,15 +136,10 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
         "--method",
         default="parallel",
         metavar="NAME",
-        help="parallel, sequential, or auto: whichever should be faster (default parallel)",
+        help="sequential; all-steps, in every round, or coarse-to-fine; parallel, the better of these two; auto, the "
+        "fastest of all (default parallel)",
     )
     add("--eta", type=float, help="share of fresh noise: 0 is DDIM, 1 DDPM (default: the scheduler's, else 0)")
-    add(
-        "--levels",
-        type=step_counts,
-        metavar="LIST",
-        help="coarser chains solved first: auto, nodes, none or, say, 40,200 (default auto)",
-    )
     add("--window", type=whole(1), help="time steps evaluated at once, at most (default: all)")
     add("--error", type=positive, help="relative error allowed in the images (default 1e-3, more in 16 bits)")
     add("--batch", type=whole(1), default=16, help="images at a time (default 16)")

@@ -175,15 +175,11 @@ def draw_rows(
 def even_states(chain: Chain, count: int = 11) -> Tensor:
     """Return `count` positions (n,) in a trajectory, from x_T to the image.
 
-    They are evenly spread in the angle φ, sin φ = √ᾱ, which runs from 0 (noise) to π/2 (image).
+    They are evenly spread in the angle φ, tan φ = α/σ, which runs from 0 (noise) to π/2 (image).
     """
-    angle = _states_alpha(chain).sqrt().asin()
+    angle = torch.atan2(chain.signal, chain.noise)
     wanted = torch.linspace(angle[0].item(), angle[-1].item(), count, dtype=torch.float64)
     return (angle[:, None] - wanted).abs().argmin(0).unique()
-
-
-def _states_alpha(chain: Chain) -> Tensor:
-    return torch.cat([chain.alphas, chain.alphas_next[-1:]]).cpu()
 
 
 def draw_latents(
@@ -199,10 +195,10 @@ def draw_latents(
         at: positions of the states drawn; None is `even_states`.
     """
     at = even_states(chain) if at is None else at
-    times = [f"t = {int(chain.timesteps[k])}" if k < len(chain) else "image" for k in at.tolist()]
-    contrast = (
-        (0.5 + _states_alpha(chain)[at] / 2).float().view(-1, 1, 1, 1)
-    )  # noise reaches about twice as far as an image
+    times = [f"t = {chain.timesteps[k]:.4g}" if k < len(chain) else "image" for k in at.tolist()]
+    share = (chain.signal / chain.size).square()[at]
+    contrast = (0.5 + share / 2).float().view(-1, 1, 1, 1)  # noise reaches about twice as far as an image
+    contrast = contrast / chain.size[at].float().view(-1, 1, 1, 1)
     rows = {f"{i + 1}": states[at].float() * contrast for i, states in enumerate(trajectory.detach().cpu())}
     draw_rows(path, title, rows, above=times, caption=caption)
 

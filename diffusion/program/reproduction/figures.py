@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Stop
 
-from ...arguments import Silent, model_dtype
-from ...chain import Chain, LinearChain
+from ...chain import Chain
+from ...methods.parallel import SOLVER, Parallel, fixed_point
 from ...models.checkpoint import Checkpoint
-from ...remainder import Network
+from ...problem import ChainProblem
 from ...sample import sample
-from ...sampler import SOLVER, Sampler
+from ...trajectory import LinearChain
 from .. import pictures
 from ..commands import options_of
 from .ledger import Ledger, Measurement
@@ -38,12 +38,10 @@ def chain_residual(checkpoint: Checkpoint, chain: Chain, trajectory: Tensor) -> 
     """
     B, T = len(trajectory), len(chain)
     device = trajectory.device
-    x = trajectory.double().flatten(2)
-    model = checkpoint.model
-    network = Network(model, checkpoint.prediction, torch.Size(checkpoint.shape), model_dtype(model, torch.float32))
-    t, alphas = chain.timesteps.to(device).repeat(B), chain.alphas.to(device).repeat(B)
+    x, latent = trajectory.double().flatten(2), trajectory[:, 0].float()
+    chain_map = ChainProblem.of(checkpoint.model, latent, chain, prediction=checkpoint.prediction).map
     with torch.no_grad():
-        eps = network.epsilon(x[:, :-1].flatten(0, 1), t, alphas).reshape(B, T, -1)
+        eps = chain_map.epsilon(x[:, :-1].flatten(0, 1), torch.arange(T, device=device).repeat(B)).reshape(B, T, -1)
     linear = LinearChain(chain.a[:, None].to(device), chain.c[:, None].to(device))
     return (linear.trajectory(linear.base(x[:, 0], None), eps) - x).flatten(1).norm(dim=1)
 
@@ -57,17 +55,16 @@ def convergence(subject: Subject, steps: int, solver: str, ledger: Ledger) -> Te
     def one_batch(number: int, count: int) -> Measurement:
         seen: list[Tensor] = []
 
-        def see(_: int, trajectory: Tensor, residual: Tensor) -> None:
-            seen.append(chain_residual(checkpoint, chain, trajectory).cpu())
-
-        options = {**options_of(checkpoint, None), **SOLVERS[solver]}
+        options = {**options_of(checkpoint, chain, None), **SOLVERS[solver]}
+        chosen = options.pop("solver", SOLVER)
         with torch.no_grad():
-            run = Sampler.of(
-                checkpoint.model, subject.latents(number, count), chain, options["prediction"], options["splitting"],
-                None, None, (), options["mean"], options["variance"], None,
-            )  # fmt: skip
-            guess, stop = run.x_T.new_zeros(count, steps, run.x_T.shape[1]), Stop(EXACT, max_steps=rounds)
-            run.solve(guess, options.get("solver", SOLVER), stop, None, Silent(), see)
+            problem = ChainProblem.of(checkpoint.model, subject.latents(number, count), chain, **options)
+
+            def see(_: int, states: Tensor, residual: Tensor) -> None:
+                seen.append(chain_residual(checkpoint, chain, problem.shaped(states)).cpu())
+
+            guess = problem.latent.new_zeros(count, steps, problem.latent.shape[1])
+            fixed_point(problem, guess, Stop(EXACT, max_steps=rounds), chosen, callback=see)
         return Measurement(tensors={"residual": torch.stack(seen)})
 
     parts = []
@@ -109,8 +106,8 @@ def figure2(subject: Subject, folder: Path, ledger: Ledger) -> dict[str, Any]:
     def solve() -> Measurement:
         with torch.no_grad():
             out = sample(
-                checkpoint.model, subject.latents(0, LATENTS_SHOWN), chain, max_rounds=rounds, levels=(),
-                **options_of(checkpoint, None),
+                checkpoint.model, subject.latents(0, LATENTS_SHOWN), chain, Parallel(), max_rounds=rounds,
+                **options_of(checkpoint, chain, None),
             )  # fmt: skip
         return Measurement({"rounds": out.rounds}, {"states": out.trajectory[:, paper_states(steps)]})
 

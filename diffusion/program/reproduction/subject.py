@@ -15,7 +15,7 @@ from ...models.files import fingerprint
 from ...sample import Sample, sample
 from ...training.data import Dataset, class_folder, digits
 from ...training.frechet import FEATURES_FILE, FeatureSpace, fit_classifier, load_features, save_features
-from ..commands import load, options_of
+from ..commands import load, options_of, splitting_of
 from ..output import say
 from .ledger import Ledger
 from .plan import Plan, plan_of
@@ -59,7 +59,7 @@ class Subject:
     def sampler(self, steps: int, method: str, eta: float = 0.0, number: int = 0) -> Callable[[Tensor], Sample]:
         """Return a function from latents to samples of a chain; `number` seeds its fresh noise."""
         chain = self.checkpoint.schedule.chain(steps, eta=eta)
-        options = options_of(self.checkpoint, None)
+        options = options_of(self.checkpoint, chain, None)
 
         def run(x_T: Tensor) -> Sample:
             generator = torch.Generator().manual_seed(2**20 + self.seed + number) if eta else None
@@ -73,7 +73,7 @@ class Subject:
         parameters = sum(p.numel() for p in self.checkpoint.model.parameters())
         return {
             "name": self.name, "shape": list(self.checkpoint.shape), "parameters": parameters,
-            "splitting": options_of(self.checkpoint, None)["splitting"], "images": len(self.images),
+            "splitting": splitting_of(self.checkpoint, None), "images": len(self.images),
             "classifier": self.space.record, "features": len(self.space.mean),
         }  # fmt: skip
 

@@ -13,6 +13,7 @@ from pydeqsolve import Phantom, Status
 from ...invert import Inversion, invert
 from .. import pictures
 from ..commands import options_of
+from ..inversion import inverter_of
 from ..output import say
 from ..record import Record
 from ..timing import measure, relative_errors, thread_counts, timed
@@ -110,6 +111,7 @@ def _invert(subject: Subject, steps: int, method: str, ledger: Ledger) -> Record
     plan, checkpoint = subject.plan, subject.checkpoint
     chain = checkpoint.schedule.chain(steps, eta=0.0)
     descent: dict[str, Any] = {"epochs": plan.epochs, "lr": plan.lr} if method in DESCENTS else {}
+    chosen = inverter_of(method, plan.epochs, plan.lr, DEQ_GRADIENT)
     settings = {**subject.identity, "method": method, "steps": steps, **descent}
     place = ledger.place(f"{subject.name}-inversion-T{steps}-{method}", settings)
     place.mkdir(parents=True, exist_ok=True)
@@ -119,9 +121,8 @@ def _invert(subject: Subject, steps: int, method: str, ledger: Ledger) -> Record
 
     def invert_batch(images: Tensor, number: int, state: dict[str, Tensor] | None, callback: Any) -> Inversion:
         return invert(
-            checkpoint.model, images, chain, method, gradient=DEQ_GRADIENT if method == "deq" else None, state=state,
-            generator=torch.Generator().manual_seed(subject.seed + number), callback=callback, **descent,
-            **options_of(checkpoint, None),
+            checkpoint.model, images, chain, chosen, state=state, callback=callback,
+            generator=torch.Generator().manual_seed(subject.seed + number), **options_of(checkpoint, chain, None),
         )  # fmt: skip
 
     record.run(subject.images.to(subject.device), len(subject.images), invert_batch)

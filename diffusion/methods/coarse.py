@@ -14,21 +14,19 @@ passes do not settle is solved for all steps together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydeqsolve import Front, Picard, Status, Stop, solve
 
-from ..arguments import Silent
-from ..chain import interpolation
-from ..sampler import MARGIN, UNITS_PER_RTOL, Sampler, block_stop, scale_of
+from ..problem import ChainProblem, Found
+from ..remainder import scale_of
 from .defects import carried, filled, rounding, scatter, spread_of
-from .goal import Found, Goal
-from .nodes import Nodes, between
+from .goal import Goal, Watch
+from .grid import TimeGrid, between, interpolation
+from .parallel import MARGIN, NEAR_FLOOR, SOLVER, UNITS_PER_RTOL, Together, block_stop, smooth
 from .secants import Secants, rows_of
-from .together import NEAR_FLOOR, Together
 from .visits import slopes
 
 PASSES = 6
@@ -43,36 +41,55 @@ DOUBT = 2.0  # standard deviations of what the steps that are not sampled may di
 TRIALS = 3  # samples after a pass, each at other steps: what one shows is corrected before the next
 
 
+@dataclass(frozen=True)
+class CoarseToFine:
+    """The nonlinear work on a coarse time grid, every step evaluated and the error measured.
+
+    Needs a chain of at least 60 steps with eta = 0 and no edit.
+    """
+
+    def find(self, problem: ChainProblem, goal: Goal, watch: Watch, guess: Tensor | None = None) -> Found:
+        """States, their error and status, from a guess of N (B, T, D)."""
+        if not smooth(problem):
+            raise ValueError(
+                "method: CoarseToFine() needs eta = 0, no edit and a chain of at least 60 steps that begins with signal"
+            )
+        base = problem.base()
+        N = torch.zeros_like(base[:, 1:]) if guess is None else guess.clone()
+        states = base.clone() if guess is None else problem.map.linear.trajectory(base, N)
+        passes = Passes(problem, goal, watch, Found.of(states, N))
+        passes.solve()
+        return goal.judged(passes.found)
+
+
 @dataclass(eq=False)
 class Passes:
     """One call of `sample` on its way. All tensors are over the B images."""
 
-    run: Sampler
+    problem: ChainProblem
     goal: Goal
-    solver: Any
-    bar: Any
-    callback: Any
+    watch: Watch
     found: Found
 
     def __post_init__(self) -> None:
-        m, x_T = self.run.map, self.run.x_T
-        scale = scale_of(m.chain)
-        grid = Nodes.of(self.run, scale)
-        self.at, self.spread, self.map, self.scale = grid.at, grid.spread, grid.map, scale[grid.at]
-        self.chain, self.secants = grid.chain, Secants(grid, len(x_T), x_T.shape[1])
-        self.base = self.run.base()
+        m, latent = self.problem.map, self.problem.latent
+        grid = TimeGrid.sampling(len(m.chain), latent.device)
+        self.map = grid.part(m, len(latent), scaled=True)
+        self.at, self.spread, self.scale = grid.at, grid.spread, self.map.unit
+        self.secants = Secants(self.map, len(latent), latent.shape[1])
+        self.chain, self.base = self.secants.chain, self.problem.base()
         self.before = torch.full_like(self.found.error, torch.inf)  # what the pass before measured
         self.slow = torch.zeros_like(self.before, dtype=torch.bool)
         self.seen_x = torch.full_like(self.found.N, torch.nan)  # states of the pass before, and the values there
         self.seen_N = torch.zeros_like(self.found.N)
-        self.image = torch.full_like(x_T, torch.nan)  # the x_0 measured before, and the error expected of it
+        self.image = torch.full_like(latent, torch.nan)  # the x_0 measured before, and the error expected of it
         self.expected = torch.full_like(self.before, torch.nan)
-        self.linear = interpolation(self.at.cpu(), len(m.chain), 1).to(x_T.device)
+        self.linear = interpolation(self.at.cpu(), len(m.chain), 1).to(latent.device)
 
     def solve(self) -> None:
         """Samples all images."""
         found, goal = self.found, self.goal
-        everyone = torch.arange(len(found.x), device=found.x.device)
+        everyone = torch.arange(len(found.states), device=found.states.device)
         good = (
             self._on_nodes(everyone, FIRST * goal.error)
             if goal.left > 1
@@ -83,7 +100,7 @@ class Passes:
             if not len(images) or not goal.left:
                 break
             images = self._every_step(images)
-            if found.stopped or not len(images):
+            if self.watch.stopped or not len(images):
                 break
             enough = torch.maximum(CORRECTION * goal.error[images], SHARE * self.before[images])
             good[images] = self._on_nodes(images, enough)
@@ -92,28 +109,28 @@ class Passes:
                 if len(images) and goal.left:
                     images = self._sampled(images, trial)
         left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
-        if len(left) and goal.left and not found.stopped:
+        if len(left) and goal.left and not self.watch.stopped:
             guess = found.N[left].nan_to_num(0.0, 0.0, 0.0)
-            Together(self.run, goal, self.solver, None, None, self.bar, self.callback, found).solve(guess, left)
+            Together(self.problem, goal, SOLVER, None, self.watch, found).solve(guess, left)
 
     def _on_nodes(self, images: Tensor, tolerance: Tensor) -> Tensor:
         """Solves for what N must change by, on the nodes, to a tolerance (n,) of σ ε; (n,) bool: solved."""
         found = self.found
         start = found.N[images[:, None], self.at]
-        base = found.x[images[:, None], self.at] - self.chain.response(start)
+        base = found.states[images[:, None], self.at] - self.chain.response(start)
         least = ROUNDING * self.goal.precision
         tolerance = tolerance.clamp(least, LOOSEST)
         stop = block_stop(Stop(tolerance, max_steps=min(2 * len(self.at), self.goal.left - 1)), self.scale, 1.0)
 
         def report(step: int, y: Tensor, residual: Tensor) -> bool:
-            self.bar.update()
+            self.watch.bar.update()
             return False
 
         before = self.map.evaluations.clone()
         solution = solve(
-            self.secants, start * self.scale, (images, base, *[c[images] for c in self.run.conditioning]),
+            self.secants, start * self.scale, (images, base, *[c[images] for c in self.problem.conditioning]),
             solver=Picard(), stop=stop, gradient=None,
-            front=Front(None, MARGIN, latest=True), callback=None if isinstance(self.bar, Silent) else report,
+            front=Front(None, MARGIN, latest=True), callback=None if self.watch.quiet else report,
         )  # fmt: skip
         self._change(images, rows_of(found.N, images) + self.spread @ (solution.z / self.scale - start))
         found.note(images, solution.evaluations, (self.map.evaluations - before)[images], solution.residual)
@@ -122,7 +139,7 @@ class Passes:
     def _every_step(self, images: Tensor) -> Tensor:
         """One evaluation of all T steps of some images, which measures their error; those that miss it, changed."""
         found, T = self.found, self.found.N.shape[1]
-        x, old = rows_of(found.x, images), rows_of(found.N, images)
+        x, old = rows_of(found.states, images), rows_of(found.N, images)
         N = self._evaluate(images, x, torch.arange(T, device=images.device))
         found.note(images, torch.ones_like(images), torch.full_like(images, T), self._size(N - old, slice(None)))
         self.secants.note(images, x[:, self.at], N[:, self.at])
@@ -130,16 +147,13 @@ class Passes:
         own = filled(self.secants.slope[images]) @ self.linear.T
         self._measure(images, x, old, N - old, torch.where(told, slope, own))
         self.seen_x[images], self.seen_N[images] = x[:, :T], N
-        if self.callback is not None:
-            found.told += 1
-            states = found.x.unflatten(2, self.run.map.network.shape)
-            found.stopped = bool(self.callback(found.told, states, found.residual.clone()))
+        self.watch.tell(self.problem, found, found.states)
         error, before = found.error[images], self.before[images]
         missed, self.before[images] = ~(error <= self.goal.error[images]), error
         self.slow[images] = missed & ~(error <= SLOW * before)
         stalled = self.slow[images] & (error <= NEAR_FLOOR * self.goal.floor[images])
         found.status[images[stalled]] = int(Status.STALLED)
-        if found.stopped or self.goal.left < 2:
+        if self.watch.stopped or self.goal.left < 2:
             return images[:0]
         missed &= ~stalled
         self._correct(images[missed], N[missed])
@@ -149,7 +163,7 @@ class Passes:
         """Measures the error at the nodes and between them; those that miss it, changed by what was seen."""
         found, device = self.found, images.device
         at = torch.cat([self.at, between(self.at.cpu(), trial).to(device)]).unique()
-        x, N, T = rows_of(found.x, images), rows_of(found.N, images), found.N.shape[1]
+        x, N, T = rows_of(found.states, images), rows_of(found.N, images), found.N.shape[1]
         value = self._evaluate(images, x, at)
         delta = value - N[:, at]
         found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
@@ -172,19 +186,19 @@ class Passes:
     def _correct(self, images: Tensor, N: Tensor) -> None:
         """N (n, T, D) instead of what it is, and on top what it changes later by the Jacobians at the nodes."""
         if len(images):
-            x = self.run.map.linear.trajectory(rows_of(self.base, images), N)
-            moved = (x - rows_of(self.found.x, images))[:, self.at]
+            x = self.problem.map.linear.trajectory(rows_of(self.base, images), N)
+            moved = (x - rows_of(self.found.states, images))[:, self.at]
             self._change(images, N + self.spread @ self.secants.change(images, moved))
 
     def _evaluate(self, images: Tensor, x: Tensor, at: Tensor) -> Tensor:
         """N' (n, len(at), D) at steps `at` of the states x (n, T+1, D)."""
         n, count = len(images), len(at)
-        inputs = [c[images].repeat_interleave(count, 0) for c in self.run.conditioning]
-        self.bar.update()
-        return self.run.map.remainder(x[:, at].flatten(0, 1), at.repeat(n), inputs).view(n, count, -1)
+        inputs = [c[images].repeat_interleave(count, 0) for c in self.problem.conditioning]
+        self.watch.bar.update()
+        return self.problem.map.remainder(x[:, at].flatten(0, 1), at.repeat(n), inputs).view(n, count, -1)
 
     def _size(self, delta: Tensor, at: Tensor | slice) -> Tensor:
-        return (delta * scale_of(self.run.map.chain)[at]).square().mean((1, 2)).sqrt()
+        return (delta * scale_of(self.problem.map.chain)[at]).square().mean((1, 2)).sqrt()
 
     def _measure(
         self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, doubt: Tensor | None = None
@@ -196,20 +210,20 @@ class Passes:
         """
         base, image, size = rows_of(self.base, images), x[:, -1], x[:, -1].norm(dim=1)
         least = filled(self.secants.steepest[images]) @ self.linear.T
-        error = carried(self.run.map.linear, base, x, N, delta, slope, least, images)
+        error = carried(self.problem.map.linear, base, x, N, delta, slope, least, images)
         if doubt is not None:
-            error = error + DOUBT * spread_of(self.run.map.linear, x, slope, doubt)
+            error = error + DOUBT * spread_of(self.problem.map.linear, x, slope, doubt)
         missed = (image - self.image[images]).norm(dim=1) / (self.expected[images] * size)
         error = error * missed.nan_to_num(1.0, 1.0).clamp_min(1.0)
         self.image[images], self.expected[images] = image, error
-        self.goal.raised(images, rounding(self.run.map, base, x, N, slope, self.goal.precision))
+        self.goal.raised(images, rounding(self.problem.map, base, x, N, slope, self.goal.precision))
         self.found.error[images] = torch.maximum(error, self.goal.floor[images])
 
     def _change(self, images: Tensor, N: Tensor) -> None:
         found = self.found
-        x = self.run.map.linear.trajectory(rows_of(self.base, images), N)
-        if len(images) == len(found.x):
-            found.N, found.x = N, x
+        x = self.problem.map.linear.trajectory(rows_of(self.base, images), N)
+        if len(images) == len(found.states):
+            found.N, found.states = N, x
         else:
-            found.N[images], found.x[images] = N, x
+            found.N[images], found.states[images] = N, x
         found.error[images] = torch.inf

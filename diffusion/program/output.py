@@ -23,6 +23,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, which has an s unless there is one: "1 image", "1,200 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def require(module: str, purpose: str, extra: str) -> None:
     """Nothing, if a module that an extra installs can be imported.
 

@@ -165,6 +165,25 @@ def test_the_hooks_before_a_commit_are_the_checks_of_the_pipeline():
     assert all(re.search(rf"^{hook['entry']}\b", pipeline, re.MULTILINE) for hook in hooks)
 
 
+def test_the_forms_for_issues_ask_for_what_an_answer_needs():
+    yaml = pytest.importorskip("yaml")
+    forms = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github").rglob("*.yml")}
+    assert set(forms) == {"bug", "wish", "config"}
+    for form in (forms["bug"], forms["wish"]):
+        assert {"name", "description", "body"} <= form.keys()
+        assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in form["body"])
+    required = [part["id"] for part in forms["bug"]["body"] if part.get("validations", {}).get("required")]
+    assert required == ["code", "got", "doctor"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md"])
+def test_the_files_that_a_page_links_to_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    linked = [place for place in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in place]
+    assert [place for place in linked if not (ROOT / place).exists()] == []
+    assert linked or page != "README.md"
+
+
 def test_the_citation_has_what_the_format_requires():
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))

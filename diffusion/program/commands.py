@@ -99,7 +99,9 @@ def _latents(args: Namespace, checkpoint: Checkpoint) -> Latents:
     latents = read_latents(args.latents)
     if tuple(latents.x_T.shape[1:]) != checkpoint.shape:
         got = tuple(latents.x_T.shape[1:])
-        raise ValueError(f"--latents {args.latents}: of {checkpoint.name}, {checkpoint.shape}, are required, got {got}")
+        whose = f": they are of --model {latents.chain['model']}" if "model" in latents.chain else ""
+        wanted = f"of {checkpoint.name}, {checkpoint.shape}, are required"
+        raise ValueError(f"--latents {args.latents}: {wanted}, got {got}{whose}")
     for name, given in {"model": checkpoint.name, "steps": args.steps, "spacing": args.spacing}.items():
         theirs = latents.chain.get(name)
         if theirs is not None and given not in (None, theirs):

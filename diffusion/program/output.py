@@ -17,6 +17,8 @@ FILE_SUFFIXES = {
     ".bin", ".npy", ".npz", ".zip", ".gz", ".tar",
 }  # fmt: skip
 
+NAMED = 4  # files in a message, at most
+
 
 def say(line: str) -> None:
     """Print a line on standard error; standard output is for results."""
@@ -73,7 +75,8 @@ def writable(
         if (folder / name).is_dir():
             raise ValueError(f"--output {folder}: {name} is the name of a file to write, but a folder is there")
     if taken and not replace:
-        raise ValueError(f"--output {folder}: holds {', '.join(taken)} already; {remedy}")
+        more = f" and {len(taken) - NAMED} more" if len(taken) > NAMED else ""
+        raise ValueError(f"--output {folder}: holds {', '.join(taken[:NAMED])}{more} already; {remedy}")
     try:
         yield folder
     except BaseException:

@@ -152,7 +152,7 @@ def draw_rows(
     count, *shape = next(iter(rows.values())).shape
     scale = scale_of(shape)
     texts = [*above, *(text for row in below.values() for text in row)]
-    pitch = max(shape[2] * scale, *(text_width(text, **SMALL) for text in texts)) + GAP
+    pitch = max([shape[2] * scale, *(text_width(text, **SMALL) for text in texts)]) + GAP
     left = MARGIN + max(text_width(line) for label in rows for line in label.split("\n")) + 2 * GAP
     heights = [shape[1] * scale + (TEXT if label in below else 0) + GAP for label in rows]
     y = MARGIN + TITLE + (TEXT if above else 0)

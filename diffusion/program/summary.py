@@ -38,7 +38,7 @@ def _cost(s: dict[str, Any]) -> str:
 def _invert(s: dict[str, Any]) -> list[str]:
     settings = s["settings"]
     exact = settings["method"] == "exact"  # the others do not aim at a tolerance
-    wide = max(5, *(len(name) for name in s["names"]))
+    wide = max([5, *(len(name) for name in s["names"])])
     lines = [
         f"{counted(len(s['loss']), 'image')}, {settings['model']}, T = {settings['steps']}, {settings['method']}",
         _cost(s),

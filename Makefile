@@ -22,7 +22,7 @@ help:  ## this list
 
 install: $(INSTALLED)  ## .venv with all that developers need, the native module built
 demo: $(READY)  ## samples and inverts images; pictures in demo-output/
-	@echo "demo: two to four minutes; pictures go to demo-output/"
+	@echo "demo: about three minutes; pictures go to demo-output/"
 	@$(BIN)/deq-ddim demo --overwrite --output demo-output
 
 report: $(READY)  ## the paper's figures and tables measured anew; report-output/report.html

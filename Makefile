@@ -1,8 +1,8 @@
 # `make help` lists the targets. PYTHON=python3.12 chooses the interpreter of .venv.
 PYTHON ?= python3
-EXTRAS := dev,docs,viz,data,diffusers
 VENV := .venv
 BIN := $(VENV)/bin
+READY := $(VENV)/ready
 INSTALLED := $(VENV)/installed
 NATIVE := $(wildcard csrc/*.* csrc/*/*) $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu tests/fuzz/*.cpp)
 
@@ -11,19 +11,21 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# CUDA kernels for every GPU generation take minutes to compile: by default only where there is a GPU.
+export PYDEQSOLVE_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 
-.PHONY: help install demo docs report test check lint format types cuda-check arm-check emulate fuzz defects clean
+.PHONY: help install demo docs report test check lint format types cuda-check arm-check emulate fuzz defects wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
-install: $(INSTALLED)  ## .venv with everything, the native module built
-demo: $(INSTALLED)  ## samples and inverts images; pictures in demo-output/
-	@echo "demo: pictures go to demo-output/"
+install: $(INSTALLED)  ## .venv with all that developers need, the native module built
+demo: $(READY)  ## samples and inverts images; pictures in demo-output/
+	@echo "demo: about three minutes; pictures go to demo-output/"
 	@$(BIN)/deq-ddim demo --overwrite --output demo-output
 
-report: $(INSTALLED)  ## the paper's figures and tables measured anew; report-output/report.html
+report: $(READY)  ## the paper's figures and tables measured anew; report-output/report.html
 	@echo "report: goes to report-output/, and goes on from there when interrupted"
 	@$(BIN)/deq-ddim report --output report-output $(ARGS)
 
@@ -33,6 +35,7 @@ docs: $(INSTALLED)  ## the documentation, warnings as errors; docs/_build/html/i
 
 # A test runs on one thread, so two at a time; tests of a file stay together for what they share. ARGS="-n 0" for a debugger.
 test: $(INSTALLED)  ## all tests but the heavy ones; ARGS="-k anderson" chooses
+	@echo "test: about ten minutes on two cores; a dot is a test that passed"
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not check" $(ARGS)
 
 check: $(INSTALLED)  ## heavy tests (sanitizers, emulation, archives), and random cases in full number
@@ -69,14 +72,26 @@ defects: $(INSTALLED)  ## plants defects one by one, each must fail its test (tw
 fuzz: $(INSTALLED)  ## 100,000 random steps of the CPU kernels under sanitizers
 	@FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
+# Apart from .venv: of this tree, of no environment.
+wheel:  ## wheels in dist/, each installed and used; ARGS="--all" for every Python here, PYDEQSOLVE_CUDA=ON for GPUs
+	@$(PYTHON) release/wheels.py $(ARGS)
+
 clean:  ## removes .venv and everything built
 	rm -rf $(VENV) build dist demo-output report-output docs/_build *.egg-info pydeqsolve/_native*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*) | $(BIN)/python
-	@echo "install: packages into $(VENV), then the native module (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
+# Two stages: what using it needs, then what developing it needs on top. Each says what it does, and is done once.
+$(READY): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*) | $(BIN)/python
+	@echo "install: torch and a few more packages into $(VENV), then the native module is compiled, CUDA kernels $(PYDEQSOLVE_CUDA);"
+	@echo "install: 1.2 GB on disk, two to five minutes the first time. What pip does:"
+	@$(BIN)/python -m pip install -e ".[viz]"
 	@$(BIN)/python -c "import pydeqsolve; print('install:', pydeqsolve.build_info())"
+	@touch $@
+
+# The package is there, so pip fetches the extras alone and compiles nothing again.
+$(INSTALLED): $(READY)
+	@echo "install: tools for tests, style, types and documentation into $(VENV), .6 GB. What pip does:"
+	@$(BIN)/python -m pip install "pydeqsolve[dev,docs,viz,data,diffusers]"
 	@touch $@
 
 # Says what is missing by name, instead of failing in the middle of the build.

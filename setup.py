@@ -12,7 +12,16 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+
+
+class FreshBuild(build):
+    """Forgets what an earlier build left in build/lib: a module that was removed since would be installed again."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -62,5 +71,5 @@ def failure(reason: str) -> str:
 native = os.environ.get("PYDEQSOLVE_NATIVE", "1") != "0"
 setup(
     ext_modules=[Extension("pydeqsolve._native", sources=[])] if native else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
 )

@@ -94,8 +94,14 @@ def set_blocks_apart(app: Any, what: str, name: str, obj: Any, options: Any, lin
     lines[:] = made
 
 
+def without_factories(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
+    """Return a signature in which a default that is made anew each time is an ellipsis."""
+    return (signature or "").replace("<factory>", "…") or signature, returns
+
+
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", (visit(inline_math), skip), (visit(block_math), skip))
     app.connect("autodoc-process-docstring", escape_plain_text, priority=0)  # before napoleon, which makes markup
     app.connect("autodoc-process-docstring", set_blocks_apart, priority=900)
+    app.connect("autodoc-process-signature", without_factories)
     architecture.draw(Path(__file__).parents[1], Path(__file__).parent / "_build" / "architecture.svg")

@@ -13,6 +13,7 @@ from PIL import Image
 import diffusion
 from diffusion.program.cli import main
 
+SMALL = ["--shape", 1, 8, 8, "--batch", 2, "--distance", 0]  # of fit: what takes no time
 ROOT = Path(diffusion.__file__).parent.parent
 
 

@@ -274,3 +274,7 @@ def test_images_out_of_range_are_not_saved(tmp_path):
         save_images(tmp_path, torch.full((1, *SHAPE), 1.5))
     with pytest.raises(ValueError, match="levels"):
         save_images(tmp_path, torch.zeros(1, *SHAPE), levels=256)
+
+
+def test_a_checkpoint_shows_itself_in_one_line():
+    assert repr(load_checkpoint("digits")) == "Checkpoint('digits': UNet, 1x8x8, epsilon, 1000 steps, 32 images)"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import run, write_pictures
+from program import SMALL, run, write_pictures
 from safetensors.torch import load_file
 
 import diffusion
@@ -30,7 +30,7 @@ def test_sampled_images_are_those_of_the_library(tmp_path, capsys):
     assert code == 0
     torch.testing.assert_close(load_file(tmp_path / "samples.safetensors")["x_0"], expected, rtol=0, atol=1e-5)
     summary = json.loads(out)
-    assert (summary["rounds"], summary["rows_per_image"]) == (12, 12)
+    assert (summary["rounds"], summary["evaluations_per_image"]) == (12, 12)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
@@ -65,7 +65,7 @@ def test_inversion_reads_the_pictures_of_a_folder_and_reports_each(tmp_path, cap
     assert len(summary["loss"]) == len(summary["status"]) == 5
     one = run(*argv[:4], folder / "3.png", *argv[5:], "--output", tmp_path / "one", capsys=capsys)
     assert json.loads(one[1])["loss"] == pytest.approx(summary["loss"][3:4], rel=1e-3)
-    names = {"inversion.json", "inversion.safetensors", "reconstruction.png"}
+    names = {"inversion.json", "inversion.safetensors", "reconstruction.png", "images"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
 
 
@@ -77,9 +77,9 @@ def test_the_demonstration_writes_its_pictures_and_a_summary(tmp_path, capsys):
     assert sorted(summary["files"]) == sorted(file.name for file in tmp_path.iterdir())
     (model,) = summary["models"]
     assert max(model["single"]["error_max"], model["batch"]["error_max"]) < 1e-3
-    assert model["single"]["sequential"]["rows_per_image"] == 20
+    assert model["single"]["sequential"]["evaluations_per_image"] == 20
     assert list(model["inversion"]["methods"]) == ["ddim", "naive", "deq", "exact"]
-    for words in ("rows/image", "agrees with sequential", "exact"):
+    for words in ("evals/image", "agrees with sequential", "exact"):
         assert words in out
     assert all(file.stat().st_size < 300_000 for file in tmp_path.glob("*.png"))
 
@@ -108,12 +108,14 @@ def test_a_demonstration_that_disagrees_fails(tmp_path, capsys, monkeypatch):
 
 def test_a_trained_folder_can_be_sampled_from(tmp_path, capsys):
     folder = write_pictures(tmp_path / "pictures")
-    argv = ["fit", "--data", folder, "--shape", 1, 8, 8, "--steps", 2, "--batch", 2, "--output", tmp_path / "m"]
+    argv = ["fit", "--data", folder, *SMALL, "--steps", 2, "--output", tmp_path / "m"]
     code, out, _ = run(*argv, "--json", capsys=capsys)
     assert (code, json.loads(out)["steps"]) == (0, 2)
     argv = ["sample", "--model", tmp_path / "m", "--steps", 3, "--count", 1, "--output", tmp_path / "s"]
     assert run(*argv, capsys=capsys)[0] == 0
-    assert {file.name for file in (tmp_path / "s").glob("*.png")} == {"samples.png", "latents.png"}
+    assert {str(file.relative_to(tmp_path / "s")) for file in (tmp_path / "s").rglob("*.png")} == {
+        "samples.png", "latents.png", "images/01.png",
+    }  # fmt: skip
 
 
 def test_a_trained_classifier_is_written_with_its_accuracy(tmp_path, capsys):
@@ -178,15 +180,22 @@ def test_threads_are_restored(tmp_path, capsys, monkeypatch):
 
 def test_help_has_an_example_for_every_command(capsys):
     _, out, _ = run("--help", capsys=capsys)
-    for command in ("demo", "sample", "invert", "fit", "report", "classifier", "doctor"):
+    for command in ("demo", "sample", "invert", "edit", "fit", "report", "classifier", "doctor"):
         assert f"deq-ddim {command}" in out
         assert f"example: deq-ddim {command}" in run(command, "--help", capsys=capsys)[1]
 
 
 WRONG = {
-    "no command": ([], "required: command"),
-    "unknown command": (["simple"], "invalid choice"),
-    "unknown option": (["sample", "--bogus"], "--bogus"),
+    "unknown command": (["smaple"], "did you mean sample?"),
+    "unknown option": (["sample", "--stpes", "5"], "did you mean --steps?"),
+    "an option like none": (["sample", "--bogus"], "unrecognized arguments: --bogus (see deq-ddim sample --help)"),
+    "a mistyped model": (["sample", "--model", "digit"], "did you mean digits?"),
+    "a mistyped method": (["invert", "--method", "exakt"], "did you mean exact?"),
+    "no latents": (["sample", "--latents", "nowhere"], "nowhere"),
+    "a folder without latents": (["edit", "--latents", ".", "--vary", "0.1"], "holds none of latents.safetensors"),
+    "an edit of no kind": (["edit", "--latents", "."], "--between"),
+    "more than a whole variation": (["edit", "--latents", ".", "--vary", "1"], "between 0 and 1"),
+    "no rounds": (["sample", "--max-rounds", "0"], "got 0"),
     "no steps": (["sample", "--steps", "0"], "got 0"),
     "a demonstration of no steps": (["demo", "--steps", "0"], "got 0"),
     "a demonstration of too many steps": (["demo", "--invert-steps", "1001"], "got 1001"),

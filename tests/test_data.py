@@ -138,13 +138,13 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     torch.testing.assert_close(image_folder(tmp_path, (1, 4, 4)), torch.full((1, 1, 4, 4), 51 / 127.5 - 1))
 
 
-def test_what_is_transparent_becomes_white(tmp_path):
+def test_what_is_transparent_becomes_grey(tmp_path):
     image = pytest.importorskip("PIL.Image")
     image.fromarray(np.zeros((4, 4, 4), dtype=np.uint8)).save(tmp_path / "a.png")
     palette = image.new("P", (4, 4))
     palette.putpalette([0, 0, 0])
     palette.save(tmp_path / "b.png", transparency=0)
-    assert torch.equal(image_folder(tmp_path, (3, 4, 4)), torch.ones(2, 3, 4, 4))
+    torch.testing.assert_close(image_folder(tmp_path, (3, 4, 4)), torch.full((2, 3, 4, 4), 128 / 127.5 - 1))
 
 
 def test_a_picture_is_turned_as_its_camera_recorded(tmp_path):
@@ -280,10 +280,10 @@ def test_a_picture_of_one_colour_has_that_colour_in_every_mode(tmp_path, mode):
     torch.testing.assert_close(read_picture(path, (3, 4, 4))[0], expected, rtol=0, atol=3 / 127.5)
 
 
-def test_what_is_half_transparent_is_mixed_with_white(tmp_path):
+def test_what_is_half_transparent_is_mixed_with_grey(tmp_path):
     image = pytest.importorskip("PIL.Image")
     image.new("RGBA", (4, 4), (0, 0, 0, 51)).save(tmp_path / "a.png")
-    torch.testing.assert_close(image_folder(tmp_path, (3, 4, 4)), torch.full((1, 3, 4, 4), 204 / 127.5 - 1))
+    torch.testing.assert_close(image_folder(tmp_path, (3, 4, 4)), torch.full((1, 3, 4, 4), 102 / 127.5 - 1))
 
 
 def test_pictures_of_different_sizes_are_cut_and_scaled_to_one(tmp_path):

@@ -7,8 +7,10 @@ import re
 import pytest
 
 from diffusion.inversion.descent import EPOCHS, LEARNING_RATES
-from diffusion.program.commands import CLASSIFIER_STEPS
+from diffusion.program.commands import COUNT, STEPS
 from diffusion.program.demo import LONG
+from diffusion.program.editing import COUNT as EDITED
+from diffusion.program.fitting import CLASSIFIER_STEPS
 from diffusion.program.options import build_parser
 from diffusion.program.reproduction.plan import PLANS, Plan
 from diffusion.training.fit import fit, recipes
@@ -43,6 +45,9 @@ def _flat(value):
 # Where the parser has no default because it depends on the model or the data: all values that it can have.
 DEPENDS = {
     ("demo", "steps"): {*LONG.values(), 100},
+    ("sample", "steps"): {STEPS},
+    ("sample", "count"): {COUNT},
+    ("edit", "count"): set(EDITED.values()),
     ("invert", "epochs"): {EPOCHS},
     ("invert", "lr"): set(LEARNING_RATES.values()),
     ("fit", "steps"): {defaults(f)["steps"] for f in (fit, *recipes.values())},
@@ -61,6 +66,11 @@ IN_WORDS = {
     "model",
     "images",
     "dataset_folder",
+    "latents",
+    "max_rounds",
+    "shape",
+    "between",
+    "vary",
 }  # defaults that are no number
 
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from program import run, write_pictures
+from program import SMALL, run, write_pictures
 from safetensors.torch import load_file
 
 from diffusion.models.unet import UNet
@@ -30,7 +30,7 @@ def no_work(monkeypatch):
     """Nothing can be sampled or trained."""
     monkeypatch.setattr(UNet, "forward", None)
     monkeypatch.setattr(training.Run, "advance", None)
-    monkeypatch.setattr("diffusion.program.commands.fit_classifier", None)
+    monkeypatch.setattr("diffusion.program.fitting.fit_classifier", None)
 
 
 @pytest.mark.parametrize(("command", "names"), WRITES.values(), ids=WRITES)
@@ -98,7 +98,7 @@ def test_other_files_in_the_folder_stay(tmp_path, capsys):
 
 def test_pictures_to_train_on_are_read_after_the_folder_is_known_to_be_writable(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("diffusion.program.commands.image_folder", None)
+    monkeypatch.setattr("diffusion.program.fitting.class_folder", None)
     code, _, err = run("fit", "--data", tmp_path, "--output", tmp_path / "file", capsys=capsys)
     assert (code, len(err)) == (2, 1)
 
@@ -113,7 +113,7 @@ def test_pictures_that_are_no_files_are_refused_and_not_waited_for(name, tmp_pat
 
 
 def test_an_interrupt_while_a_checkpoint_is_written_keeps_the_last_one(tmp_path, capsys, monkeypatch):
-    argv = ["fit", "--data", write_pictures(tmp_path / "pictures"), "--shape", 1, 8, 8, "--steps", 9, "--batch", 2]
+    argv = ["fit", "--data", write_pictures(tmp_path / "pictures"), *SMALL, "--steps", 9]
     argv += ["--save-every", 2, "--output", tmp_path / "m"]
     sync, calls = os.fsync, []
 

@@ -111,6 +111,38 @@ def test_an_installation_without_a_compiler_solves_and_warns_once(archives, tmp_
     assert out[1:] == ["(1, 8, 8)", f"deq-ddim {pydeqsolve.__version__}", "0"]
 
 
+def test_the_native_module_brings_no_thread_pool_beside_that_of_torch():
+    native = pytest.importorskip("pydeqsolve._native")
+    assert b"libgomp" not in Path(native.__file__).read_bytes()
+
+
+def test_a_module_removed_since_an_earlier_build_is_not_installed(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=LEFT_BEHIND)
+    stale = tmp_path / "tree" / "build" / "lib" / "pydeqsolve" / "removed.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    python("setup.py", "-q", "build", cwd=tmp_path / "tree", env={"PYDEQSOLVE_NATIVE": "0", "PATH": ""})
+    assert (stale.parent / "solve.py").is_file()
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_the_two_commands_say_what_they_install_and_nothing_when_it_is_there(target, tmp_path):
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    for file in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py", "CMakeLists.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    first = subprocess.run([make, "-n", target], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "install:" in first
+    assert ("[dev" in first) == (target == "test")
+    for stamp in ("ready", "installed"):
+        (tmp_path / ".venv" / stamp).touch()
+    assert "install" not in subprocess.run([make, "-n", target], cwd=tmp_path, capture_output=True, text=True).stdout
+
+
 def test_the_version_stands_in_one_place():
     found = [
         path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), *ROOT.glob("*.cff"),
@@ -131,6 +163,25 @@ def test_the_hooks_before_a_commit_are_the_checks_of_the_pipeline():
     pipeline = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert [hook["entry"] for hook in hooks] == ["make lint", "make types", "make test"]
     assert all(re.search(rf"^{hook['entry']}\b", pipeline, re.MULTILINE) for hook in hooks)
+
+
+def test_the_forms_for_issues_ask_for_what_an_answer_needs():
+    yaml = pytest.importorskip("yaml")
+    forms = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github").rglob("*.yml")}
+    assert set(forms) == {"bug", "wish", "config"}
+    for form in (forms["bug"], forms["wish"]):
+        assert {"name", "description", "body"} <= form.keys()
+        assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in form["body"])
+    required = [part["id"] for part in forms["bug"]["body"] if part.get("validations", {}).get("required")]
+    assert required == ["code", "got", "doctor"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md"])
+def test_the_files_that_a_page_links_to_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    linked = [place for place in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in place]
+    assert [place for place in linked if not (ROOT / place).exists()] == []
+    assert linked or page != "README.md"
 
 
 def test_the_citation_has_what_the_format_requires():

@@ -63,7 +63,7 @@ def test_the_tables_say_what_sampling_and_inverting_give(report):
     _, found = report
     (model,) = found["models"]
     rows = {row["method"]: row for row in model["table1"]["rows"]}
-    assert [rows[way]["rows_per_image"] for way in ("DDPM", "DDIM")] == [6, 6]
+    assert [rows[way]["evaluations_per_image"] for way in ("DDPM", "DDIM")] == [6, 6]
     assert rows["parallel DDIM"]["error_max"] < 2e-3  # 1e-3 is asked for, and met by nearly all
     assert rows["parallel DDIM"]["distance"] == pytest.approx(rows["DDIM"]["distance"], rel=1e-2)
     assert {row["images"] for way, row in rows.items() if "D" in way} == {4}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from program import kill_when, program, run, write_pictures
+from program import SMALL, kill_when, program, run, write_pictures
 from safetensors.torch import load_file, save_file
 
 from diffusion import Schedule, load_checkpoint, save_checkpoint
@@ -37,7 +37,7 @@ def small(folder):
     ("argv", "limit"),
     [
         (["invert", "--method", "ddim", "--steps", 3, "--count", 2, "--no-pictures"], 200),
-        (["fit", "--data", "PICTURES", "--shape", 1, 8, 8, "--steps", 2, "--batch", 2], 5_000),
+        (["fit", "--data", "PICTURES", *SMALL, "--steps", 2], 5_000),
         (["classifier", "--data", "PICTURES", "--shape", 1, 8, 8, "--steps", 1], 5_000),
         (["demo", "--model", "digits", "--steps", 3, "--invert-steps", 2, "--epochs", 1, "--count", 1], 3_000),
         (REPORT, 300),
@@ -65,7 +65,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(argv, limit, tmp_path):
 
 def test_a_training_that_is_killed_goes_on_to_the_same_result(tmp_path, capsys):
     argv = [
-        "fit", "--data", write_pictures(tmp_path / "pictures"), "--shape", 1, 8, 8, "--steps", 60, "--batch", 2,
+        "fit", "--data", write_pictures(tmp_path / "pictures"), *SMALL, "--steps", 60,
         "--save-every", 3, "--threads", 1,
     ]  # fmt: skip
     cut, whole = tmp_path / "cut", tmp_path / "whole"

@@ -64,6 +64,13 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)
     statistics: Statistics | None = None
 
+    def __repr__(self) -> str:
+        size, model = "x".join(map(str, self.shape)), type(self.model).__name__
+        images = 0 if self.images is None else len(self.images)
+        steps = f"{len(self.schedule)} steps, " if isinstance(self.schedule, Schedule) else ""
+        rest = f"{self.prediction}, {steps}{images} images"
+        return f"Checkpoint({self.name!r}: {model}, {size}, {rest})"
+
     def splitting(self, chain: Chain, basis: str = "pixels") -> Splitting:
         """The splitting that would be exact were the training images Gaussian; no images are needed.
 

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .options import MISUSED, OK, build_parser
+from .options import build_parser
+from .parser import MISUSED, OK, parse
 
 FAILED, INTERRUPTED = 1, 130
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)  # of what the user gave
@@ -19,7 +20,7 @@ FAILURES = (OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; argv None is the command line."""
     try:
-        args = build_parser().parse_args(argv)
+        args = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     except SystemExit as end:
         return int(end.code or OK)
     if argv is None and args.threads != 1 and args.command != "doctor":  # which shows the settings it finds
@@ -58,15 +59,17 @@ def _run(args: argparse.Namespace) -> int:
 
 def _commands() -> dict[str, Callable[[argparse.Namespace], dict[str, Any]]]:
     """Return the commands by name; imported here, because they import torch."""
-    from .commands import run_classifier, run_fit, run_sample
+    from .commands import run_sample
     from .demo import run_demo
     from .doctor import run_doctor
+    from .editing import run_edit
+    from .fitting import run_classifier, run_fit
     from .inversion import run_invert
     from .reproduction.command import run_report
 
     return {
-        "demo": run_demo, "sample": run_sample, "invert": run_invert, "fit": run_fit, "report": run_report,
-        "classifier": run_classifier, "doctor": run_doctor,
+        "demo": run_demo, "sample": run_sample, "invert": run_invert, "edit": run_edit, "fit": run_fit,
+        "report": run_report, "classifier": run_classifier, "doctor": run_doctor,
     }  # fmt: skip
 
 

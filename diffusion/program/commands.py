@@ -1,11 +1,9 @@
-"""What the commands `sample` and `fit` do, once their options are read; each returns its summary."""
+"""What the command `sample` does, once its options are read; it returns its summary."""
 
 from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,24 +15,27 @@ from ..chain import Chain, Splitting
 from ..methods.coarse import CoarseToFine
 from ..methods.fastest import NAMES
 from ..methods.parallel import Parallel
-from ..models.checkpoint import IMAGES, Checkpoint, load_checkpoint
-from ..models.configuration import CONFIG, WEIGHTS
-from ..models.files import read_json, write_json, write_tensors
+from ..models.checkpoint import SHIPPED, Checkpoint, load_checkpoint
+from ..models.files import write_json, write_tensors
 from ..sample import Sample, sample
-from ..training.data import Dataset, class_folder, digits, fashion, image_folder
-from ..training.fit import fit, recipes
-from ..training.frechet import FEATURES_FILE, fit_classifier, save_features
 from . import pictures
+from .images import earlier_images, image_files, remove_images, write_images
+from .latents import Latents, header, numbered, read_latents
 from .machine import device_of
-from .output import finite, say, writable
+from .output import counted, finite, say, writable
+from .parser import guess
 
-CLASSIFIER_STEPS = {"digits": 600, "fashion": 1200}  # where it is not 1000
+STEPS, COUNT = 100, 16  # unless the user or the latents say otherwise
 SHOWN = 64  # images in the picture of the samples, at most
+RECORD = "summary.json"
 
 
 def load(name: str, device: torch.device) -> Checkpoint:
     """Return a checkpoint whose parameters ask for no gradients."""
-    checkpoint = load_checkpoint(name, device)
+    try:
+        checkpoint = load_checkpoint(name, device)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{guess(name, (path.name for path in SHIPPED.glob('*')))}") from error
     checkpoint.model.requires_grad_(False)
     return checkpoint
 
@@ -71,35 +72,71 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     """Sample images and write them; return the summary."""
     device = device_of(args.device)
     checkpoint = load(args.model, device)
-    chain = checkpoint.schedule.chain(args.steps, args.spacing, args.eta)
+    latents = _latents(args, checkpoint)
+    steps = args.steps if args.steps is not None else latents.chain.get("steps", STEPS)
+    chain = checkpoint.schedule.chain(steps, chain_spacing(args, latents), args.eta)
     if args.pictures:
         pictures.require_matplotlib()
-    x_T = noise(args.seed, args.count, checkpoint, device) * chain.init_noise_sigma
-    files = ["samples.safetensors", "summary.json", *(["samples.png", "latents.png"] if args.pictures else [])]
+    x_T = latents.x_T.to(device) * (1.0 if args.latents else chain.init_noise_sigma)
+    images = image_files(latents.names) if args.pictures else []
+    files = ["samples.safetensors", RECORD, *(["samples.png", "latents.png", *images] if args.pictures else [])]
+    earlier = earlier_images(args.output, RECORD)
     with writable(args.output, files, args.overwrite) as folder:
         start = time.perf_counter()
         parts = _sample_batches(args, checkpoint, x_T, chain)
         seconds = time.perf_counter() - start
         x_0 = torch.cat([part.x_0 for part in parts]).cpu()
-        unknown = torch.cat([part.error for part in parts]).isnan().cpu()
-        bad = int((unknown | ~x_0.flatten(1).isfinite().all(1)).sum())
-        if bad:
-            raise ArithmeticError(f"{bad} of {len(x_0)} images are not finite: the model returned NaN or infinity")
+        _require_finite(x_0, torch.cat([part.error for part in parts]).cpu())
         evaluations = torch.cat([part.evaluations for part in parts]).double()
         summary: dict[str, Any] = {
             "command": "sample", "model": checkpoint.name, "method": args.method, "images": len(x_0),
-            "steps": len(chain), "seed": args.seed, "device": str(device), "threads": torch.get_num_threads(),
-            "rounds": max(part.rounds for part in parts), "rows_per_image": evaluations.mean().item(),
+            "names": latents.names, "steps": len(chain), "seed": args.seed, "device": str(device),
+            "threads": torch.get_num_threads(), "rounds": max(part.rounds for part in parts),
+            "evaluations_per_image": evaluations.mean().item(),
             "converged": sum(int(part.converged.sum()) for part in parts), "seconds": seconds,
             "output": str(folder), "files": files,
         }  # fmt: skip
-        write_tensors(folder / "samples.safetensors", {"x_T": x_T.cpu(), "x_0": x_0}, {"command": "deq-ddim sample"})
+        known = header(latents.names, model=checkpoint.name, steps=len(chain), spacing=chain_spacing(args, latents))
+        write_tensors(folder / "samples.safetensors", {"x_T": x_T.cpu(), "x_0": x_0}, known)
         if args.pictures:
             title = f"{checkpoint.name}: {args.method} DDIM, T = {len(chain)}"
             pictures.draw_samples(folder / "samples.png", title, {"": x_0[:SHOWN]})
             pictures.draw_latents(folder / "latents.png", title, parts[0].trajectory[:4], chain)
-        write_json(folder / "summary.json", finite(summary))
+            write_images(folder, x_0, latents.names)
+        write_json(folder / RECORD, finite(summary))
+        remove_images(folder, earlier - set(files))
     return summary
+
+
+def _latents(args: Namespace, checkpoint: Checkpoint) -> Latents:
+    """The latents of the file that the user names, or fresh ones."""
+    if args.latents is None:
+        count = args.count or COUNT
+        return Latents(noise(args.seed, count, checkpoint, torch.device("cpu")), numbered(count))
+    latents = read_latents(args.latents)
+    if tuple(latents.x_T.shape[1:]) != checkpoint.shape:
+        got = tuple(latents.x_T.shape[1:])
+        whose = f": they are of --model {latents.chain['model']}" if "model" in latents.chain else ""
+        wanted = f"of {checkpoint.name}, {checkpoint.shape}, are required"
+        raise ValueError(f"--latents {args.latents}: {wanted}, got {got}{whose}")
+    for name, given in {"model": checkpoint.name, "steps": args.steps, "spacing": args.spacing}.items():
+        theirs = latents.chain.get(name)
+        if theirs is not None and given not in (None, theirs):
+            say(f"deq-ddim: warning: the latents are of {name} {theirs}: with {given} they make other images")
+    kept = slice(args.count)
+    return Latents(latents.x_T[kept], latents.names[kept], latents.chain)
+
+
+def chain_spacing(args: Namespace, latents: Latents) -> str | None:
+    """Return the spacing that the user or the latents ask for, None for the schedule's own."""
+    return args.spacing or latents.chain.get("spacing")
+
+
+def _require_finite(x_0: Tensor, error: Tensor) -> None:
+    bad = int((error.isnan() | ~x_0.flatten(1).isfinite().all(1)).sum())
+    if bad:
+        are = f"{counted(len(x_0), 'image')} {'is' if bad == 1 else 'are'}"
+        raise ArithmeticError(f"{bad} of {are} not finite: the model returned NaN or infinity")
 
 
 def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> list[Sample]:
@@ -108,8 +145,8 @@ def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain:
     parts: list[Sample] = []
     for part in x_T.split(args.batch):
         out = sample(
-            checkpoint.model, part, chain, method, error=args.error, generator=generator, progress=True,
-            **options_of(checkpoint, chain, args.splitting),
+            checkpoint.model, part, chain, method, error=args.error, max_rounds=args.max_rounds, generator=generator,
+            progress=True, **options_of(checkpoint, chain, args.splitting),
         )  # fmt: skip
         if parts:  # only the first batch's is drawn
             out.trajectory = out.trajectory[:0]
@@ -119,51 +156,6 @@ def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain:
             floored = out.solution is not None and bool((out.solution.status == Status.STALLED).any())
             why = ": no less is possible in the network's precision" if floored else ""
             most = out.error.nan_to_num(0.0).max().item()
-            say(f"deq-ddim: warning: {missed} of {len(part)} images miss the error asked for, off by {most:.1e}{why}")
+            miss = f"{counted(len(part), 'image')} {'misses' if missed == 1 else 'miss'}"
+            say(f"deq-ddim: warning: {missed} of {miss} the error asked for, off by {most:.1e}{why}")
     return parts
-
-
-def run_fit(args: Namespace) -> dict[str, Any]:
-    """Train a denoiser, from where an earlier run stopped; return the summary."""
-    chosen = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "save_every": args.save_every}
-    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    options.update(seed=args.seed, resume=not args.restart, progress=True)
-    with writable(args.output, [WEIGHTS, CONFIG, IMAGES], replace=True) as folder:  # `fit` knows whose they are
-        images = None if args.data in recipes else image_folder(args.data, tuple(args.shape))
-        start = time.perf_counter()
-        try:
-            trained = recipes[args.data](folder, **options) if images is None else fit(images, folder, **options)
-        except KeyboardInterrupt:
-            saved = f"after {steps_saved(folder)} steps, saved in {folder}"
-            raise KeyboardInterrupt(f"{saved}: the same command goes on from there") from None
-        except ValueError as error:
-            raise ValueError(str(error).replace("pass resume=False to replace it", "--restart replaces it")) from error
-    return {
-        "command": "fit", "data": args.data, "steps": trained.training["steps_done"], "loss": trained.training["loss"],
-        "parameters": trained.training["parameters"], "seed": args.seed, "threads": torch.get_num_threads(),
-        "seconds": time.perf_counter() - start, "output": str(folder),
-    }  # fmt: skip
-
-
-def steps_saved(folder: Path) -> int:
-    """Return the number of training steps that the checkpoint in a folder has behind it, 0 without one."""
-    try:
-        return int(read_json(folder / CONFIG)["training"]["steps_done"])
-    except (OSError, KeyError, ValueError):
-        return 0
-
-
-def run_classifier(args: Namespace) -> dict[str, Any]:
-    """Train the classifier in whose features the report measures distances; return the summary."""
-    named: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion}
-    steps = args.steps or CLASSIFIER_STEPS.get(args.data, 1000)
-    with writable(args.output, [FEATURES_FILE], args.overwrite) as folder:
-        data = named[args.data]() if args.data in named else class_folder(args.data, tuple(args.shape))
-        start = time.perf_counter()
-        space = fit_classifier(data, steps=steps, seed=args.seed)
-        save_features(folder, space)
-    held_out = {"distance": space.distance(space.held_out), "images": len(space.held_out)}
-    return {
-        "command": "classifier", "data": args.data, "seed": args.seed, **space.record, "held_out": held_out,
-        "seconds": time.perf_counter() - start, "output": str(folder), "files": [FEATURES_FILE],
-    }  # fmt: skip

@@ -23,7 +23,7 @@ from . import pictures
 from .commands import load, noise, options_of, splitting_of
 from .inversion import inverter_of, reconstruct
 from .machine import cores, device_of, threads
-from .output import finite, say, writable
+from .output import counted, finite, say, writable
 from .timing import compare, relative_errors, thread_counts
 
 MODELS = ("digits", "fashion")
@@ -87,11 +87,11 @@ def _demonstrate(args: Namespace, checkpoint: Checkpoint, folder: Path, device: 
     parallel(x_T[:1])  # loads and warms what the first call needs
     say(f"{name}: one image at a time, T = {len(chain)}")
     single, _, _ = compare(sequential, parallel, [x_T[i : i + 1] for i in range(min(REPEATS, len(x_T)))], counts, 3)
-    say(f"{name}: {len(x_T)} images at once")
+    say(f"{name}: {counted(len(x_T), 'image')} at once")
     batch, expected, found = compare(sequential, parallel, [x_T] * REPEATS_BATCH, counts, 1)
     with threads(batch["parallel"]["threads"]):
         files = _draw_sampling(folder, checkpoint, chain, x_T, expected, found)
-        say(f"{name}: inversion of {max(1, args.count // 2)} real images, T = {args.invert_steps}")
+        say(f"{name}: inversion of {counted(max(1, args.count // 2), 'real image')}, T = {args.invert_steps}")
         inversion, more = _invert_all(args, checkpoint, folder, batch)
     return {
         "model": name, "shape": list(checkpoint.shape), "steps": len(chain),
@@ -164,8 +164,9 @@ def _invert_all(
         status = [Status(k).name for k in found.status.tolist()]
         methods[method] = {
             "epochs": args.epochs if method in DESCENTS else None, "rounds": found.rounds,
-            "rows_per_image": found.evaluations.double().mean().item(), "loss_median": found.loss.median().item(),
-            "loss_max": found.loss.max().item(), "typicality_median": found.typicality.median().item(),
+            "evaluations_per_image": found.evaluations.double().mean().item(),
+            "loss_median": found.loss.median().item(), "loss_max": found.loss.max().item(),
+            "typicality_median": found.typicality.median().item(),
             "status": {name: status.count(name) for name in sorted(set(status))},
             "seconds": seconds, "threads": batch[side]["threads"],
         }  # fmt: skip
@@ -173,10 +174,11 @@ def _invert_all(
         rows[label] = reconstruct(checkpoint, found.x_T, chain)
         below[label] = [f"{loss:.1e}" for loss in found.loss.tolist()]
         if method in DESCENTS:
-            curves[f"{method}, {found.evaluations.double().mean().item():,.0f} rows per image"] = found.history
+            evaluations = found.evaluations.double().mean().item()
+            curves[f"{method}, {evaluations:,.0f} network evaluations per image"] = found.history
     title = f"{checkpoint.name}: real images, and sampled again from their latents, T = {len(chain)}"
     caption = "Below each image: sum of the squared differences from the real one."
-    pictures.draw_rows(folder / f"{checkpoint.name}-inversion.png", title, rows, below, caption=caption)
+    pictures.draw_rows(folder / f"{checkpoint.name}-inversion.png", title, rows, below, caption=caption, framed=True)
     pictures.draw_curves(
         folder / f"{checkpoint.name}-losses.png", f"{checkpoint.name}: inversion by descent, T = {len(chain)}", curves,
         "epoch", "loss, sum of squares over the pixels",

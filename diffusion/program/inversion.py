@@ -16,23 +16,26 @@ from pydeqsolve import Implicit, Phantom, Status
 
 from ..chain import Chain
 from ..inversion.descent import Descent, Epoch
-from ..invert import METHODS, NAMED, Inversion, invert
+from ..invert import NAMED, Inversion, invert
 from ..models.checkpoint import Checkpoint
 from ..models.files import fingerprint, write_json
 from ..sample import sample
 from ..training.data import picture_files, read_picture
 from . import pictures
 from .commands import load, options_of, splitting_of
+from .images import earlier_images, image_files, remove_images, write_images
+from .latents import names_of, numbered
 from .machine import device_of
-from .output import finite, say, writable
+from .output import counted, finite, say, writable
 from .record import SETTINGS, TENSORS, Record, under_way
 
 SHOWN = 16  # images in the picture of the reconstructions, at most
+LONGEST_NAME = 12  # letters of a name above an image
 GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}
 
 
-def read_images(path: str, shape: tuple[int, int, int], resize: bool, count: int) -> Tensor:
-    """Return the picture, or the first `count` of a folder in the order of their names, as (n, C, H, W) in [−1, 1].
+def read_images(path: str, shape: tuple[int, int, int], resize: bool, count: int) -> tuple[Tensor, list[str]]:
+    """Return the picture, or the first `count` of a folder in the order of their names: (n, C, H, W) in [−1, 1], names.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
@@ -43,44 +46,57 @@ def read_images(path: str, shape: tuple[int, int, int], resize: bool, count: int
     if not place.is_file() and not place.is_dir():
         raise ValueError(f"--images {path}: a picture or a folder is required")
     images = []
-    for file in [place] if place.is_file() else picture_files(place)[:count]:
+    files = [place] if place.is_file() else picture_files(place)[:count]
+    for file in files:
         image, found = read_picture(file, shape)
         if found != size and not resize:
             raise ValueError(
                 f"{file}: {size[0]}x{size[1]} pixels are required, got {found[0]}x{found[1]}; --resize cuts and scales"
             )
         images.append(image)
-    return torch.stack(images)
+    return torch.stack(images), names_of(files)
 
 
 def run_invert(args: Namespace) -> dict[str, Any]:
     """Find the latents of images, from where an earlier run stopped; return the summary."""
-    if args.method not in METHODS:
-        raise ValueError(f"--method: one of {', '.join(METHODS)} is required, got {args.method!r}")
     device = device_of(args.device)
     checkpoint = load(args.model, device)
     chain = checkpoint.schedule.chain(args.steps, args.spacing, eta=0.0)
-    if args.images is not None:
-        images = read_images(args.images, checkpoint.shape, args.resize, args.count)
-    elif checkpoint.images is not None:
-        images = checkpoint.images.cpu()
-    else:
-        raise ValueError(f"--images: a picture or a folder is required, since {checkpoint.name} comes without images")
-    images = images[: args.count]
+    images, names = _images(args, checkpoint)
     if args.pictures:
         pictures.require_matplotlib()
-    files = [TENSORS, SETTINGS, "reconstruction.png", "history.png"]
+    drawn = ["reconstruction.png", "history.png", *image_files(names)] if args.pictures else []
     own = args.restart or under_way(Path(args.output))
-    with writable(args.output, files, own, "--restart replaces it") as folder:
-        record = Record.open(folder, _settings(args, checkpoint, images, device), images, args.restart)
-        if record.done or record.state:
-            say(f"deq-ddim: goes on after {len(record)} of {len(images)} images and {record.epochs} epochs")
+    earlier = earlier_images(args.output, SETTINGS)
+    with writable(args.output, [TENSORS, SETTINGS, *drawn], own, "--restart replaces it") as folder:
+        settings = _settings(args, checkpoint, images, device)
+        record = Record.open(folder, settings, images, args.restart, names)
+        if len(record) == len(images):
+            say(f"deq-ddim: already done, nothing to compute: {folder} holds {counted(len(images), 'latent')}")
+        elif record.done or record.state:
+            say(f"deq-ddim: goes on after {_progress(record, images)}")
         try:
             record.run(images.to(device), args.batch, _inverter(args, checkpoint, chain))
         except KeyboardInterrupt:
-            saved = f"after {len(record)} of {len(images)} images and {record.epochs} epochs, saved in {folder}"
+            saved = f"after {_progress(record, images)}, saved in {folder}"
             raise KeyboardInterrupt(f"{saved}: the same command goes on from there") from None
-        return _write(args, checkpoint, chain, images, record)
+        summary = _write(args, checkpoint, chain, images, record)
+        remove_images(folder, earlier - set(summary["files"]))
+    return summary
+
+
+def _images(args: Namespace, checkpoint: Checkpoint) -> tuple[Tensor, list[str]]:
+    """The images to invert, and their names."""
+    if args.images is not None:
+        return read_images(args.images, checkpoint.shape, args.resize, args.count)
+    if checkpoint.images is None:
+        raise ValueError(f"--images: a picture or a folder is required, since {checkpoint.name} comes without images")
+    images = checkpoint.images[: args.count].cpu()
+    return images, numbered(len(images))
+
+
+def _progress(record: Record, images: Tensor) -> str:
+    return f"{len(record)} of {counted(len(images), 'image')} and {counted(record.epochs, 'epoch')}"
 
 
 def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device) -> dict[str, Any]:
@@ -93,6 +109,7 @@ def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: t
         "method": args.method, "steps": args.steps,
         "spacing": args.spacing or getattr(checkpoint.schedule, "spacing", None),
         "splitting": splitting_of(checkpoint, args.splitting), "batch": args.batch, "device": device.type,
+        "error": args.error, "max_rounds": args.max_rounds,
         "epochs": None if descent is None else descent.epochs, "lr": None if descent is None else descent.rate,
         "seed": None if descent is None else args.seed,
         "gradient": args.gradient if args.method == "deq" else None,
@@ -118,7 +135,8 @@ def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain) -> Callable
     ) -> Inversion:
         return invert(
             checkpoint.model, images, chain, method, generator=torch.Generator().manual_seed(args.seed + number),
-            state=state, callback=callback, progress=True, **options_of(checkpoint, chain, args.splitting),
+            error=args.error, max_rounds=args.max_rounds, state=state, callback=callback, progress=True,
+            **options_of(checkpoint, chain, args.splitting),
         )  # fmt: skip
 
     return invert_batch
@@ -134,26 +152,42 @@ def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor
     """Write pictures and summary; return the summary."""
     done, folder = record.done, record.folder
     summary: dict[str, Any] = {
-        "command": "invert", "settings": record.settings, "complete": True, "threads": torch.get_num_threads(),
+        "command": "invert", "settings": record.settings, "complete": True, "names": record.names,
+        "threads": torch.get_num_threads(),
         "loss_median": done["loss"].median().item(), "loss_max": done["loss"].max().item(),
-        "rounds": int(done["rounds"].max()), "rows_per_image": done["evaluations"].double().mean().item(),
+        "rounds": int(done["rounds"].max()), "evaluations_per_image": done["evaluations"].double().mean().item(),
         "loss": done["loss"].tolist(), "status": [Status(k).name for k in done["status"].tolist()],
         "typicality": done["typicality"].tolist(), "seconds": record.seconds,
         "output": str(folder), "files": [TENSORS, SETTINGS],
     }  # fmt: skip
     failed = len(images) - summary["status"].count("CONVERGED")
     if args.method == "exact" and failed:
-        say(f"deq-ddim: warning: {failed} of {len(images)} images missed the error asked for, see their loss")
+        missed = f"{failed} of {counted(len(images), 'image')}"
+        say(f"deq-ddim: warning: {missed} missed the error asked for, see their loss")
     if args.pictures:
-        title = f"{checkpoint.name}: inversion by {args.method}, T = {len(chain)}"
-        shown = reconstruct(checkpoint, done["x_T"][:SHOWN], chain)
-        losses = [f"{loss:.1e}" for loss in done["loss"][:SHOWN].tolist()]
-        rows = {"real image": images[:SHOWN], "latent x_T": done["x_T"][:SHOWN] / 2, "sampled\nfrom it": shown}
-        pictures.draw_rows(folder / "reconstruction.png", title, rows, {"sampled\nfrom it": losses})
-        summary["files"] += ["reconstruction.png"]
-        if done["history"].shape[1]:
-            what = ("epoch", "loss") if isinstance(NAMED[args.method], Descent) else ("round", "residual")
-            pictures.draw_curves(folder / "history.png", title, {args.method: done["history"].T}, *what)
-            summary["files"] += ["history.png"]
+        summary["files"] += _draw(checkpoint, chain, images, record)
     write_json(folder / SETTINGS, finite(summary))
     return summary
+
+
+def _draw(checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record) -> list[str]:
+    """Write the pictures; return their names."""
+    done, folder, method = record.done, record.folder, record.settings["method"]
+    title = f"{checkpoint.name}: inversion by {method}, T = {len(chain)}"
+    x_0 = reconstruct(checkpoint, done["x_T"], chain)
+    losses = [f"{loss:.1e}" for loss in done["loss"][:SHOWN].tolist()]
+    rows = {
+        "real image": images[:SHOWN], "latent x_T": done["x_T"][:SHOWN] / 2, "sampled\nfrom it": x_0[:SHOWN],
+    }  # fmt: skip
+    above = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in record.names[:SHOWN]]
+    pictures.draw_rows(
+        folder / "reconstruction.png", title, rows, {"sampled\nfrom it": losses}, above,
+        "Below: sum of the squared differences from the real image.", framed=True,
+    )  # fmt: skip
+    write_images(folder, x_0, record.names)
+    files = ["reconstruction.png", *image_files(record.names)]
+    if done["history"].shape[1]:
+        what = ("epoch", "loss") if isinstance(NAMED[method], Descent) else ("round", "residual")
+        pictures.draw_curves(folder / "history.png", title, {method: done["history"].T}, *what)
+        files.append("history.png")
+    return files

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-OK, MISUSED = 0, 2  # exit codes
+from .parser import Completion, Parser, Version, positive, share, whole
 
 DESCRIPTION = """\
 Samples images from a diffusion model with all time steps of the DDIM chain in parallel, and finds
@@ -18,7 +16,8 @@ examples:
   deq-ddim demo                                    both shipped models, pictures and a table, in a few minutes
   deq-ddim sample --model digits --count 16        16 images in parallel over time, into sample-output/
   deq-ddim invert --model fashion --method exact   latents of the shipped test images, into invert-output/
-  deq-ddim fit --data digits --output my-digits    trains a model; then: deq-ddim sample --model my-digits
+  deq-ddim edit --latents invert-output --between 1 2   latents on the way from one image to another
+  deq-ddim fit --data photos/ -o my-model          trains a model; then: deq-ddim sample --model my-model
   deq-ddim report                                  the paper's figures and tables, into report-output/report.html
   deq-ddim classifier --data digits                trains the classifier in whose features the report measures
   deq-ddim doctor                                  versions, native module, devices, threads, and what to change
@@ -27,57 +26,18 @@ An interrupted invert, fit or report goes on when the same command is given agai
 exit codes: 0 done, 1 the work failed, 2 wrong options or input, 130 interrupted (Ctrl-C)"""
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"deq-ddim: error: {message} (see {self.prog} --help)\n")
-        raise SystemExit(MISUSED)
-
-
-class Version(argparse.Action):
-    """Prints the version, which is only looked up then: that imports torch."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(nargs=0, help="print the version and exit", **options)
-
-    def __call__(self, *_: object) -> NoReturn:
-        from pydeqsolve import __version__
-
-        print(f"deq-ddim {__version__}")
-        raise SystemExit(OK)
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """Return a reader of integers from `least` to 2^62."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if not least <= value <= 2**62:
-            raise argparse.ArgumentTypeError(f"an integer of at least {least} is required, got {text}")
-        return value
-
-    return integer
-
-
-def positive(text: str) -> float:
-    """Return the positive number that a text says."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a positive number is required, got {text}")
-    return value
-
-
 def build_parser() -> Parser:
     """Return the parser of all commands."""
     layout = argparse.RawTextHelpFormatter
     parser = Parser(prog="deq-ddim", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
     parser.add_argument("--version", action=Version)
+    parser.add_argument("--completion", action=Completion)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_demo(_command(commands, "demo", "sample and invert with both shipped models, compare, draw"))
     _add_sample(_command(commands, "sample", "make images, all time steps in parallel or one after the other"))
     _add_invert(_command(commands, "invert", "find the latents that real images come from"))
-    _add_fit(_command(commands, "fit", "train a model"))
+    _add_edit(_command(commands, "edit", "change latents: walk from one to another, or vary each"))
+    _add_fit(_command(commands, "fit", "train a model on pictures of your own, or on the shipped data"))
     _add_report(_command(commands, "report", "measure the paper's figures and tables anew, as one HTML page"))
     _add_classifier(_command(commands, "classifier", "train the classifier in whose features the report measures"))
     _command(commands, "doctor", "say what is installed and what to change", writes=False)
@@ -91,9 +51,9 @@ def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> arg
     )
     add = command.add_argument
     if writes:
-        add("--output", default=f"{name}-output", metavar="FOLDER", help="where files go (default %(default)s)")
+        add("-o", "--output", default=f"{name}-output", metavar="FOLDER", help="where files go (default %(default)s)")
         add("--seed", type=whole(0), default=0, help="of everything random (default 0)")
-    if name in ("demo", "sample", "classifier"):
+    if name in ("demo", "sample", "edit", "classifier"):
         add("--overwrite", action="store_true", help="replace what an earlier run left in the folder")
     add("--threads", type=whole(1), help="threads that torch uses (default: torch's own; demo measures which is best)")
     add("--json", action="store_true", help="print the summary as JSON on standard output, all else on standard error")
@@ -101,16 +61,16 @@ def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> arg
     return command
 
 
-def _add_chain(add: Callable[..., Any], steps: int) -> None:
+def _add_chain(add: Callable[..., Any], **steps: Any) -> None:
     add(
         "--model",
         default="digits",
         metavar="NAME",
         help="digits, fashion, or the folder of a checkpoint or of a pipeline of diffusers (default digits)",
     )
-    add("--steps", type=int, default=steps, help="T, the length of the chain (default %(default)s)")
+    add("--steps", type=int, **steps)
     add("--spacing", metavar="NAME", help="of the time steps: linspace, leading, trailing or quadratic "
-        "(default: the scheduler's in a folder of diffusers, else linspace)")  # fmt: skip
+        "(default: that of the latents, the scheduler's in a folder of diffusers, else linspace)")  # fmt: skip
     add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
         "(default: gaussian if the checkpoint carries mean and variance of its data, else v)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -128,30 +88,38 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
 
 
+def _add_rounds(add: Callable[..., Any]) -> None:
+    add("--max-rounds", type=whole(1), help="calls of the model one after the other, at most (default: no limit)")
+
+
 def _add_sample(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_chain(add, 100)
-    add("--count", type=whole(1), default=16, help="images (default 16)")
-    add(
-        "--method",
-        default="parallel",
-        metavar="NAME",
+    _add_chain(add, help="T, the length of the chain (default: that of the latents, else 100)")
+    add("--count", type=whole(1), help="images (default: all latents of a file, else 16)")
+    add("--latents", metavar="PATH", help="what invert, edit or sample wrote: its folder or its .safetensors file "
+        "(default: fresh latents, from the seed)")  # fmt: skip
+    add("--method", default="parallel", metavar="NAME",
+        choices=("parallel", "coarse-to-fine", "all-steps", "sequential", "auto"),
         help="sequential; all-steps, in every round, or coarse-to-fine; parallel, the better of these two; auto, the "
-        "fastest of all (default parallel)",
-    )
+        "fastest of all (default parallel)")  # fmt: skip
     add("--eta", type=float, help="share of fresh noise: 0 is DDIM, 1 DDPM (default: the scheduler's, else 0)")
     add("--window", type=whole(1), help="time steps evaluated at once, at most (default: all)")
     add("--error", type=positive, help="relative error allowed in the images (default 1e-3, more in 16 bits)")
+    _add_rounds(add)
     add("--batch", type=whole(1), default=16, help="images at a time (default 16)")
 
 
 def _add_invert(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_chain(add, 50)
+    _add_chain(add, default=50, help="T, the length of the chain (default 50)")
     add("--images", metavar="PATH", help="a picture or a folder of pictures (default: test images of the model)")
     add("--count", type=whole(1), default=8, help="images, at most (default 8)")
     add("--resize", action="store_true", help="cut and scale pictures of another size")
-    add("--method", default="exact", metavar="NAME", help="ddim, naive, deq or exact (default exact)")
+    add("--method", default="exact", choices=("ddim", "naive", "deq", "exact"), metavar="NAME",
+        help="ddim, naive, deq or exact (default exact)")  # fmt: skip
+    add("--error", type=positive, help="difference per pixel, root mean square, at which exact is content "
+        "(default 5e-6 for a network in float32)")  # fmt: skip
+    _add_rounds(add)
     add("--epochs", type=whole(1), help="of naive and deq (default 400)")
     add("--lr", type=positive, help="learning rate of naive and deq (default 0.3 and 0.1)")
     add("--gradient", choices=("phantom", "implicit"), default="phantom", help="of deq (default phantom)")
@@ -159,10 +127,22 @@ def _add_invert(command: argparse.ArgumentParser) -> None:
     add("--restart", action="store_true", help="start again, whatever the folder holds")
 
 
+def _add_edit(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--latents", required=True, metavar="PATH", help="what invert, edit or sample wrote: its folder or file")
+    how = command.add_mutually_exclusive_group(required=True)
+    how.add_argument("--between", nargs=2, metavar=("A", "B"),
+        help="walk from one to the other on the sphere; each by its number or its name (default: none)")  # fmt: skip
+    how.add_argument("--vary", type=share, metavar="SHARE",
+        help="turn each by this share of the way to a fresh latent, such as 0.2 (default: none)")  # fmt: skip
+    add("--count", type=whole(1), help="latents on the way, or variants of each (default 7, or 4)")
+
+
 def _add_data(add: Callable[..., Any], holding: str) -> None:
     add("--data", required=True, metavar="NAME", help=f"digits, fashion, or a folder of {holding}")
-    add("--shape", type=whole(1), nargs=3, default=(1, 28, 28), metavar=("C", "H", "W"),
-        help="what pictures of a folder are cut and scaled to (default 1 28 28)")  # fmt: skip
+    add("--shape", type=whole(1), nargs=3, metavar=("C", "H", "W"),
+        help="what pictures of a folder are cut and scaled to (default: their own)")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
 
 
 def _add_fit(command: argparse.ArgumentParser) -> None:
@@ -172,6 +152,8 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     add("--lr", type=positive, help="largest learning rate (default 0.0015)")
     add("--batch", type=whole(1), help="images per step (default 64)")
     add("--save-every", type=whole(1), help="steps between two saves (default 1000)")
+    add("--distance", type=whole(0), default=256, metavar="COUNT",
+        help="images sampled in the end, to measure their Fréchet distance; 0: none (default 256)")  # fmt: skip
     add("--restart", action="store_true", help="start again, whatever the folder holds")
 
 

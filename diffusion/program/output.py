@@ -17,10 +17,17 @@ FILE_SUFFIXES = {
     ".bin", ".npy", ".npz", ".zip", ".gz", ".tar",
 }  # fmt: skip
 
+NAMED = 4  # files in a message, at most
+
 
 def say(line: str) -> None:
     """Print a line on standard error; standard output is for results."""
     print(line, file=sys.stderr, flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, which has an s unless there is one: "1 image", "1,200 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def require(module: str, purpose: str, extra: str) -> None:
@@ -68,7 +75,8 @@ def writable(
         if (folder / name).is_dir():
             raise ValueError(f"--output {folder}: {name} is the name of a file to write, but a folder is there")
     if taken and not replace:
-        raise ValueError(f"--output {folder}: holds {', '.join(taken)} already; {remedy}")
+        more = f" and {len(taken) - NAMED} more" if len(taken) > NAMED else ""
+        raise ValueError(f"--output {folder}: holds {', '.join(taken[:NAMED])}{more} already; {remedy}")
     try:
         yield folder
     except BaseException:

@@ -23,6 +23,7 @@ TILE = 64  # pixels of the picture that an image takes, about
 GAP, MARGIN, TEXT, TITLE = 4, 16, 18, 30  # pixels
 HEADING: dict[str, Any] = {"size": 12, "weight": "bold"}
 FAINT = "#555"
+FRAME = 0.75  # grey of the line around an image
 SMALL: dict[str, Any] = {"size": 8, "align": "center", "color": FAINT}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by the colour-blind (Okabe and Ito)
 
@@ -135,7 +136,7 @@ def magnified(difference: Tensor) -> tuple[int, Tensor]:
 
 def draw_rows(
     path: Path, title: str, rows: Mapping[str, Tensor], below: Mapping[str, Sequence[str]] | None = None,
-    above: Sequence[str] = (), caption: str = "",
+    above: Sequence[str] = (), caption: str = "", framed: bool = False,
 ) -> None:  # fmt: skip
     """Write rows of images, each with its label on the left.
 
@@ -145,12 +146,13 @@ def draw_rows(
         rows: images (n, C, h, w) in [−1, 1], by label; a label may have several lines.
         below: for some rows, by label, a text under each image.
         above: text over each column.
+        framed: draw a line around each image, which may be white.
     """
     below = below or {}
     count, *shape = next(iter(rows.values())).shape
     scale = scale_of(shape)
     texts = [*above, *(text for row in below.values() for text in row)]
-    pitch = max(shape[2] * scale, *(text_width(text, **SMALL) for text in texts)) + GAP
+    pitch = max([shape[2] * scale, *(text_width(text, **SMALL) for text in texts)]) + GAP
     left = MARGIN + max(text_width(line) for label in rows for line in label.split("\n")) + 2 * GAP
     heights = [shape[1] * scale + (TEXT if label in below else 0) + GAP for label in rows]
     y = MARGIN + TITLE + (TEXT if above else 0)
@@ -165,6 +167,8 @@ def draw_rows(
     for (label, images), height in zip(rows.items(), heights, strict=True):
         sheet.text(MARGIN, y + shape[1] * scale / 2, label)
         for x, image in zip(corners, images, strict=True):
+            if framed:
+                sheet.image(x - 1, y - 1, np.full((shape[1] * scale + 2, shape[2] * scale + 2, 3), FRAME))
             sheet.image(x, y, tile(image, scale))
         for middle, text in zip(middles, below.get(label, ()), strict=False):
             sheet.text(middle, y + shape[1] * scale + TEXT / 2, text, **SMALL)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,7 @@ class Record:
         state: of the batch under way, as `invert` takes it; empty between batches and for methods that have none.
         first: number of the first image of that batch.
         seconds: spent so far, over all runs.
+        names: of the images; a file says them for those who read it.
     """
 
     folder: Path
@@ -61,15 +62,19 @@ class Record:
     state: dict[str, Tensor] = field(default_factory=dict)
     first: int = 0
     seconds: float = 0.0
+    names: Sequence[str] = ()
 
     @staticmethod
-    def open(folder: Path, settings: dict[str, Any], images: Tensor, restart: bool = False) -> Record:
+    def open(
+        folder: Path, settings: dict[str, Any], images: Tensor, restart: bool = False, names: Sequence[str] = ()
+    ) -> Record:
         """Return the record in a folder, or a new one if there is none or `restart` is asked for.
 
         Args:
             folder, settings: as above.
             images: (n, C, h, w) that are inverted.
             restart: whatever the folder holds.
+            names: of the images.
 
         Raises:
             ValueError: the folder's record is of other settings, its file is cut short, or a part of it is missing,
@@ -78,13 +83,13 @@ class Record:
         settings = json.loads(json.dumps(settings))
         path = folder / TENSORS
         if restart or not os.path.lexists(path):
-            return Record(folder, settings)
+            return Record(folder, settings, names=names)
         try:
             stored, header = read_header(path)
             saved, first, seconds = _read_header(header)
-            names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
-            if names:
-                was = ", ".join(f"{name} = {saved.get(name)!r} there, {settings.get(name)!r} here" for name in names)
+            others = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+            if others:
+                was = ", ".join(f"{name} = {saved.get(name)!r} there, {settings.get(name)!r} here" for name in others)
                 raise ValueError(f"{folder} holds an inversion with other settings: {was}")
             check_parts(stored, _required(stored, images), path)
             tensors, _ = read_tensors(path)
@@ -98,7 +103,7 @@ class Record:
                 "" if str(error).startswith((str(path), str(folder))) else f"{path}: not the record of an inversion: "
             )
             raise ValueError(f"{where}{error}; --restart replaces it") from error
-        return Record(folder, settings, parts["done"], parts["state"], first, seconds)
+        return Record(folder, settings, parts["done"], parts["state"], first, seconds, names)
 
     def __len__(self) -> int:
         return len(self.done["loss"]) if self.done else 0
@@ -112,6 +117,7 @@ class Record:
         """Replace the folder's record by this one."""
         tensors = {f"{part}.{name}": value for part in ("done", "state") for name, value in getattr(self, part).items()}
         header = {"settings": json.dumps(self.settings), "first": str(self.first), "seconds": repr(self.seconds)}
+        header["names"] = json.dumps(list(self.names))
         write_tensors(self.folder / TENSORS, {name: value.cpu() for name, value in tensors.items()}, header)
 
     def add(self, inversion: Inversion) -> None:

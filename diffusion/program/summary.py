@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
+
+from .output import counted
 
 HEADER = "{:<10} {:<11} {:>8} {:>11} {:>10} {:>8}"
 SAMPLING = "{:<10} {:<11} {:>8g} {:>11,.0f} {:>10.3f} {:>8d}"
@@ -13,7 +16,7 @@ INVERSION = "{:<10} {:>7} {:>7,d} {:>11,.0f} {:>12.1e} {:>10.1e} {:>9.1f} {:>8d}
 def table(summary: dict[str, Any]) -> str:
     """Return the summary of a command, several lines."""
     kinds = {
-        "demo": _demo, "sample": _sample, "invert": _invert, "fit": _fit, "report": _report,
+        "demo": _demo, "sample": _sample, "invert": _invert, "edit": _edit, "fit": _fit, "report": _report,
         "classifier": _classifier, "doctor": _doctor,
     }  # fmt: skip
     return "\n".join(kinds[summary["command"]](summary))
@@ -21,34 +24,58 @@ def table(summary: dict[str, Any]) -> str:
 
 def _sample(s: dict[str, Any]) -> list[str]:
     return [
-        f"{s['images']} images from {s['model']}, T = {s['steps']}, {s['method']}, seed {s['seed']}",
-        f"{s['rounds']} rounds, {s['rows_per_image']:,.0f} model rows per image, {s['seconds']:.2f} s, "
-        f"{s['converged']} of {s['images']} converged",
+        f"{counted(s['images'], 'image')} from {s['model']}, T = {s['steps']}, {s['method']}, seed {s['seed']}",
+        f"{_cost(s)}, {s['converged']} of {s['images']} converged",
         _files(s),
     ]
+
+
+def _cost(s: dict[str, Any]) -> str:
+    evaluations = f"{s['evaluations_per_image']:,.0f} network evaluations per image"
+    return f"{counted(s['rounds'], 'round')}, {evaluations}, {s['seconds']:.2f} s"
 
 
 def _invert(s: dict[str, Any]) -> list[str]:
     settings = s["settings"]
     exact = settings["method"] == "exact"  # the others do not aim at a tolerance
+    wide = max([5, *(len(name) for name in s["names"])])
     lines = [
-        f"{len(s['loss'])} images, {settings['model']}, T = {settings['steps']}, {settings['method']}",
-        f"{s['rounds']} rounds, {s['rows_per_image']:,.0f} model rows per image, {s['seconds']:.2f} s",
-        f"image         loss   |x_T|²/D{'   status' if exact else ''}",
+        f"{counted(len(s['loss']), 'image')}, {settings['model']}, T = {settings['steps']}, {settings['method']}",
+        _cost(s),
+        f"{'image':<{wide}}         loss   |x_T|²/D{'   status' if exact else ''}",
     ]
-    columns = zip(s["loss"], s["typicality"], s["status"], strict=True)
+    columns = zip(s["names"], s["loss"], s["typicality"], s["status"], strict=True)
     lines += [
-        f"{i:>5} {loss:>12.3e} {size:>10.3f}{f'   {status}' * exact}"
-        for i, (loss, size, status) in enumerate(columns, 1)
+        f"{name:<{wide}} {loss:>12.3e} {size:>10.3f}{f'   {status}' * exact}" for name, loss, size, status in columns
     ]
-    return [*lines, _files(s)]
+    again = f"deq-ddim sample --model {settings['model']} --latents {s['output']}"
+    edit = f"deq-ddim edit --latents {s['output']} --between 1 {len(s['names'])}"
+    return [*lines, _files(s), f"next: {edit if len(s['names']) > 1 else again}"]
+
+
+def _edit(s: dict[str, Any]) -> list[str]:
+    return [
+        f"{counted(s['latents'], 'latent')}: {s['names'][0]} … {s['names'][-1]}",
+        f"next: deq-ddim sample --model {s['chain'].get('model', 'NAME')} --latents {s['output']}",
+    ]
 
 
 def _fit(s: dict[str, Any]) -> list[str]:
-    return [
-        f"{s['data']}: {s['steps']} steps, {s['parameters']:,} parameters, loss {s['loss']:.4f}, {s['seconds']:.0f} s",
-        f"next: deq-ddim sample --model {s['output']}",
+    size = "x".join(map(str, s["shape"]))
+    lines = [
+        f"{s['data']}: {size}, {counted(s['steps'], 'step')}, {s['parameters']:,} parameters, loss {s['loss']:.4f}, "
+        f"{s['seconds']:.0f} s"
     ]
+    distance = s["distance"]
+    if distance:
+        real = (
+            f"; of {distance['real_images']} real ones {distance['real']:.3g}" if distance["real"] is not None else ""
+        )
+        lines.append(
+            f"Fréchet distance of {distance['images']} sampled images from the training images: "
+            f"{distance['sampled']:.3g} ± {distance['error']:.1g}{real} (in features of its own: no FID)"
+        )
+    return [*lines, f"next: deq-ddim sample --model {s['output']}"]
 
 
 def _demo(s: dict[str, Any]) -> list[str]:
@@ -62,14 +89,14 @@ def _sampling(m: dict[str, Any]) -> list[str]:
     size = "x".join(map(str, m["shape"][1:]))
     lines = [
         f"{m['model']} {size}: sampling, T = {m['steps']}, {m['splitting']} splitting",
-        HEADER.format("images", "method", "rounds", "rows/image", "seconds", "threads"),
+        HEADER.format("images", "method", "rounds", "evals/image", "seconds", "threads"),
     ]
     for timing in (m["single"], m["batch"]):
         for side in ("sequential", "parallel"):
             t = timing[side]
             line = SAMPLING.format(
-                timing["images"] if side == "sequential" else "", side, t["rounds"], t["rows_per_image"], t["seconds"],
-                t["threads"],
+                timing["images"] if side == "sequential" else "", side, t["rounds"], t["evaluations_per_image"],
+                t["seconds"], t["threads"],
             )  # fmt: skip
             lines.append(f"{line}   {_ratio(timing['speedup'])}" if side == "parallel" else line)
     verdict = "agrees" if m["agrees"] else "DISAGREES"
@@ -77,7 +104,7 @@ def _sampling(m: dict[str, Any]) -> list[str]:
     return [
         *lines,
         f"parallel {verdict} with sequential: relative error of the images at most {worst:.1e}",
-        "threads: each side at the count that was fastest; seconds: medians",
+        "evals/image: network evaluations; threads: each side at the count that was fastest; seconds: medians",
     ]
 
 
@@ -90,13 +117,13 @@ def _inversion(m: dict[str, Any]) -> list[str]:
     lines = [
         f"{m['model']}: inversion of {inversion['images']} real images, T = {inversion['steps']}, lr {inversion['lr']}",
         INVERSION_HEADER.format(
-            "method", "epochs", "rounds", "rows/image", "loss, median", "worst", "seconds", "threads"
+            "method", "epochs", "rounds", "evals/image", "loss, median", "worst", "seconds", "threads"
         ),
     ]
     for method, r in inversion["methods"].items():
         lines.append(
             INVERSION.format(
-                method, r["epochs"] or "-", r["rounds"], r["rows_per_image"], r["loss_median"], r["loss_max"],
+                method, r["epochs"] or "-", r["rounds"], r["evaluations_per_image"], r["loss_median"], r["loss_max"],
                 r["seconds"], r["threads"],
             )
         )  # fmt: skip
@@ -104,7 +131,10 @@ def _inversion(m: dict[str, Any]) -> list[str]:
 
 
 def _files(s: dict[str, Any]) -> str:
-    return f"in {s['output']}: {', '.join(s['files'])}"
+    folders = Counter(file.rpartition("/")[0] for file in s["files"] if "/" in file)
+    names = [file for file in s["files"] if "/" not in file]
+    names += [f"{name}/ ({counted(number, 'file')})" for name, number in folders.items()]
+    return f"in {s['output']}: {', '.join(names)}"
 
 
 def _report(s: dict[str, Any]) -> list[str]:

@@ -64,7 +64,7 @@ def measure(
     for name, made in outs.items():
         result[name]["seconds"] = statistics.median(seconds[name])
         result[name]["rounds"] = statistics.median(out.rounds for out in made)
-        result[name]["rows_per_image"] = statistics.mean(out.evaluations.double().mean().item() for out in made)
+        result[name]["evaluations_per_image"] = statistics.mean(out.evaluations.double().mean().item() for out in made)
     return result, outs
 
 

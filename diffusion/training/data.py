@@ -151,7 +151,7 @@ def read_picture(file: Path, shape: tuple[int, int, int]) -> tuple[Tensor, tuple
     """Return a picture as (C, H, W) float32 in [−1, 1], and its own (width, height).
 
     It is turned as its EXIF record says, cut to the largest centred rectangle of the wanted proportions, then resized.
-    What is transparent becomes white; 16 bits per pixel become 8; palettes and CMYK become colours; of several frames
+    What is transparent becomes grey; 16 bits per pixel become 8; palettes and CMYK become colours; of several frames
     the first is taken.
 
     Args:
@@ -209,7 +209,7 @@ def _fitted(picture: Any, channels: int, width: int, height: int) -> np.ndarray:
         picture = Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (128, 128, 128, 255)), picture)
     return np.array(ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height)), dtype=np.float32)
 
 

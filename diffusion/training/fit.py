@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .data import Dataset, digits, fashion
 from .run import Run
 
 KEPT = 32  # images that were not trained on, beside a checkpoint
+LOSS_SHOWN = 50  # steps from one loss in the bar to the next
 
 
 def fit(
@@ -34,6 +35,7 @@ def fit(
     save_every: int = 1000,
     prediction: str = "epsilon",
     dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
     progress: bool = False,
     callback: Callable[[int, float], Any] | None = None,
 ) -> Checkpoint:
@@ -59,7 +61,8 @@ def fit(
         save_every: steps between two saves.
         prediction: what the model learns to return: "epsilon", "v" (√ᾱ ε − √(1−ᾱ) x_0) or "sample" (x_0).
         dtype: type of the weights on disk; None: as trained.
-        progress: show a bar on stderr (tqdm), if that is a terminal.
+        device: where the model is moved before, and trained; None: where it is.
+        progress: show a bar with the loss on stderr (tqdm), if that is a terminal.
         callback: callback(step, loss) after each step; a true return saves and ends the run for now. Reading the
             loss waits for the device.
 
@@ -80,6 +83,7 @@ def fit(
             torch.manual_seed(seed)
             model = UNet((images.shape[1], images.shape[2], images.shape[3]), timesteps=len(schedule))
     _check_model(model, schedule)
+    model = model if device is None else model.to(device)
     settings = {
         "steps": steps, "batch": batch, "lr": lr, "ema": ema, "seed": seed, "prediction": prediction,
         "model": model.config, "schedule": schedule.to_config(),
@@ -104,7 +108,7 @@ def fit(
         add_statistics(folder, images)  # trained before checkpoints carried them
         return load_checkpoint(folder)
     try:
-        for step in _counter(run.step, steps, progress):
+        for step in _counter(run, steps, progress):
             loss = run.advance()
             stop = callback is not None and callback(step, loss.item())
             if stop:
@@ -119,14 +123,20 @@ def fit(
     return load_checkpoint(folder)
 
 
-def _counter(start: int, steps: int, progress: bool) -> Iterable[int]:
+def _counter(run: Run, steps: int, progress: bool) -> Iterator[int]:
+    """Numbers of the steps to do, with a bar that shows the running average of the loss."""
     if not progress:
-        return range(start, steps)
+        yield from range(run.step, steps)
+        return
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("progress=True shows the bar of tqdm: pip install tqdm") from error
-    return tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=None)
+    with tqdm(range(run.step, steps), initial=run.step, total=steps, unit="step", disable=None) as bar:
+        for step in bar:
+            if step % LOSS_SHOWN == 0 and not bar.disable:  # reading it waits for the device
+                bar.set_postfix_str(f"loss {run.loss.item():.4f}", refresh=False)
+            yield step
 
 
 def _check(

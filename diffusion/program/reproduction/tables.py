@@ -39,7 +39,8 @@ def table1(subject: Subject, threads: int | None, ledger: Ledger) -> dict[str, A
         rows.append({
             "method": way, "images": plan.samples, **_distance(subject, part.tensors["features"]),
             "seconds": times[way]["seconds"], "threads": times[way]["threads"], "rounds": times[way]["rounds"],
-            "rows_per_image": part.facts["rows_per_image"], "batch_seconds": part.facts["seconds"] / plan.samples,
+            "evaluations_per_image": part.facts["evaluations_per_image"],
+            "batch_seconds": part.facts["seconds"] / plan.samples,
             "error_max": relative_errors(part.tensors["x_0"], expected).max().item() if "DDIM" in way else None,
         })  # fmt: skip
     held_out = subject.space.held_out[: plan.samples]
@@ -75,7 +76,7 @@ def _samples(subject: Subject, steps: int, way: str, ledger: Ledger) -> Measurem
 
         def one_batch(number: int = number, count: int = count) -> Measurement:
             seconds, out = timed(subject.sampler(steps, method, eta, number), subject.latents(number, count))
-            facts = {"seconds": seconds, "rows_per_image": out.evaluations.double().mean().item()}
+            facts = {"seconds": seconds, "evaluations_per_image": out.evaluations.double().mean().item()}
             return Measurement(facts, {"x_0": out.x_0, "features": subject.space.of(out.x_0.cpu())})
 
         settings = {**subject.identity, "steps": steps, "way": way, "number": number, "count": count}
@@ -83,9 +84,9 @@ def _samples(subject: Subject, steps: int, way: str, ledger: Ledger) -> Measurem
             ledger.once(f"{subject.name}-samples-T{steps}-{way.replace(' ', '-')}-{number}", settings, one_batch)
         )
     weights = torch.tensor([float(len(part.tensors["x_0"])) for part in parts])
-    rows = torch.tensor([part.facts["rows_per_image"] for part in parts])
+    rows = torch.tensor([part.facts["evaluations_per_image"] for part in parts])
     facts = {
-        "rows_per_image": (weights * rows).sum().item() / weights.sum().item(),
+        "evaluations_per_image": (weights * rows).sum().item() / weights.sum().item(),
         "seconds": sum(part.facts["seconds"] for part in parts),
     }
     return Measurement(facts, {key: torch.cat([part.tensors[key] for part in parts]) for key in ("x_0", "features")})
@@ -137,7 +138,8 @@ def _row(subject: Subject, steps: int, method: str, record: Record) -> dict[str,
         "epochs": subject.plan.epochs if method in DESCENTS else None,
         "loss_mean": loss.mean().item(), "loss_sd": loss.std().item() if len(loss) > 1 else 0.0,
         "loss_median": loss.median().item(), "loss_max": loss.max().item(),
-        "seconds": record.seconds / len(loss), "rows_per_image": record.done["evaluations"].double().mean().item(),
+        "seconds": record.seconds / len(loss),
+        "evaluations_per_image": record.done["evaluations"].double().mean().item(),
         "rounds": int(record.done["rounds"].max()),
         "converged": int((status == int(Status.CONVERGED)).sum()) if method == "exact" else None,
     }  # fmt: skip

@@ -1,0 +1,80 @@
+"""What the command `edit` does, once its options are read; it returns its summary."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.files import write_json
+from .latents import LATENTS, Latents, numbered, read_latents, write_latents
+from .output import writable
+
+COUNT = {"between": 7, "vary": 4}  # latents that are made, unless the user says how many
+
+
+def spherical(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    """Return the latents (k, …) at shares s (k,) of the way from a to b: directions on the sphere, lengths in between.
+
+    Direction: sin((1−s) θ)/sin θ a/|a| + sin(s θ)/sin θ b/|b|, θ the angle between (Shoemake 1985). A straight line
+    would pass through latents that are shorter than the model ever sees, and make bland images.
+    """
+    lengths = a.norm(), b.norm()
+    u, v = a / lengths[0], b / lengths[1]
+    angle = (u * v).sum().clamp(-1 + 1e-6, 1 - 1e-6).acos()
+    s = s.to(a.dtype).reshape(-1, *[1] * a.dim())
+    direction = (((1 - s) * angle).sin() * u + (s * angle).sin() * v) / angle.sin()
+    return direction * torch.lerp(*lengths, s)
+
+
+def run_edit(args: Namespace) -> dict[str, Any]:
+    """Make new latents of those that were found, and write them; return the summary."""
+    latents = read_latents(args.latents)
+    operation = "between" if args.between else "vary"
+    count = args.count or COUNT[operation]
+    if args.between:
+        first, last = (_find(latents, word) for word in args.between)
+        edited = _walk(latents, first, last, count)
+    else:
+        edited = _variants(latents, args.vary, count, args.seed)
+    with writable(args.output, [LATENTS, "summary.json"], args.overwrite) as folder:
+        summary = {
+            "command": "edit", "operation": operation, "from": args.latents, "latents": len(edited.x_T),
+            "names": edited.names, "chain": edited.chain, "seed": args.seed, "output": str(folder),
+            "files": [LATENTS, "summary.json"],
+        }  # fmt: skip
+        write_latents(folder / LATENTS, edited)
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _find(latents: Latents, word: str) -> int:
+    """The position of the latent that the user names, or gives the number of."""
+    if word in latents.names:
+        return latents.names.index(word)
+    if word.isdecimal() and 1 <= int(word) <= len(latents.names):
+        return int(word) - 1
+    known = ", ".join(latents.names[:8]) + (", …" if len(latents.names) > 8 else "")
+    raise ValueError(f"--between {word}: a number from 1 to {len(latents.names)} is required, or one of {known}")
+
+
+def _walk(latents: Latents, first: int, last: int, count: int) -> Latents:
+    """The way from one latent to another, both included."""
+    if count < 2:
+        raise ValueError(f"--count: at least 2, both ends, is required, got {count}")
+    x_T = spherical(latents.x_T[first], latents.x_T[last], torch.linspace(0, 1, count))
+    a, b = latents.names[first], latents.names[last]
+    return Latents(x_T, [f"{a}-{b}-{number}" for number in numbered(count)], latents.chain)
+
+
+def _variants(latents: Latents, amount: float, count: int, seed: int) -> Latents:
+    """`count` neighbours of each latent, each this share of the way to a fresh one."""
+    generator = torch.Generator().manual_seed(seed)
+    made, names = [], []
+    for x_T, name in zip(latents.x_T, latents.names, strict=True):
+        fresh = torch.randn(count, *x_T.shape, generator=generator).to(x_T)
+        made += [spherical(x_T, noise, torch.tensor([amount]))[0] for noise in fresh]
+        names += [f"{name}-{number}" for number in numbered(count)]
+    return Latents(torch.stack(made), names, latents.chain)

@@ -1,0 +1,47 @@
+"""Images as PNG files of their own size, one each, under their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..models.files import read_json, replacing
+
+IMAGES = "images"  # folder within that of a command
+
+
+def image_files(names: Sequence[str]) -> list[str]:
+    """Return the files of images with these names, within a command's folder."""
+    safe = [re.sub(r"[^\w.+-]+", "-", name) for name in names]
+    return [f"{IMAGES}/{name}.png" for name in safe]
+
+
+def write_images(folder: Path, images: Tensor, names: Sequence[str]) -> None:
+    """Write images (n, C, H, W) in [−1, 1], of one channel as grey, of three or more the first three as colours."""
+    from PIL import Image  # comes with matplotlib
+
+    (folder / IMAGES).mkdir(exist_ok=True)
+    values = ((images.detach().cpu().float().nan_to_num(0.0).clamp(-1, 1) + 1) * 127.5).round().byte()
+    for file, image in zip(image_files(names), values, strict=True):
+        pixels = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0]
+        with replacing(folder / file) as temporary:
+            Image.fromarray(pixels.contiguous().numpy()).save(temporary, format="PNG")
+
+
+def earlier_images(folder: str | Path, record: str) -> set[str]:
+    """Return the image files that the JSON file of an earlier run in a folder names."""
+    try:
+        files: Any = read_json(Path(folder) / record).get("files")
+    except (OSError, ValueError):
+        return set()
+    return {file for file in files or [] if re.fullmatch(rf"{IMAGES}/[^/]+\.png", str(file))}
+
+
+def remove_images(folder: Path, files: set[str]) -> None:
+    """Remove images of an earlier run that this one has not replaced."""
+    for file in files:
+        (folder / file).unlink(missing_ok=True)

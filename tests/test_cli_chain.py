@@ -1,0 +1,163 @@
+"""From pictures to latents, to edited latents, to images again; and what a folder says when all is there already."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from program import run, write_pictures
+from safetensors.torch import load_file, save_file
+
+from diffusion import load_checkpoint
+from diffusion.program.editing import spherical
+from diffusion.program.latents import names_of, read_latents
+
+CHAIN = ["--steps", 6, "--spacing", "quadratic"]
+
+
+@pytest.fixture
+def inverted(tmp_path, capsys):
+    """Two pictures inverted by one pass: the folder."""
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    argv = ["invert", "--images", pictures, *CHAIN, "--method", "ddim", "--output", tmp_path / "inverted"]
+    assert run(*argv, capsys=capsys)[0] == 0
+    return tmp_path / "inverted"
+
+
+def test_latents_that_were_found_are_sampled_on_their_own_chain_under_their_names(inverted, tmp_path, capsys):
+    argv = ["sample", "--latents", inverted, "--method", "sequential", "--output", tmp_path / "out", "--json"]
+    code, out, _ = run(*argv, capsys=capsys)
+    summary = json.loads(out)
+    assert (code, summary["steps"], summary["names"]) == (0, 6, ["0", "1"])
+    for name in ("0", "1"):
+        again = np.asarray(Image.open(tmp_path / "out" / "images" / f"{name}.png"))
+        assert (again == np.asarray(Image.open(inverted / "images" / f"{name}.png"))).all()
+
+
+def test_a_walk_between_two_latents_has_them_at_its_ends(inverted, tmp_path, capsys):
+    argv = ["edit", "--latents", inverted, "--between", "0", "1", "--count", 3, "-o", tmp_path / "walk"]
+    assert run(*argv, capsys=capsys)[0] == 0
+    walk, found = read_latents(str(tmp_path / "walk")), read_latents(str(inverted))
+    torch.testing.assert_close(walk.x_T[[0, -1]], found.x_T[[0, 1]], rtol=0, atol=1e-6)
+    assert walk.names == ["0-1-01", "0-1-02", "0-1-03"]
+    assert walk.chain == found.chain == {"model": "digits", "steps": 6, "spacing": "quadratic"}
+    assert run("sample", "--latents", tmp_path / "walk", "-o", tmp_path / "s", capsys=capsys)[0] == 0
+    assert (tmp_path / "s" / "images" / "0-1-02.png").is_file()
+
+
+def test_a_variant_is_turned_by_its_share_of_the_way_to_a_fresh_latent(inverted, tmp_path, capsys):
+    argv = ["edit", "--latents", inverted / "inversion.safetensors", "--vary", 0.25, "--count", 2, "-o", tmp_path / "v"]
+    assert run(*argv, capsys=capsys)[0] == 0
+    varied, found = read_latents(str(tmp_path / "v")), read_latents(str(inverted))
+    assert varied.names == ["0-01", "0-02", "1-01", "1-02"]
+    fresh = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def angle(a, b):
+        return float(((a * b).sum() / (a.norm() * b.norm())).acos())
+
+    assert angle(varied.x_T[0], found.x_T[0]) == pytest.approx(angle(found.x_T[0], fresh[0]) / 4, rel=1e-3)
+
+
+def test_the_sphere_between_two_latents_keeps_their_length():
+    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+    half = spherical(a, b, torch.tensor([0.5]))
+    torch.testing.assert_close(half, torch.full((1, 2), math.sqrt(2)))
+
+
+def test_another_chain_than_that_of_the_latents_is_warned_of(inverted, tmp_path, capsys):
+    argv = ["sample", "--latents", inverted, "--steps", 5, "--no-pictures", "-o", tmp_path / "out"]
+    code, _, err = run(*argv, capsys=capsys)
+    assert (code, len(err)) == (0, 1)
+    assert "the latents are of steps 6: with 5" in err[0]
+
+
+def test_latents_of_another_shape_are_refused(tmp_path, capsys):
+    save_file({"x_T": torch.zeros(1, 3, 8, 8)}, tmp_path / "x.safetensors")
+    code, _, err = run("sample", "--latents", tmp_path / "x.safetensors", "-o", tmp_path / "out", capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "(1, 8, 8), are required, got (3, 8, 8)" in err[0]
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(2, 8), torch.full((1, 1, 8, 8), torch.nan), torch.ones(1, 1, 8, 8).int()]
+)
+def test_a_file_without_latents_is_refused(value, tmp_path, capsys):
+    save_file({"x_T": value}, tmp_path / "x.safetensors")
+    code, _, err = run("edit", "--latents", tmp_path / "x.safetensors", "--vary", 0.1, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "x_T (n, C, H, W)" in err[0]
+
+
+def test_a_name_that_no_latent_has_is_refused(inverted, capsys):
+    code, _, err = run("edit", "--latents", inverted, "--between", "0", "cat", capsys=capsys)
+    assert code == 2
+    assert "--between cat: a number from 1 to 2 is required, or one of 0, 1" in err[0]
+
+
+def test_an_inversion_that_is_done_says_so_and_computes_nothing(tmp_path, capsys, monkeypatch):
+    argv = ["invert", "--steps", 4, "--count", 1, "--method", "ddim", "--no-pictures", "--output", tmp_path]
+    assert run(*argv, capsys=capsys)[0] == 0
+    monkeypatch.setattr("diffusion.program.inversion.invert", None)
+    code, out, err = run(*argv, capsys=capsys)
+    assert (code, len(err)) == (0, 1)
+    assert err[0] == f"deq-ddim: already done, nothing to compute: {tmp_path} holds 1 latent"
+    assert out.startswith("1 image, digits, T = 4, ddim\n")
+
+
+def test_the_error_and_the_rounds_of_an_inversion_can_be_set(tmp_path, capsys):
+    argv = ["invert", "--steps", 20, "--count", 1, "--no-pictures", "--json"]
+    code, out, _ = run(*argv, "--error", 1e-2, "-o", tmp_path / "rough", capsys=capsys)
+    rough = json.loads(out)
+    assert (code, rough["status"]) == (0, ["CONVERGED"])
+    code, out, err = run(*argv, "--max-rounds", 3, "-o", tmp_path / "few", capsys=capsys)
+    few = json.loads(out)
+    assert (code, few["rounds"], few["status"]) == (0, 3, ["MAX_STEPS"])
+    assert "1 of 1 image missed the error asked for" in err[0]
+    assert rough["loss"][0] < few["loss"][0]
+
+
+def test_what_is_overwritten_leaves_no_image_of_the_earlier_run(tmp_path, capsys):
+    argv = ["sample", "--steps", 3, "--method", "sequential", "-o", tmp_path]
+    assert run(*argv, "--count", 3, capsys=capsys)[0] == 0
+    (tmp_path / "images" / "mine.png").touch()
+    code, _, err = run(*argv, "--count", 2, capsys=capsys)
+    assert code == 2
+    assert "--overwrite replaces it" in err[0]
+    assert run(*argv, "--count", 2, "--overwrite", capsys=capsys)[0] == 0
+    assert {file.name for file in (tmp_path / "images").iterdir()} == {"01.png", "02.png", "mine.png"}
+
+
+def test_pictures_that_differ_in_their_suffix_alone_keep_it_in_their_names(tmp_path):
+    files = [tmp_path / name for name in ("a.png", "a.jpg", "b.png")]
+    assert names_of(files) == ["a-png", "a-jpg", "b"]
+
+
+def test_called_bare_it_helps(capsys):
+    code, out, err = run(capsys=capsys)
+    assert (code, err) == (0, [])
+    assert "examples:" in out
+
+
+def test_a_shell_completes_commands_and_options(capsys):
+    pytest.importorskip("shtab")
+    code, out, _ = run("--completion", "bash", capsys=capsys)
+    assert code == 0
+    assert "'invert'" in out
+    assert "--max-rounds" in out
+
+
+def test_completion_without_its_package_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "shtab", None)
+    code, _, err = run("--completion", "bash", capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "pip install 'pydeqsolve[completion]'" in err[0]
+
+
+def test_sampled_images_are_written_at_their_own_size(tmp_path, capsys):
+    assert run("sample", "--steps", 3, "--count", 1, "--method", "sequential", "-o", tmp_path, capsys=capsys)[0] == 0
+    x_0 = load_file(tmp_path / "samples.safetensors")["x_0"][0, 0]
+    pixels = np.asarray(Image.open(tmp_path / "images" / "01.png"))
+    assert pixels.shape == load_checkpoint("digits").shape[1:]
+    assert np.abs(pixels - (x_0.clamp(-1, 1).numpy() + 1) * 127.5).max() <= 0.5

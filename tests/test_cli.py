@@ -215,6 +215,7 @@ WRONG = {
     "no pictures": (["invert", "--images", "nowhere"], "nowhere"),
     "no data": (["fit", "--data", "nowhere"], "nowhere"),
     "no classifier data": (["classifier", "--data", "nowhere"], "nowhere"),
+    "the shape of shipped data": (["fit", "--data", "digits", "--shape", "1", "9", "9"], "digits has its own"),
     "no training": (["fit", "--data", "digits", "--steps", "0"], "got 0"),
 }
 

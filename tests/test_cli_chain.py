@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusion import load_checkpoint
 from diffusion.program.editing import spherical
+from diffusion.program.images import image_files
 from diffusion.program.latents import names_of, read_latents
 
 CHAIN = ["--steps", 6, "--spacing", "quadratic"]
@@ -134,6 +135,19 @@ def test_pictures_that_differ_in_their_suffix_alone_keep_it_in_their_names(tmp_p
     assert names_of(files) == ["a-png", "a-jpg", "b"]
 
 
+def test_every_image_has_a_file_of_its_own_whatever_its_name():
+    files = image_files(["a b", "a/b", "../x", "", "é", "n" * 300])
+    assert files == ["images/a-b.png", "images/a-b-2.png", "images/-x.png", "images/image.png", "images/é.png",
+                     f"images/{'n' * 60}.png"]  # fmt: skip
+
+
+def test_a_latent_without_a_direction_is_not_edited(tmp_path, capsys):
+    save_file({"x_T": torch.zeros(1, 1, 8, 8)}, tmp_path / "x.safetensors")
+    code, _, err = run("edit", "--latents", tmp_path / "x.safetensors", "--vary", 0.1, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "length 0" in err[0]
+
+
 def test_called_bare_it_helps(capsys):
     code, out, err = run(capsys=capsys)
     assert (code, err) == (0, [])
@@ -144,7 +158,7 @@ def test_a_shell_completes_commands_and_options(capsys):
     pytest.importorskip("shtab")
     code, out, _ = run("--completion", "bash", capsys=capsys)
     assert code == 0
-    assert "'invert'" in out
+    assert "_shtab_deq_ddim" in out
     assert "--max-rounds" in out
 
 

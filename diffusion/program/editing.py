@@ -32,6 +32,8 @@ def spherical(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
 def run_edit(args: Namespace) -> dict[str, Any]:
     """Make new latents of those that were found, and write them; return the summary."""
     latents = read_latents(args.latents)
+    if not bool((latents.x_T.flatten(1).norm(dim=1) > 0).all()):
+        raise ValueError(f"--latents {args.latents}: a latent of length 0 has no direction to turn")
     operation = "between" if args.between else "vary"
     count = args.count or COUNT[operation]
     if args.between:

@@ -22,6 +22,7 @@ from .machine import device_of
 from .output import counted, finite, say, writable
 
 CLASSIFIER_STEPS = {"digits": 600, "fashion": 1200}  # where it is not 1000
+FILES = (WEIGHTS, CONFIG, IMAGES, FEATURES_FILE)
 SAMPLED_STEPS, SAMPLED_BATCH = 50, 64  # of the images whose distance is measured
 NAMED: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion}
 
@@ -29,6 +30,7 @@ NAMED: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion}
 def run_fit(args: Namespace) -> dict[str, Any]:
     """Train a denoiser, from where an earlier run stopped; return the summary."""
     device = device_of(args.device)
+    _check_shape(args)
     chosen = {"steps": args.steps, "lr": args.lr, "batch": args.batch, "save_every": args.save_every}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     options.update(seed=args.seed, resume=not args.restart, progress=True, device=device)
@@ -50,8 +52,13 @@ def run_fit(args: Namespace) -> dict[str, Any]:
         "command": "fit", "data": args.data, "shape": list(trained.shape), "steps": trained.training["steps_done"],
         "loss": trained.training["loss"], "parameters": trained.training["parameters"], "seed": args.seed,
         "device": str(device), "threads": torch.get_num_threads(), "distance": distance, "seconds": seconds,
-        "output": str(folder),
+        "output": str(folder), "files": sorted(path.name for path in folder.iterdir() if path.name in FILES),
     })  # fmt: skip
+
+
+def _check_shape(args: Namespace) -> None:
+    if args.shape and args.data in NAMED:
+        raise ValueError(f"--shape: of a folder of pictures, --data {args.data} has its own")
 
 
 def _own_pictures(args: Namespace) -> Dataset:
@@ -117,6 +124,7 @@ def _steps(given: int | None, name: str) -> int:
 def run_classifier(args: Namespace) -> dict[str, Any]:
     """Train the classifier in whose features the report measures distances; return the summary."""
     device = device_of(args.device)
+    _check_shape(args)
     with writable(args.output, [FEATURES_FILE], args.overwrite) as folder:
         data = NAMED[args.data]() if args.data in NAMED else _own_pictures(args)
         start = time.perf_counter()

@@ -12,12 +12,19 @@ from torch import Tensor
 from ..models.files import read_json, replacing
 
 IMAGES = "images"  # folder within that of a command
+LONGEST = 60  # letters of a file's name: 255 bytes are what most systems allow
 
 
 def image_files(names: Sequence[str]) -> list[str]:
-    """Return the files of images with these names, within a command's folder."""
-    safe = [re.sub(r"[^\w.+-]+", "-", name) for name in names]
-    return [f"{IMAGES}/{name}.png" for name in safe]
+    """Return the files of images with these names, each another one, within a command's folder."""
+    files: dict[str, None] = {}
+    for name in names:
+        safe = re.sub(r"[^\w.+-]+", "-", name)[:LONGEST].strip(".") or "image"
+        number = 1
+        while (file := f"{IMAGES}/{safe}{f'-{number}' if number > 1 else ''}.png") in files:
+            number += 1
+        files[file] = None
+    return list(files)
 
 
 def write_images(folder: Path, images: Tensor, names: Sequence[str]) -> None:

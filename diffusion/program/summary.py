@@ -73,7 +73,7 @@ def _fit(s: dict[str, Any]) -> list[str]:
         )
         lines.append(
             f"Fréchet distance of {distance['images']} sampled images from the training images: "
-            f"{distance['sampled']:.3g} ± {distance['error']:.1g}{real} (in features of its own: no FID)"
+            f"{distance['sampled']:.3g} ± {distance['error']:.2g}{real} (in features of its own: no FID)"
         )
     return [*lines, f"next: deq-ddim sample --model {s['output']}"]
 

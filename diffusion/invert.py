@@ -15,6 +15,8 @@ from pydeqsolve import Status
 
 from .arguments import check_settings, progress_bar
 from .chain import Chain, Splitting
+from .gradients import check_gradient
+from .inversion.algebra import read
 from .inversion.descent import Descent, Epoch
 from .inversion.exact import Exact
 from .inversion.loss import Best, Call, default_error
@@ -38,7 +40,9 @@ class Inversion:
     """What `invert` returns, per image.
 
     Attributes:
-        x_T: (B, …) the latent of least loss that was found, dtype of x_0.
+        x_T: (B, …) the latent of least loss that was found, dtype of x_0; of a chain with rule="belm" its first state,
+            float64.
+        second: (B, …) float64, the second state of a chain with rule="belm"; None of others.
         loss: (B,) float64, ‖x̂_0 − x_0‖²_F of the image x̂_0 sampled from exactly that x_T; over more than 100 steps all
             at once, to a tenth of the error asked for.
         history: (epochs, B) float64, the loss of every epoch; for Exact() the residual of every round of its solves, as
@@ -64,6 +68,12 @@ class Inversion:
     evaluations: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
     check: int = 0
+    second: Tensor | None = None
+
+    @property
+    def latent(self) -> Tensor | tuple[Tensor, Tensor]:
+        """What `sample` makes the images of: x_T, or the pair of states that a chain with rule="belm" starts from."""
+        return self.x_T if self.second is None else (self.x_T, self.second)
 
     @property
     def error(self) -> Tensor:
@@ -113,6 +123,8 @@ def invert(
                 from that is not yet as near as asked, every step by itself (`diffusion.inversion.exact`).
             Descent(through, epochs, lr, optimizer, gradient): Adam on x_T; "naive" is Descent(through=Sequential()),
                 "deq" Descent(through=Parallel()), a parallel solve per epoch (`diffusion.inversion.descent`).
+            A chain with rule="belm" is read by algebra, exactly: by OnePass() one state after the other, by Exact() all
+            together, to the network's precision. `Inversion.latent` is then a pair of states.
         splitting: as in `sample`, without a basis; None is "v", and for Exact() what removes most of the noise,
             κ = 0.85 σ/(σ² + 0.01).
         error: √(loss/D), the root mean square difference per entry between x_0 and the image sampled from x_T, in the
@@ -162,24 +174,27 @@ def find_latents(
         raise ValueError("splitting: one with a basis is for sample alone")
     if chain.eta != 0:
         raise ValueError(f"chain: eta = 0 is required to invert, got {chain.eta}")
+    check_rule(chosen, chain.rule)
     _check_budget(error, max_rounds, chosen, chain)
     if chain.clip is not None:
         warnings.warn(CLIPS, stacklevel=3)
     asked = default_error(problem.map.network.dtype, x_0.dtype) if error is None else float(error)
-    best = Best(problem, x_0.dtype, asked)
+    best = Best(problem, torch.float64 if chain.rule == "belm" else x_0.dtype, asked)
     bar = progress_bar(progress, "inverting", "epoch" if isinstance(chosen, Descent) else "round")
     try:
         own = None if splitting is None else problem.map.splitting
-        found = chosen.find(problem, best, Call(bar, max_rounds, generator, state, callback), own)
+        call = Call(bar, max_rounds, generator, state, callback)
+        found = chosen.find(problem, best, call, own) if chain.rule != "belm" else read(problem, best, call, chosen)
     finally:
         bar.close()
     status = torch.where(best.error <= asked, int(Status.CONVERGED), found.status)
     status = torch.where(best.loss.isfinite(), status, int(Status.NONFINITE))
     assert found.history is not None
     return Inversion(
-        best.x_T.to(x_0.dtype).reshape(x_0.shape), best.loss, found.history, status,
+        best.x_T.to(best.dtype).reshape(x_0.shape), best.loss, found.history, status,
         (best.x_T / problem.map.chain.size[0]).square().mean(1),
         found.rounds, found.evaluations + best.rows, found.state, best.check,
+        None if best.second is None else best.second.reshape(x_0.shape),
     )  # fmt: skip
 
 
@@ -192,6 +207,19 @@ def _method(method: Any) -> Method:
     if not isinstance(method, (OnePass, Exact, Descent)):
         raise TypeError(f"method: a name, OnePass(), Exact() or Descent() is required, got {method!r}")
     return method
+
+
+def check_rule(method: Method, rule: str) -> None:
+    """Raises ValueError where a method cannot read chains of this rule."""
+    if rule == "belm" and isinstance(method, Descent):
+        raise ValueError(f'method: chains with rule="belm" are inverted by Exact() or OnePass(), exactly; got {method}')
+    if rule == "dpmsolver++2m" and not isinstance(method, Descent):
+        raise ValueError(
+            f'method: {method} does not read chains with rule="dpmsolver++2m", which do not determine a state from the '
+            'next; invert a chain with rule="belm" or "ddim", or descend: Descent(through=Sequential())'
+        )
+    if isinstance(method, Descent) and isinstance(method.through, Parallel):
+        check_gradient(method.gradient, None, rule)
 
 
 def _check_budget(error: Any, max_rounds: Any, method: Method, chain: Chain) -> None:

@@ -200,7 +200,7 @@ def pair_of(latent: Any, name: str, chain: Any) -> tuple[Tensor, Tensor | None]:
     Raises:
         TypeError, ValueError: a pair for another chain, or of two shapes.
     """
-    if not isinstance(latent, tuple):
+    if not isinstance(latent, tuple) or name != "latent":
         return latent, None
     if len(latent) != 2 or not all(isinstance(x, Tensor) for x in latent):
         raise TypeError(f"{name}: a tensor, or a pair of them, is required, got a tuple of {len(latent)}")

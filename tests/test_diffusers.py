@@ -173,7 +173,7 @@ def test_the_loop_of_the_ddpm_scheduler_is_reproduced(variance, settings, steps)
 
 OTHERS = [
     "FlowMatchHeunDiscreteScheduler", "EulerAncestralDiscreteScheduler", "EDMDPMSolverMultistepScheduler",
-    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
+    "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
     "LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler", "UniPCMultistepScheduler",
     "DEISMultistepScheduler", "PNDMScheduler", "RePaintScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler",
     "DDPMParallelScheduler", "FlowMatchLCMScheduler",

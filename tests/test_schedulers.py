@@ -37,7 +37,19 @@ EDMS = [
     {"prediction_type": "v_prediction", "sigma_data": 1.0},
     {"sigma_schedule": "exponential", "sigma_max": 20.0, "final_sigmas_type": "sigma_min"},
 ]
+DPM = [
+    ({}, {}),
+    ({"use_karras_sigmas": True}, {}),
+    ({"use_lu_lambdas": True, "final_sigmas_type": "sigma_min"}, {}),
+    ({"use_exponential_sigmas": True, "timestep_spacing": "leading", "final_sigmas_type": "sigma_min"}, {}),
+    ({"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": "trailing"}, {}),
+    ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {}),
+    ({"prediction_type": "sample", "use_beta_sigmas": True}, {}),
+    ({"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}, {}),
+    ({"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_dynamic_shifting": True}, {"mu": 1.0}),
+]
 CASES = [
+    *[("DPMSolverMultistepScheduler", settings, given) for settings, given in DPM],
     *[("FlowMatchEulerDiscreteScheduler", settings, given) for settings, given in FLOWS],
     *[("EulerDiscreteScheduler", settings, {}) for settings in EULER],
     *[("EDMEulerScheduler", settings, {}) for settings in EDMS],
@@ -137,6 +149,14 @@ def test_what_is_done_to_a_scheduler_later_does_not_change_the_schedule():
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas=True of FlowMatch"),
         ("EulerDiscreteScheduler", {"prediction_type": "original_sample"}, "prediction_type='original_sample'"),
         ("EDMEulerScheduler", {"prediction_type": "sample"}, "prediction_type='sample' of EDMEuler"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order=3 of DPMSolverMultistep"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver"),
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type='heun'"),
+        ("DPMSolverMultistepScheduler", {"euler_at_final": True}, "euler_at_final=True"),
+        ("DPMSolverMultistepScheduler", {"lower_order_final": False}, "lower_order_final=False"),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}, "thresholding=True"),
+        ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, "variance_type='learned'"),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "without use_flow_sigmas"),
     ],
 )
 def test_an_option_of_theirs_that_is_not_reproduced_is_refused_by_name(name, settings, words):

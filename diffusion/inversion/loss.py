@@ -34,6 +34,7 @@ class Best:
         doubt: (B,) by how much the image may be off that was sampled, as a root mean square per entry.
         rows: (B,) evaluations of the sampling.
         check: model calls of the last sampling.
+        second: (B, D) the state after x_T, of a chain that starts from a pair; None elsewhere.
     """
 
     problem: ChainProblem  # whose latents are the images
@@ -47,6 +48,7 @@ class Best:
         self.loss = torch.full_like(self.target[:, 0], torch.inf)
         self.doubt = torch.zeros_like(self.loss)
         self.rows = torch.zeros_like(self.loss, dtype=torch.int64)
+        self.second: Tensor | None = None
 
     def offer(self, x_T: Tensor, N: Tensor | None, images: Tensor) -> None:
         """Samples from latents x_T (n, D) of the images (n,), and keeps each that is better than what there was.

@@ -145,6 +145,11 @@ class Layout:
         template, real = rebuild(z0, lambda: _NOTHING), COMPLEX.get(first.dtype, first.dtype)
         return Layout(template, shapes, real, first.device, first.shape[1] if by_blocks else 1, first.is_complex())
 
+    @property
+    def is_view(self) -> bool:
+        """A state is one tensor with the entries of the flat one, in their order."""
+        return isinstance(self.template, Tensor) and not self.is_complex
+
     def pack(self, tree: Any, name: str) -> Tensor:
         """Structure → (n, T, D), contiguous, not negated lazily, in this layout's dtype.
 

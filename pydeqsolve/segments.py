@@ -82,6 +82,10 @@ class SegmentLayout(Layout):
         """The layout of samples `where` over the rows (N, 1, F) of another layout."""
         return SegmentLayout(**{field.name: getattr(rows, field.name) for field in fields(rows)}, where=where)
 
+    @property
+    def is_view(self) -> bool:
+        return False
+
     def pack(self, tree: Any, name: str) -> Tensor:
         where, rows = self._where, super().pack(tree, name)
         N, G, F = len(where.segments), len(where.counts), rows.shape[2]

@@ -164,7 +164,7 @@ def _evaluated(problem: Problem, z: Tensor, good: Good) -> tuple[Tensor, Tensor,
     Views between the leaf, fn and f would be gone through at every product: for one tensor there are none.
     """
     layout = problem.layout
-    if problem.causal or not isinstance(layout.template, Tensor):
+    if problem.causal or not layout.is_view:
         leaf = z.clone().requires_grad_()
         return leaf, evaluate(problem, leaf, good.inputs), None
     leaf = layout.unpack(z).clone().requires_grad_()

@@ -18,6 +18,7 @@
 #include "krylov_solve.h"
 #include "retire.h"
 #include "ring.h"
+#include "small_solve.h"
 #include "step.h"
 
 namespace py = pybind11;
@@ -242,6 +243,16 @@ PYBIND11_MODULE(_native, m) {
       .def("lower", &KrylovSolve::lower, free())
       .def("remeasure", &KrylovSolve::remeasure, free())
       .def("judge", &KrylovSolve::judge, free());
+  py::class_<SmallSolve>(m, "Small")
+      .def(py::init<bool, std::int64_t, int, double, Address, Address, double, double, Address, Address, double, int>())
+      .def("active", &SmallSolve::active, free())
+      .def("column", &SmallSolve::column, free())
+      .def("solve", &SmallSolve::solve, free())
+      .def("measure", &SmallSolve::measure, free())
+      .def("judge", &SmallSolve::judge, free())
+      .def("raise_", &SmallSolve::raise, free())
+      .def("lower", &SmallSolve::lower, free());
+  m.attr("MOST_UNKNOWNS") = kMostUnknowns;
   m.def("cpu_isa", &cpu_isa);
   m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
 #if defined(PYDEQSOLVE_WITH_CUDA)

@@ -3,17 +3,9 @@
 #pragma once
 #include <cmath>
 
-#include "judge.h"
-#include "krylov.h"
+#include "krylov_sample.h"
 
 namespace pydeqsolve {
-
-// How the solve of a sample has ended.
-static inline int outcome_of(const KrylovSample& s) {
-  if (!(s.best < INFINITY)) return kNonfinite;
-  if (s.best <= s.pursued) return kConverged;
-  return s.stalled ? kStalled : kMaxSteps;
-}
 
 // Column j of sample i: j + 1 entries of the triangle, cosine, sine, and the right-hand side.
 static inline double* column_of(double* const* columns, std::int64_t i, int j) { return columns[j] + i * (j + 4); }
@@ -52,14 +44,24 @@ static inline void take_column(KrylovSample& s, double* const* columns, std::int
   s.going = std::fabs(s.left) > 0.5 * s.pursued && s.below > eps * size;
 }
 
-// The minimiser over the first `count` columns of sample i, to y.
-static inline void coordinates(double* const* columns, std::int64_t i, int count, double* y) {
+// The minimiser over the first `count` columns of sample i, to y. Returns its length.
+static inline double coordinates(double* const* columns, std::int64_t i, int count, double* y) {
   for (int j = 0; j < count; ++j) y[j] = column_of(columns, i, j)[j + 3];
   for (int j = count - 1; j >= 0; --j) {
     const double* const column = column_of(columns, i, j);
     y[j] /= column[j];
     for (int l = 0; l < j; ++l) y[l] -= y[j] * column[l];
   }
+  double squares = 0;
+  for (int j = 0; j < count; ++j) squares += y[j] * y[j];
+  return std::sqrt(squares);
+}
+
+// Leaves out of the sound columns those with which the minimiser is huge: together they nearly lose a direction, of
+// which their diagonal need not tell. y (s.taken).
+static inline void leave_out_weak(KrylovSample& s, double* const* columns, std::int64_t i, double eps, double* y) {
+  const double most = s.best / std::sqrt(eps);
+  while (s.sound > 0 && !(coordinates(columns, i, s.sound, y) <= most)) --s.sound;
 }
 
 }  // namespace pydeqsolve

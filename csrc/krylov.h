@@ -20,7 +20,7 @@ struct KrylovSample {
   double below;    // length of the newest vector before it was normalised
   std::int32_t exponent;
   std::int32_t taken;  // columns of this cycle
-  std::int32_t sound;  // those before the first that the ones before it nearly span
+  std::int32_t sound;  // those that nearly lose no direction
   std::int32_t used;   // products of this cycle
   std::int32_t evaluations;
   std::int32_t ended;  // status of the solve, before u was scaled back
@@ -40,6 +40,8 @@ struct KrylovJudgement {
   bool follows;  // the tolerance was left to the library
   double eps;    // unit of rounding of the products
 };
+// Status of one sample, whose residual is raised to what is known of it.
+int judge_krylov(KrylovSample& s, const KrylovJudgement& rule);
 // Writes status, |g + A u - u| / |g| and products of each sample, (B,). Returns the samples asked for that failed.
 std::int64_t judge_krylov(std::int64_t B, KrylovSample* samples, const KrylovJudgement& rule, std::int64_t* status,
                           double* residual, std::int64_t* evaluations);

@@ -4,95 +4,11 @@
 #define PYDEQSOLVE_ISA portable
 #endif
 
-#include "cpu/krylov_rows.h"
-#include "cpu/parallel.h"
+#include "cpu/krylov_stages.h"
 #include "hessenberg.h"
-#include "krylov.h"
 
 namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {
-
-constexpr std::int64_t kLong = 1 << 14;  // entries that one work item sums
-constexpr int kStages = 3;
-
-struct Shape {
-  std::int64_t B, N, bytes;
-  int threads;
-  std::int64_t pieces() const { return N > kLong ? (N + kLong - 1) / kLong : 1; }
-};
-template <class Scalar>
-Shape shape_of(const Krylov<Scalar>& c, std::int64_t words, int threads) {
-  return {c.B, c.N, words * c.B * c.N * static_cast<std::int64_t>(sizeof(Scalar)), threads};
-}
-
-// Calls body(i, first, last, item) for every piece of every sample.
-template <class Body>
-void for_pieces(const Shape& s, const Body& body) {
-  const std::int64_t pieces = s.pieces();
-  parallel_for(s.B * pieces, s.bytes, s.threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t item = begin; item < end; ++item) {
-      const std::int64_t first = item % pieces * kLong;
-      body(item / pieces, first, pieces == 1 || first + kLong > s.N ? s.N : first + kLong, item);
-    }
-  });
-}
-
-// How many numbers each stage of a pass makes of a sample; those of the first are maxima where `maxima`, else sums.
-struct Stages {
-  int numbers[kStages];
-  bool maxima = false;
-  int begin(int stage) const { return stage == 0 ? 0 : begin(stage - 1) + numbers[stage - 1]; }
-  int width() const { return begin(kStages); }
-};
-
-// For every sample: stage(s, i, first, last, totals, own, sums) for the stages in turn, which writes its numbers of
-// those entries to own (zero before) and finds the totals of the stages before it; then finish(i, totals), and
-// write(i, first, last). sums: room for `scratch` sums. Long samples are cut into pieces.
-template <class Stage, class Finish, class Write>
-void for_samples(const Shape& shape, const Stages& stages, int scratch, const Stage& stage, const Finish& finish,
-                 const Write& write) {
-  const std::int64_t pieces = shape.pieces();
-  const int width = stages.width();
-  if (pieces == 1) {
-    parallel_for(shape.B, shape.bytes, shape.threads, [&](std::int64_t begin, std::int64_t end) {
-      Scratch totals(width);
-      Sums sums(scratch);
-      for (std::int64_t i = begin; i < end; ++i) {
-        for (int j = 0; j < width; ++j) totals.data[j] = 0;
-        for (int s = 0; s < kStages; ++s) {
-          if (stages.numbers[s]) stage(s, i, 0, shape.N, totals.data, totals.data + stages.begin(s), sums);
-        }
-        finish(i, totals.data);
-        write(i, 0, shape.N);
-      }
-    });
-    return;
-  }
-  Scratch totals(shape.B * width);
-  for (int s = 0; s < kStages; ++s) {
-    const int numbers = stages.numbers[s];
-    if (!numbers) continue;
-    Scratch parts(shape.B * pieces * numbers);
-    parallel_for(shape.B * pieces, shape.bytes, shape.threads, [&](std::int64_t begin, std::int64_t end) {
-      Sums sums(scratch);
-      for (std::int64_t item = begin; item < end; ++item) {
-        const std::int64_t i = item / pieces, first = item % pieces * kLong;
-        stage(s, i, first, first + kLong > shape.N ? shape.N : first + kLong, totals.data + i * width,
-              parts.data + item * numbers, sums);
-      }
-    });
-    for (std::int64_t item = 0; item < shape.B * pieces; ++item) {
-      double* const total = totals.data + item / pieces * width + stages.begin(s);
-      for (int j = 0; j < numbers; ++j) {
-        const double part = parts.data[item * numbers + j];
-        total[j] = !(stages.maxima && s == 0) ? total[j] + part : total[j] > part ? total[j] : part;
-      }
-    }
-  }
-  for (std::int64_t i = 0; i < shape.B; ++i) finish(i, totals.data + i * width);
-  for_pieces(shape,
-             [&](std::int64_t i, std::int64_t first, std::int64_t last, std::int64_t) { write(i, first, last); });
-}
 
 template <class Scalar, class Claim>
 std::int64_t count_of(const Krylov<Scalar>& c, const Claim& claim) {
@@ -101,23 +17,9 @@ std::int64_t count_of(const Krylov<Scalar>& c, const Claim& claim) {
   return count;
 }
 
-// Begins a cycle of sample s, whose residual is `left`.
-inline void start_cycle(KrylovSample& s, double left) {
-  s.left = left;
-  s.taken = s.sound = s.used = 0;
-  s.going = s.active;
-  s.broken = false;
-}
-
 template <class Scalar>
 void fill(Scalar* p, std::int64_t first, std::int64_t last, Scalar value) {
   for (std::int64_t e = first; e < last; ++e) p[e] = value;
-}
-
-inline int exponent_of(double x) {  // of 0, infinity and NaN: 0
-  int exponent = 0;
-  if (x > 0 && x < INFINITY) std::frexp(x, &exponent);
-  return exponent;
 }
 
 template <class Scalar>
@@ -148,17 +50,7 @@ std::int64_t begin(const Krylov<Scalar>& c, const std::uint8_t* mask, const Kryl
       },
       [&](std::int64_t i, const double* totals) {
         KrylovSample& s = c.samples[i];
-        s = KrylovSample{};
-        s.out = mask && !mask[i];
-        s.lost = totals[1] != 0;
-        s.exponent = s.lost ? 0 : exponent_of(totals[0]);
-        s.best = std::sqrt(totals[2]);
-        s.norm = s.best > 0 ? s.best : 1;
-        const double rtol = asked.rtols ? asked.rtols[i] : asked.rtol, atol = asked.atols ? asked.atols[i] : asked.atol;
-        s.goal = rtol * s.norm + Power(-s.exponent)(atol);
-        const double resolved = asked.eps * s.norm;
-        s.pursued = s.goal > resolved ? s.goal : resolved;
-        s.active = s.best > s.pursued;
+        s = system_of(mask && !mask[i], totals[0], totals[1] != 0, totals[2], asked, i);
         start_cycle(s, s.best);
       },
       [&](std::int64_t i, std::int64_t first, std::int64_t last) {
@@ -173,32 +65,44 @@ std::int64_t begin(const Krylov<Scalar>& c, const std::uint8_t* mask, const Kryl
   return count_of(c, [](const KrylovSample& s) { return s.active; });
 }
 
+// Whether components h (k) of w, squares = w . w, are no more than its rounding.
+inline bool is_rounding(int k, const double* h, double squares, double eps) {
+  double sum = 0;
+  for (int j = 0; j < k; ++j) sum += h[j] * h[j];
+  return sum <= eps * eps * squares;
+}
+
 template <class Scalar>
 std::int64_t append(const Krylov<Scalar>& c, int k, const Scalar* product, Scalar* next, int threads) {
   const int vectors = k + 1;
   for_samples(
-      shape_of(c, 3 * vectors + 4, threads), Stages{{vectors, vectors, 1}}, vectors,
+      shape_of(c, 3 * vectors + 4, threads), Stages{{vectors, vectors + 1, 1}}, vectors,
       [&](int s, std::int64_t i, std::int64_t first, std::int64_t last, const double* totals, double* own, Sums& sums) {
         if (!c.samples[i].going) return;
         const std::int64_t row = i * c.N;
         Scalar* const w = next + row;
         if (s == 2) {
-          own[0] = subtract(vectors, c.vectors, row, first, last, totals + vectors, w);
+          const double* const h = totals + vectors;
+          if (is_rounding(vectors, h, h[vectors], c.eps)) return;  // nothing to subtract: w stays
+          own[0] = subtract(vectors, c.vectors, row, first, last, h, w);
           return;
         }
+        sums.clear();
         if (s == 0) {
           const Scalar *const q = c.vectors[k] + row, *const p = product + row;
           for (std::int64_t e = first; e < last; ++e) w[e] = q[e] - p[e];
+          dot(vectors, c.vectors, row, first, last, w, sums);
+        } else {
+          own[vectors] = subtract_and_dot(vectors, c.vectors, row, first, last, totals, w, sums);
         }
-        sums.clear();
-        subtract_and_dot(vectors, c.vectors, row, first, last, s == 0 ? nullptr : totals, w, sums);
         sums.write(own);
       },
       [&](std::int64_t i, double* totals) {
         KrylovSample& s = c.samples[i];
         if (!s.going) return;
-        for (int j = 0; j < vectors; ++j) totals[j] += totals[vectors + j];
-        s.below = std::sqrt(totals[2 * vectors]);
+        const double *const h = totals + vectors, squares = h[vectors];
+        s.below = std::sqrt(is_rounding(vectors, h, squares, c.eps) ? squares : h[vectors + 1]);
+        for (int j = 0; j < vectors; ++j) totals[j] += h[j];
         take_column(s, c.columns, i, k, totals, c.eps);
       },
       [&](std::int64_t i, std::int64_t first, std::int64_t last) {
@@ -216,6 +120,12 @@ std::int64_t combine(const Krylov<Scalar>& c, bool cautious, const Scalar* u, Sc
   int most = 0;
   for (std::int64_t i = 0; i < c.B; ++i) most = c.samples[i].taken > most ? c.samples[i].taken : most;
   const Shape shape = shape_of(c, most + 2, threads);
+  if (!cautious) {
+    parallel_for(c.B, c.B * most * most * 8, threads, [&](std::int64_t begin, std::int64_t end) {
+      Scratch y(most);
+      for (std::int64_t i = begin; i < end; ++i) leave_out_weak(c.samples[i], c.columns, i, c.eps, y.data);
+    });
+  }
   const std::int64_t pieces = shape.pieces();
   parallel_for(shape.B * pieces, shape.bytes, shape.threads, [&](std::int64_t begin, std::int64_t end) {
     Scratch y(most);
@@ -248,12 +158,6 @@ void measure(const Krylov<Scalar>& c, std::int64_t i, std::int64_t first, std::i
   own[0] = squares, own[1] = length;
 }
 
-// What is known of a residual that was measured at a u with rounding eps: not less than eps |u|. NaN stays.
-inline double blurred(double squares, double length, double eps) {
-  const double size = std::sqrt(squares), least = eps * std::sqrt(length);
-  return size >= least || size != size ? size : least;
-}
-
 template <class Scalar>
 std::int64_t accept(const Krylov<Scalar>& c, const Scalar* u1, const Scalar* product1, const Scalar* u2,
                     const Scalar* product2, Scalar* u, Scalar* q0, int threads) {
@@ -277,8 +181,9 @@ std::int64_t accept(const Krylov<Scalar>& c, const Scalar* u1, const Scalar* pro
         s.evaluations += s.used + (u2 ? 2 : 1);
         // A residual that is mostly the rounding of a huge u is hardly known: it has to be less by more than that.
         const double length = std::sqrt(totals[2 * from - 1]);
-        const bool better = size < (c.eps * length > 0.5 * size ? 0.5 * s.best : s.best);
-        s.stalled = !(better && size < 0.999 * s.best);
+        const double enough = c.eps * length > 0.5 * size ? 0.5 * s.best : 0.999 * s.best;
+        const bool better = size < enough || (size < s.best && size <= s.pursued);
+        s.stalled = !better;
         s.chosen = static_cast<std::int8_t>(better ? from : 0);
         if (better) s.length = length;
         s.best = better ? size : size - size == 0 ? s.best : INFINITY;

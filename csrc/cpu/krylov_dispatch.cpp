@@ -1,8 +1,7 @@
 // Chooses the CPU build of the Krylov passes, and judges what they leave.
 #include <cmath>
 
-#include "hessenberg.h"
-#include "krylov.h"
+#include "krylov_sample.h"
 #include "step.h"
 
 namespace pydeqsolve {
@@ -52,12 +51,16 @@ int judged(KrylovSample& s, const KrylovJudgement& rule) {
 
 }  // namespace
 
+int judge_krylov(KrylovSample& s, const KrylovJudgement& rule) {
+  return rule.adjoint ? judged(s, rule) : s.lost ? kNonfinite : outcome_of(s);
+}
+
 std::int64_t judge_krylov(std::int64_t B, KrylovSample* samples, const KrylovJudgement& rule, std::int64_t* status,
                           double* residual, std::int64_t* evaluations) {
   std::int64_t failed = 0;
   for (std::int64_t i = 0; i < B; ++i) {
     KrylovSample& s = samples[i];
-    const int found = rule.adjoint ? judged(s, rule) : s.lost ? kNonfinite : outcome_of(s);
+    const int found = judge_krylov(s, rule);
     failed += found != kConverged && !s.out;
     status[i] = s.out ? kNonfinite : found;
     residual[i] = s.lost || !(s.best < INFINITY) ? INFINITY : s.best / s.norm;

@@ -62,25 +62,51 @@ inline void for_tiles(std::int64_t first, std::int64_t last, const Tile& tile, c
   for (; e < last; ++e) one(e);
 }
 
-// w -= sum_j h_j q_j over the entries first ... last (none where h is null), rounded to Scalar, then sums += q_j . w.
-// Row j of a sample begins at q[j] + row.
+// sums += q_j . w over the entries first ... last; row j of a sample begins at q[j] + row. A few vectors at a time, so
+// that the processor sees few streams where they come from memory.
+template <int R, class Scalar>
+inline void dot_rows(int j, Scalar* const* q, std::int64_t row, std::int64_t first, std::int64_t last, const Scalar* w,
+                     Sums& sums) {
+  Lanes sum[R];
+  const Scalar* p[R];
+  for (int r = 0; r < R; ++r) sum[r] = *sums.of(j + r), p[r] = q[j + r] + row;
+  std::int64_t e = first;
+  for (; e + kLanes <= last; e += kLanes) {
+    const Lanes x = get(w + e);
+    for (int r = 0; r < R; ++r) sum[r] += x * get(p[r] + e);
+  }
+  for (int r = 0; r < R; ++r) *sums.of(j + r) = sum[r];
+  for (; e < last; ++e) {
+    for (int r = 0; r < R; ++r) sums.tail.data[j + r] += static_cast<double>(w[e]) * static_cast<double>(p[r][e]);
+  }
+}
 template <class Scalar>
-inline void subtract_and_dot(int k, Scalar* const* q, std::int64_t row, std::int64_t first, std::int64_t last,
-                             const double* h, Scalar* w, Sums& sums) {
+inline void dot(int k, Scalar* const* q, std::int64_t row, std::int64_t first, std::int64_t last, const Scalar* w,
+                Sums& sums) {
+  int j = 0;
+  for (; j + 4 <= k; j += 4) dot_rows<4>(j, q, row, first, last, w, sums);
+  for (; j < k; ++j) dot_rows<1>(j, q, row, first, last, w, sums);
+}
+
+// w -= sum_j h_j q_j over the entries first ... last, rounded to Scalar, then sums += q_j . w. Returns w . w.
+template <class Scalar>
+inline double subtract_and_dot(int k, Scalar* const* q, std::int64_t row, std::int64_t first, std::int64_t last,
+                               const double* h, Scalar* w, Sums& sums) {
+  Lanes squares = {};
+  double rest = 0;
   for_tiles(
       first, last,
       [&](std::int64_t e, auto width) {
         constexpr int W = decltype(width)::value;
         Lanes x[W];
         for (int v = 0; v < W; ++v) x[v] = get(w + e + v * kLanes);
-        if (h) {
-          for (int j = 0; j < k; ++j) {
-            const Lanes weight = all<Lanes>(h[j]);
-            const Scalar* const p = q[j] + row + e;
-            for (int v = 0; v < W; ++v) x[v] -= weight * get(p + v * kLanes);
-          }
-          for (int v = 0; v < W; ++v) put(w + e + v * kLanes, x[v]), x[v] = get(w + e + v * kLanes);
+        for (int j = 0; j < k; ++j) {
+          const Lanes weight = all<Lanes>(h[j]);
+          const Scalar* const p = q[j] + row + e;
+          for (int v = 0; v < W; ++v) x[v] -= weight * get(p + v * kLanes);
         }
+        for (int v = 0; v < W; ++v) put(w + e + v * kLanes, x[v]), x[v] = get(w + e + v * kLanes);
+        for (int v = 0; v < W; ++v) squares += x[v] * x[v];
         for (int j = 0; j < k; ++j) {
           const Scalar* const p = q[j] + row + e;
           Lanes sum = *sums.of(j);
@@ -90,12 +116,12 @@ inline void subtract_and_dot(int k, Scalar* const* q, std::int64_t row, std::int
       },
       [&](std::int64_t e) {
         double x = w[e];
-        if (h) {
-          for (int j = 0; j < k; ++j) x -= h[j] * static_cast<double>(q[j][row + e]);
-          w[e] = static_cast<Scalar>(x), x = w[e];
-        }
+        for (int j = 0; j < k; ++j) x -= h[j] * static_cast<double>(q[j][row + e]);
+        w[e] = static_cast<Scalar>(x), x = w[e];
+        rest += x * x;
         for (int j = 0; j < k; ++j) sums.tail.data[j] += x * static_cast<double>(q[j][row + e]);
       });
+  return sum_lanes(squares) + rest;
 }
 
 // The same without sums but that of w . w, which it returns.
@@ -152,22 +178,6 @@ inline void combined(int k, Scalar* const* q, std::int64_t row, std::int64_t fir
         out[e] = static_cast<Scalar>(x);
       });
 }
-
-// 2^exponent in two factors that are normal numbers, and x times it: exact wherever the product is a number of Scalar.
-struct Power {
-  explicit Power(int exponent) : low(power(exponent / 2)), high(power(exponent - exponent / 2)) {}
-  static double power(int e) {
-    const std::uint64_t bits = static_cast<std::uint64_t>(e + 1023) << 52;
-    double x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-  }
-  template <class Number>
-  Number operator()(const Number& x) const {
-    return x * low * high;
-  }
-  double low, high;
-};
 
 }  // namespace
 }  // namespace pydeqsolve::PYDEQSOLVE_ISA

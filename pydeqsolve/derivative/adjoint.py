@@ -16,9 +16,11 @@ from ..problem import Problem, Solver
 from ..solution import Adjoint, ConvergenceError, Recorder, Status
 from ..status import describe_adjoint
 from ..stop import Stop
-from .gmres import GMRES
+from .arnoldi import Arnoldi
+from .gmres import GMRES, Known, rest
 from .linear import Products, System, blurred
 from .linearise import Good
+from .small import Rest, Small
 
 LOOSEST = 0.1  # of the tolerance that follows the forward solve: at 1, u = 0 would do
 FINEST = 1e-6  # of the same, where the forward solve has none
@@ -66,21 +68,34 @@ class AdjointSolve:
         """`_solve` by native passes, with the number of good samples that failed; None where they do not serve."""
         if not isinstance(self.solver, GMRES):
             return None
-        wide = torch.promote_types(g.dtype, torch.float32)
-        solve = self.solver.natively(products, g.to(wide), self.stop)
-        if solve is None:
-            return None
+        wide = g.to(torch.promote_types(g.dtype, torch.float32)).contiguous()
         stop = self.stop
         if good.rows is not None or isinstance(stop.rtol, Tensor) or isinstance(stop.atol, Tensor):
             stop = self._stop(good, g.device)
-        eps = max(self.eps, torch.finfo(g.dtype).eps)
-        solve.run(stop, None if good.whole else good.mask_taken(), eps)
+        eps, mask = max(self.eps, torch.finfo(g.dtype).eps), None if good.whole else good.mask_taken()
+        judged = (True, self.follows, eps)
+        if self.solver.is_direct(wide, stop):
+            small = Small.of(products, wide, stop, mask, eps)
+            return None if small is None else small.run(g.dtype, judged, self._left(g, stop))
+        solve = Arnoldi.of(products, wide, self.solver.restart)
+        if solve is None:
+            return None
+        solve.run(stop, mask, eps)
         u = solve.deliver(g.dtype)
-        outcome, failures = solve.outcome(True, self.follows, eps)
+        outcome, failures = solve.outcome(*judged)
         if failures:
             lost = ((outcome.residual == torch.inf) & u.isfinite().flatten(1).all(1))[:, None, None]
             u = torch.where(lost, torch.nan, u)
         return u, outcome, failures
+
+    def _left(self, g: Tensor, stop: Stop) -> Rest:
+        """`_solve` for the rows that `Small` leaves."""
+
+        def solve(rows: Tensor, matrix: Tensor, products: Products) -> tuple[Tensor, Adjoint]:
+            how = replace(self, solver=Known(self.solver, matrix), stop=rest(stop, g, rows))
+            return how._solve(products, g[rows], Good(torch.ones_like(rows, dtype=torch.bool), None, [], True))
+
+        return solve
 
     def _solve(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> tuple[Tensor, Adjoint]:
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32

@@ -15,9 +15,9 @@ ROWS = 1 << 12  # matrices in float64 at a time
 class Dense:
     """Corrections d = (I − A)⁻¹ r; A is found from N products."""
 
-    def __init__(self, system: System, eps: float) -> None:
+    def __init__(self, system: System, eps: float, matrix: Tensor | None = None) -> None:
         self.system, self.eps = system, eps
-        self.matrix: Tensor | None = None  # (N, B, N): the columns of I − A
+        self.matrix = matrix  # (N, B, N): the columns of I − A
         self.d = self.weak = torch.empty(0)  # the last correction; (B,) bool: where I − A nearly loses a direction
 
     def correction(self, r: Tensor, active: Tensor, budget: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .arnoldi import Arnoldi
 from .dense import Dense
 from .krylov import Krylov
 from .linear import Products, System, blurred, lengths
+from .small import Rest, Small
 
 DENSE = 4  # unknowns up to which a matrix takes no more products, and less memory, than a Krylov basis
 
@@ -39,28 +40,46 @@ class GMRES:
         is known to no less than the rounding eps ‖u‖ of its measurement, eps that of g's dtype: where that exceeds the
         goal, as with a singular I − A, the status is STALLED. A row for which A or g is not finite is NONFINITE.
         """
-        native = self.natively(A, g, stop)
-        if native is not None:
-            native.run(stop)
-            return native.deliver(g.dtype), native.outcome()[0]
+        g = g.contiguous()
+        if self.is_direct(g, stop):
+            small = Small.of(A, g, stop)
+            if small is not None:
+                plain = (False, False, 0.0)
+                return small.run(g.dtype, plain, _left(self, g, stop))[:2]
+        else:
+            arnoldi = Arnoldi.of(A, g, self.restart)
+            if arnoldi is not None:
+                arnoldi.run(stop)
+                return arnoldi.deliver(g.dtype), arnoldi.outcome()[0]
+        return self.in_pytorch(A, g, stop)
+
+    def is_direct(self, g: Tensor, stop: Stop) -> bool:
+        """Whether the systems for g (B, …) are solved from their matrices."""
+        return g.numel() // max(1, len(g)) <= min(DENSE, self.restart, stop.max_steps - 1)
+
+    def in_pytorch(self, A: Products, g: Tensor, stop: Stop, matrix: Tensor | None = None) -> tuple[Tensor, Adjoint]:
+        """`solve`, on any device. matrix (N, B, N): the columns of I − A, where they are known."""
         system, eps = System.of(A, g, stop), torch.finfo(g.dtype).eps
         most = min(self.restart, g.shape[1])
-        method = Dense(system, eps) if g.shape[1] <= min(DENSE, most, stop.max_steps - 1) else Krylov(system, eps, most)
+        direct = matrix is not None or self.is_direct(g, stop)
+        method = Dense(system, eps, matrix) if direct else Krylov(system, eps, most)
+        least = 1 if matrix is not None else 2
         u, residual = torch.zeros_like(g), system.rhs
         best = lengths(residual)
         evaluations = torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
         stalled, calls = torch.zeros_like(best, dtype=torch.bool), 0
         while True:
             active = (best > system.goal) & best.isfinite() & ~stalled
-            if stop.max_steps - calls < 2 or not bool(active.any()):
+            if stop.max_steps - calls < least or not bool(active.any()):
                 break
             candidate, residual, size, used = _corrected(
                 system, method, u, residual, active, stop.max_steps - calls, eps
             )
             # A residual that is mostly the rounding of a huge u is hardly known: it has to be less by more than that.
             doubtful = eps * lengths(candidate) > 0.5 * size
-            better = active & (size < torch.where(doubtful, 0.5 * best, best))
-            stalled |= active & ~(better & (size < 0.999 * best))
+            enough = torch.where(doubtful, 0.5 * best, 0.999 * best)
+            better = active & ((size < enough) | ((size < best) & (size <= system.goal)))
+            stalled |= active & ~better
             u = torch.where(better[:, None], candidate, u)
             best = torch.where(better, size, torch.where(active & ~size.isfinite(), torch.inf, best))
             evaluations += torch.where(active, used, 0)
@@ -71,12 +90,30 @@ class GMRES:
         status = torch.where(best.isfinite(), status, int(Status.NONFINITE))
         return u, Adjoint(status, best / system.norm, evaluations + again)
 
-    def natively(self, A: Products, g: Tensor, stop: Stop) -> Arnoldi | None:
-        """The solve by native passes, for g (B, …); None where they do not serve."""
-        entries = g.numel() // max(1, len(g))
-        if entries <= min(DENSE, self.restart, stop.max_steps - 1):
-            return None
-        return Arnoldi.of(A, g.contiguous(), self.restart)
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """GMRES for systems whose matrices are known: the columns of I − A are matrix (N, B, N)."""
+
+    gmres: GMRES
+    matrix: Tensor
+
+    def solve(self, A: Products, g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
+        return self.gmres.in_pytorch(A, g, stop, self.matrix)
+
+
+def rest(stop: Stop, g: Tensor, rows: Tensor | None = None) -> Stop:
+    """What is left of a stop for the systems g (B, …) after a direct solve, for the samples `rows` (k,)."""
+    spent = g[0].numel() + 1
+    chosen = [
+        t if rows is None or not isinstance(t, Tensor) else t.expand(len(g))[rows] for t in (stop.rtol, stop.atol)
+    ]
+    return replace(stop, rtol=chosen[0], atol=chosen[1], max_steps=max(0, stop.max_steps - spent))
+
+
+def _left(gmres: GMRES, g: Tensor, stop: Stop) -> Rest:
+    """The solve in PyTorch for the rows that `Small` leaves."""
+    return lambda rows, matrix, A: Known(gmres, matrix).solve(A, g[rows], rest(stop, g, rows))
 
 
 def _corrected(

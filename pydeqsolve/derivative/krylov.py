@@ -49,10 +49,11 @@ class Krylov:
         return self._combined(small.taken), used
 
     def cautious(self, r: Tensor) -> Tensor | None:
-        """d (B, N) from the columns before the first that is nearly dependent on them; None when no row has any."""
+        """d (B, N) from the columns that nearly lose no direction; None when every row has only such."""
         assert self.last is not None
         small = self.last[1]
-        return self._combined(small.sound) if bool((small.sound < small.taken).any()) else None
+        count = small.strong(self.eps)
+        return self._combined(count) if bool((count < small.taken).any()) else None
 
     def _combined(self, count: Tensor) -> Tensor:
         """d (B, N) of the first `count` (B,) columns of each row."""
@@ -135,6 +136,18 @@ class LeastSquares:
         self.G[:, k + 1, :-1], self.G[:, k + 1, -1] = -sine[:, None] * last, cosine
         self.G[:, k, :-1], self.G[:, k, -1] = cosine[:, None] * last, sine
         return going, (self.beta * sine * last[:, 0]).abs()
+
+    def strong(self, eps: float) -> Tensor:
+        """The number of columns, (B,) int64, that are sound and whose minimiser is not huge.
+
+        Together columns may nearly lose a direction of which their diagonal does not tell.
+        """
+        count = self.sound
+        while True:
+            huge = (count > 0) & ~(lengths(self.coordinates(count)) <= self.beta / eps**0.5)
+            if not bool(huge.any()):
+                return count
+            count = count - huge.long()
 
     def coordinates(self, count: Tensor) -> Tensor:
         """The minimiser (B, k) over the first `count` (B,) columns of each row."""

@@ -24,10 +24,11 @@ class FlowOf(nn.Module):
         super().__init__()
         self.network = checkpoint.model
         alphas = checkpoint.schedule.alphas_cumprod
+        self.most = 1 / (1 + (alphas[-1] / (1 - alphas[-1])).sqrt())
         self.register_buffer("angles", torch.atan2((1 - alphas).sqrt(), alphas.sqrt()))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        s = (t.double() / 1000).clamp(max=1 - 1e-3)  # no signal: the noisiest step that the network knows
+        s = (t.double() / 1000).clamp(max=float(self.most))  # no signal: the noisiest step that the network knows
         step = (torch.atan2(s, 1 - s)[:, None] - self.angles).abs().argmin(1)
         s = s.view(-1, *[1] * (x.dim() - 1)).to(x)
         eps = self.network(x / ((1 - s).square() + s.square()).sqrt(), step)

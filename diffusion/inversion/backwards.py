@@ -216,6 +216,7 @@ def stiff_steps(chain: Chain, stiffness: float) -> int:
 
 
 def removing(chain: Chain, share: float, resolution: float) -> Splitting:
-    """κ = share·σ/(σ² + resolution² (α² + σ²))."""
+    """κ = share·σ/(σ² + resolution² (α² + σ²)); 0 where there is no signal and the answer is −x̂_0."""
     sigma, size = chain.before[1][:, None], chain.size[:-1, None]
-    return Splitting(share * sigma / (sigma.square() + (resolution * size).square()))
+    kappa = share * sigma / (sigma.square() + (resolution * size).square())
+    return Splitting(torch.where(chain.blind[:, None], 0.0, kappa))

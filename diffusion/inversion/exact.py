@@ -117,7 +117,10 @@ def again_and_again(way: Backwards, best: Best, limit: float) -> None:
 
 
 def together(way: Backwards, splitting: Splitting | None, solver: Any, error: float) -> None:
-    """The stiff steps one by one, then all the others as one fixed point, no finer than what those have left allows."""
+    """The stiff steps one by one, then all the others as one fixed point, no finer than what those have left allows.
+
+    A step without signal comes by itself and last: its answer is −x̂_0, of pure noise, which may be steep.
+    """
     chain, asked = way.problem.map.chain, torch.full_like(way.left, error)
     k, own = len(chain), removing(chain, SHARE, RESOLUTION)
     stiff = stiff_steps(chain, STIFFNESS)
@@ -126,15 +129,21 @@ def together(way: Backwards, splitting: Splitting | None, solver: Any, error: fl
         k -= 1
         rounds = int(min(STIFF_ROUNDS, max(0, way.rounds_left - kept)))
         way.take(k, k + 1, way.solve(k, k + 1, own, STIFF_SOLVER, STIFF_PART * asked, rounds, patience=STEP_PATIENCE))
+    first = int(bool(chain.blind[0]) and k > 1)
     if k > 0:
         split = removing(chain, JOINT_SHARE, JOINT_RESOLUTION) if splitting is None else splitting
         rounds = int(min(JOINT_ROUNDS, way.rounds_left))
-        able = k > 2 and not getattr(solver, "line_search", 0)  # a line search keeps no history
+        able = k - first > 2 and not getattr(solver, "line_search", 0)  # a line search keeps no history
         nodes = max(0, min(NODE_ROUNDS, rounds - ALL_ROUNDS)) if able else 0
         left = way.left.nan_to_num(0.0, 0.0, 0.0)
         atol = torch.maximum(JOINT_PART * asked, FORCING * left)
-        found = way.solve(0, k, split, solver, atol, rounds, patience=JOINT_PATIENCE, node_rounds=nodes)
-        way.take(0, k, found)
+        found = way.solve(first, k, split, solver, atol, rounds, patience=JOINT_PATIENCE, node_rounds=nodes)
+        way.take(first, k, found)
+    if first:
+        rounds = int(min(STIFF_ROUNDS, way.rounds_left))
+        guess = ((chain.noise[1] * way.last - way.x) / chain.signal[1])[:, None]
+        found = way.solve(0, 1, own, STIFF_SOLVER, STIFF_PART * asked, rounds, patience=STEP_PATIENCE, guess=guess)
+        way.take(0, 1, found)
 
 
 def one_by_one(way: Backwards, eps: Tensor, atol: Tensor) -> None:

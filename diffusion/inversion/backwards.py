@@ -52,6 +52,10 @@ class Steps:
     residual: Tensor
     settled: Tensor  # (n,) bool: within the tolerance, or at what the network's rounding lets through
 
+    def put(self, images: Tensor, part: Steps) -> None:
+        """Takes in what was found of some images (n,)."""
+        self.eps[images], self.residual[images], self.settled[images] = part.eps, part.residual, part.settled
+
 
 @dataclass(eq=False)
 class Patient:

@@ -52,6 +52,10 @@ class Steps:
     residual: Tensor
     settled: Tensor  # (n,) bool: within the tolerance, or at what the network's rounding lets through
 
+    def put(self, images: Tensor, part: Steps) -> None:
+        """Takes in what was found of some images (n,)."""
+        self.eps[images], self.residual[images], self.settled[images] = part.eps, part.residual, part.settled
+
 
 @dataclass(eq=False)
 class Patient:
@@ -217,6 +221,7 @@ def stiff_steps(chain: Chain, stiffness: float) -> int:
 
 
 def removing(chain: Chain, share: float, resolution: float) -> Splitting:
-    """κ = share·σ/(σ² + resolution² (α² + σ²))."""
+    """κ = share·σ/(σ² + resolution² (α² + σ²)); 0 where there is no signal and the answer is −x̂_0."""
     sigma, size = chain.before[1][:, None], chain.size[:-1, None]
-    return Splitting(share * sigma / (sigma.square() + (resolution * size).square()))
+    kappa = share * sigma / (sigma.square() + (resolution * size).square())
+    return Splitting(torch.where(chain.blind[:, None], 0.0, kappa))

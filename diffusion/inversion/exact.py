@@ -33,7 +33,7 @@ from pydeqsolve import Anderson, Broyden, Picard, Status
 from ..arguments import check_solver
 from ..chain import Splitting
 from ..problem import ChainProblem, Found
-from .backwards import SPARE, Backwards, removing, stiff_steps
+from .backwards import SPARE, Backwards, Steps, removing, stiff_steps
 from .loss import Best, Call, latents
 from .one_pass import one_pass
 
@@ -50,6 +50,7 @@ STIFF_ROUNDS, JOINT_ROUNDS, STEP_ROUNDS = 400, 24, 400  # the most of each
 NODE_ROUNDS, ALL_ROUNDS = 4, 5  # of the joint ones: at most so many on nodes, and at least so many on all steps
 # Evaluations in which the residual must halve, while it is as small as the network's rounding, and before.
 STEP_PATIENCE, JOINT_PATIENCE = (10, 200), (3, 8)
+CLIPPED_PATIENCE = (10, 30)  # of a chain that clips: what is cut off has no root to be found by waiting
 ALLOWED, ALLOWED_PER_STEP = 1500, 20  # evaluations one after the other of an image
 FORCING = 0.1  # the tolerance of the others, as part of the error which the stiff steps have left in the image
 # What is tried on a step left unsolved: with more of the noise removed, then plain iteration.
@@ -107,17 +108,21 @@ def again_and_again(way: Backwards, best: Best, limit: float) -> None:
         # Guidance makes what is left on the way larger in the image: less may be left by as much.
         asked = STEP_PART * error * (left[images] / before[images]).nan_to_num(1.0).clamp(1e-3, 1.0)
         again = Backwards(problem.pick(images), limit, way.allowance[images], way.bar)
-        one_by_one(again, way.eps[images], asked / T**0.5)
-        best.offer(again.x, again.remainders(), images)
+        through = one_by_one(again, way.eps[images], asked / T**0.5, torch.minimum(left[images], before[images]))
         way.join(again, images)
+        if bool(through.any()):
+            best.offer(again.x[through], again.remainders()[through], images[through])
         now, reached = best.error[images], (again.left <= asked) | (again.left <= FELL * left[images])
         left[images] = again.left
-        going = (now > error) & (now <= FELL * before[images]) & reached & (again.allowance > SPARE * T)
+        going = through & (now > error) & (now <= FELL * before[images]) & reached & (again.allowance > SPARE * T)
         images, before = images[going], best.error.clone()
 
 
 def together(way: Backwards, splitting: Splitting | None, solver: Any, error: float) -> None:
-    """The stiff steps one by one, then all the others as one fixed point, no finer than what those have left allows."""
+    """The stiff steps one by one, then all the others as one fixed point, no finer than what those have left allows.
+
+    A step without signal comes by itself and last: its answer is −x̂_0, of pure noise, which may be steep.
+    """
     chain, asked = way.problem.map.chain, torch.full_like(way.left, error)
     k, own = len(chain), removing(chain, SHARE, RESOLUTION)
     stiff = stiff_steps(chain, STIFFNESS)
@@ -126,25 +131,42 @@ def together(way: Backwards, splitting: Splitting | None, solver: Any, error: fl
         k -= 1
         rounds = int(min(STIFF_ROUNDS, max(0, way.rounds_left - kept)))
         way.take(k, k + 1, way.solve(k, k + 1, own, STIFF_SOLVER, STIFF_PART * asked, rounds, patience=STEP_PATIENCE))
+    first = int(bool(chain.blind[0]) and k > 1)
     if k > 0:
         split = removing(chain, JOINT_SHARE, JOINT_RESOLUTION) if splitting is None else splitting
         rounds = int(min(JOINT_ROUNDS, way.rounds_left))
-        able = k > 2 and not getattr(solver, "line_search", 0)  # a line search keeps no history
+        able = k - first > 2 and not getattr(solver, "line_search", 0)  # a line search keeps no history
         nodes = max(0, min(NODE_ROUNDS, rounds - ALL_ROUNDS)) if able else 0
         left = way.left.nan_to_num(0.0, 0.0, 0.0)
         atol = torch.maximum(JOINT_PART * asked, FORCING * left)
-        found = way.solve(0, k, split, solver, atol, rounds, patience=JOINT_PATIENCE, node_rounds=nodes)
-        way.take(0, k, found)
+        found = way.solve(first, k, split, solver, atol, rounds, patience=JOINT_PATIENCE, node_rounds=nodes)
+        way.take(first, k, found)
+    if first:
+        rounds = int(min(STIFF_ROUNDS, way.rounds_left))
+        guess = ((chain.noise[1] * way.last - way.x) / chain.signal[1])[:, None]
+        found = way.solve(0, 1, own, STIFF_SOLVER, STIFF_PART * asked, rounds, patience=STEP_PATIENCE, guess=guess)
+        way.take(0, 1, found)
 
 
-def one_by_one(way: Backwards, eps: Tensor, atol: Tensor) -> None:
-    """Every step by itself to atol (B,), from what is known of ε (B, T, D)."""
-    chain = way.problem.map.chain
-    own = removing(chain, SHARE, RESOLUTION)
+def one_by_one(way: Backwards, eps: Tensor, atol: Tensor, most: Tensor) -> Tensor:
+    """Every step by itself to atol (B,), from what is known of ε (B, T, D); (B,) bool, the images that it came through.
+
+    An image that has more left than `most` (B,) is given up: what a step leaves is not made good by those before it.
+    """
+    chain, through = way.problem.map.chain, torch.ones_like(atol, dtype=torch.bool)
+    own, clips = removing(chain, SHARE, RESOLUTION), chain.clip is not None
+    patience, rescues = (CLIPPED_PATIENCE, ()) if clips else (STEP_PATIENCE, RESCUES)
     for k in range(len(chain) - 1, -1, -1):
-        guess = eps[:, k : k + 1]
-        found = way.solve(k, k + 1, own, STIFF_SOLVER, atol, STEP_ROUNDS, patience=STEP_PATIENCE, guess=guess)
-        for splitting, solver in RESCUES:
+        through &= ~(way.left > most)
+        if not bool(through.any()):
+            break
+        found = Steps(eps[:, k : k + 1].clone(), torch.zeros_like(atol), torch.ones_like(through))
+        going = through.nonzero()[:, 0]
+        found.put(going, way.solve(
+            k, k + 1, own, STIFF_SOLVER, atol[going], STEP_ROUNDS, patience=patience, guess=found.eps[going],
+            images=going,
+        ))  # fmt: skip
+        for splitting, solver in rescues:
             missed = (~found.settled).nonzero()[:, 0]
             if not len(missed) or not way.rounds_left:
                 break
@@ -156,3 +178,4 @@ def one_by_one(way: Backwards, eps: Tensor, atol: Tensor) -> None:
             found.residual[missed] = torch.where(better, other.residual, found.residual[missed])
             found.settled[missed] |= other.settled
         way.take(k, k + 1, found)
+    return through

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from diffusion import Chain, Checkpoint, CoarseToFine, Parallel, load_checkpoint, sample
-from diffusion.chain import LinearChain
 from diffusion.methods import coarse, defects, grid, parallel, secants
+from diffusion.trajectory import LinearChain
 from pydeqsolve import Anderson, Picard
 
 

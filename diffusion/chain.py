@@ -1,14 +1,12 @@
-"""A chain as arrays of coefficients, and its linear part solved in closed form.
+"""A chain as arrays of coefficients, and the linear part of what its network says.
 
 Notation: step k = 0 … T−1 goes from state s_k, the noisier, to s_{k+1}; s_0 is the latent, s_T the image:
 s_{k+1} = a_k s_k + c_k ε(s_k, t_k) + σ_k n_k. With a splitting ε = κ_k s + b_k + N(s) it is
-s_{k+1} = A_k s_k + c_k (b_k + N_k) + σ_k n_k, A_k = a_k + c_k κ_k, and given all N_k the whole trajectory is one
-cumulative sum: s_k = P_k (s_0 + Σ_{j<k} (c_j (b_j + N_j) + σ_j n_j) / P_{j+1}), P_k = Π_{j<k} A_j.
+s_{k+1} = A_k s_k + c_k (b_k + N_k) + σ_k n_k, A_k = a_k + c_k κ_k (`diffusion.trajectory`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +15,6 @@ from torch import Tensor
 
 from .checks import real, signal, time_steps
 from .recurrence import Recurrence
-
-Edit = Callable[[Tensor, int, Tensor], Tensor]  # edit(x, k, image): what becomes of the states that k steps leave
 
 VARIANCE_FLOOR = 1e-2  # of the mean variance
 
@@ -98,7 +94,8 @@ class Chain(Recurrence):
     def __repr__(self) -> str:
         """One line: steps, time, signal and noise at both ends, what is special."""
         t, (first, last) = self.timesteps, ((f"{self.signal[k]:.3g}, {self.noise[k]:.3g}") for k in (0, -1))
-        special = {"eta": self.eta or None, "clip": self.clip, "prediction": self.prediction}
+        rule = None if self.rule == "ddim" else self.rule
+        special = {"rule": rule, "eta": self.eta or None, "clip": self.clip, "prediction": self.prediction}
         more = "".join(f", {name}={value}" for name, value in special.items() if value is not None)
         return f"Chain({len(self)} steps, t = {t[0]:g} … {t[-1]:g}, α and σ {first} … {last}{more})"
 
@@ -190,76 +187,3 @@ def cosines(n: int) -> Tensor:
     i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     columns = torch.cos(torch.pi / n * j.double() * (i.double() + 0.5))
     return columns / columns.norm(dim=0)
-
-
-class LinearChain:
-    """x_{k+1} = A_k x_k + c_k N_k + d_k from a given x_0, for every k at once. A (T, 1) or (T, D), c (T, 1).
-
-    Works from the product form where that is safe; when some A_k is so small that dividing by the products loses
-    digits (a chain that jumps from pure noise to the image), it goes step by step.
-    """
-
-    def __init__(self, A: Tensor, c: Tensor) -> None:
-        self.A, self.c = A, c
-        products = torch.cat([torch.ones_like(A[:1]), A.cumprod(0)])
-        size = products.abs()
-        self.safe = bool(size.isfinite().all()) and bool(size.min() > 1e-8 * size.max()) and bool(size.min() > 1e-100)
-        self.P = products  # (T+1, 1 or D)
-        self.w = c / products[1:] if self.safe else c
-
-    def base(self, x: Tensor, d: Tensor | None) -> Tensor:
-        """The trajectory (B, T+1, D) with N = 0, from x (B, D); d (B or 1, T, D) or None."""
-        if not self.safe:
-            return self._stepwise(x, d)
-        drift = 0 if d is None else torch.nn.functional.pad((d / self.P[1:]).cumsum(1), (0, 0, 1, 0))
-        return self.P * (x[:, None] + drift)
-
-    def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
-        """(B, T+1, D): base plus the response to N (B, T, D). image (B,): numbers, which `EditedChain` needs."""
-        if not self.safe:
-            return base + self._stepwise(torch.zeros_like(base[:, 0]), self.c * N)
-        out = base.clone()
-        out[:, 1:] += (self.w * N).cumsum_(1).mul_(self.P[1:])
-        return out
-
-    def _stepwise(self, x: Tensor, d: Tensor | None) -> Tensor:
-        states = [x]
-        for k in range(self.A.shape[0]):
-            x = self.A[k] * x
-            x = x if d is None else x + d[:, k]
-            states.append(x)
-        return torch.stack(states, 1)
-
-
-class EditedChain(LinearChain):
-    """The same with x_k ← edit(x_k, k, image) after every step.
-
-    An edit need not be linear, so no closed form is left: the states are made one after the other, in every round. The
-    map from N to the states is still lower triangular, and its fixed point is the chain sampled step by step.
-    """
-
-    def __init__(self, A: Tensor, c: Tensor, edit: Edit, shape: torch.Size) -> None:
-        super().__init__(A, c)
-        self.edit, self.shape = edit, shape
-
-    def base(self, x: Tensor, d: Tensor | None) -> Tensor:
-        """(B, T+1, D): x, then what every step adds."""
-        drift = torch.zeros_like(self.c)[None] if d is None else d
-        return torch.cat([x[:, None], drift.expand(len(x), -1, x.shape[1])], 1)
-
-    def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
-        x, added = base[:, 0], base[:, 1:] + self.c * N
-        out = [x]
-        for k in range(N.shape[1]):
-            x = self.after(self.A[k] * x + added[:, k], k, image)
-            out.append(x)
-        return torch.stack(out, 1)
-
-    def after(self, x: Tensor, k: int, image: Tensor | None) -> Tensor:
-        """The state (B, D) that step k leaves."""
-        images = x.reshape(-1, *self.shape)
-        edited = self.edit(images, k + 1, image if image is not None else torch.arange(len(x), device=x.device))
-        if not isinstance(edited, Tensor) or edited.shape != images.shape:
-            got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise ValueError(f"edit: a tensor of the shape of x, {tuple(images.shape)}, is required, got {got}")
-        return edited.to(x.dtype).reshape(x.shape)

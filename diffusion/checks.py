@@ -11,7 +11,7 @@ from torch import Tensor
 SPACINGS = ("linspace", "leading", "trailing", "quadratic")
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
 VARIANCES = ("small", "large")
-RULES = ("ddim",)
+RULES = ("ddim", "dpmsolver++2m", "belm")
 
 
 def real(name: str, value: Any) -> float:

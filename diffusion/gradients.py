@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pydeqsolve import GMRES, Adjoint, Front, Implicit, Phantom, Solution, Status, Stop, leaves, solve
 
-from .chain import EditedChain, LinearChain
 from .problem import ChainProblem
 from .ranks import evaluate_shared, sum_shared
 from .remainder import CPU_ROWS, Remainders, reachable, rotate
+from .trajectory import EditedChain, LinearChain
 
 
 def attach(
@@ -49,12 +49,16 @@ def attach(
     return _ChainFunction.apply(backward, states, latent, *inputs, *parameters)
 
 
-def check_gradient(gradient: Any, edit: Any) -> None:
+def check_gradient(gradient: Any, edit: Any, rule: str = "ddim", pair: bool = False) -> None:
     """Raises for a gradient that a sampled chain does not have."""
     if gradient is not None and not isinstance(gradient, (Implicit, Phantom)):
         raise TypeError(f"gradient: None, Implicit() or Phantom() is required, got {type(gradient).__name__}")
+    if gradient is not None and pair:
+        raise ValueError("gradient: that of a pair of states is not supported; of one latent it is")
     if gradient is None or (isinstance(gradient, Implicit) and isinstance(gradient.solver, GMRES)):
         return
+    if rule != "ddim":
+        raise ValueError(f"gradient: with rule={rule!r} only Implicit() is supported, got {gradient}")
     if edit is not None:
         raise ValueError(f"gradient: with an edit only Implicit() is supported, got {gradient}")
     if isinstance(gradient, Implicit) and getattr(gradient.solver, "coupling", "causal") != "causal":
@@ -78,7 +82,7 @@ class ChainAdjoint:
         """What the model and the edit read besides their arguments, from one evaluation of the last step."""
         k = len(self.map.chain) - 1
         with torch.enable_grad():
-            after = self._step(trajectory[:1, k].detach(), k, [c[:1].detach() for c in conditioning])
+            after = self._steps(trajectory[:1, k].detach(), k, [c[:1].detach() for c in conditioning])[0]
         return leaves(after)
 
     def __call__(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
@@ -86,29 +90,32 @@ class ChainAdjoint:
         parallel = not isinstance(self.gradient.solver, GMRES)
         return (self._parallel if parallel else self._sweep)(g, trajectory, rest, needed)
 
-    def _step(self, x: Tensor, k: int, conditioning: Sequence[Tensor]) -> Tensor:
-        """x_{k+1} (B, D) of x_k, as sequential sampling has it."""
-        m = self.map
+    def _steps(self, x: Tensor, k: int, conditioning: Sequence[Tensor]) -> list[Tensor]:
+        """What s_k = x (B, D) makes of s_{k+1}, as sequential sampling has it; and, in a two-step chain, of s_{k+2}."""
+        m, chain = self.map, self.map.chain
         eps = m.epsilon(x, torch.full((len(x),), k, device=x.device), conditioning)
-        after = m.chain.a[k] * x + m.chain.c[k] * eps
+        after = chain.a[k] * x + chain.c[k] * eps
+        if chain.past is not None and k + 1 < len(chain):
+            return [after, chain.past[0][k + 1] * x + chain.past[1][k + 1] * eps]
         if not isinstance(m.linear, EditedChain):
-            return after
+            return [after]
         if self.noise is not None:
             after = after + self.noise[: len(x), k]
-        return m.linear.after(after, k, torch.arange(len(x), device=x.device))
+        return [m.linear.after(after, k, torch.arange(len(x), device=x.device))]
 
     def _sweep(self, g: Tensor, trajectory: Tensor, rest: Sequence[Tensor], needed: list[int]) -> Any:
         sums = zeros(rest, needed)
-        adjoint, T = g[:, -1], len(self.map.chain)
+        adjoint, beyond, T = g[:, -1], torch.zeros_like(g[:, -1]), len(self.map.chain)
         for k in range(T - 1, -1, -1):
             with torch.enable_grad():
                 x = trajectory[:, k].detach().requires_grad_()
                 conditioning = [c.detach().requires_grad_(i in needed) for i, c in enumerate(rest[: self.count])]
-                after = self._step(x, k, conditioning)
+                after = self._steps(x, k, conditioning)
             wanted = [conditioning[i] if i < self.count else rest[i] for i in needed]
-            own, *products = torch.autograd.grad(after, [x, *wanted], adjoint, allow_unused=True)
+            cotangents = [adjoint, beyond][: len(after)]
+            own, *products = torch.autograd.grad(after, [x, *wanted], cotangents, allow_unused=True)
             add(sums, needed, products)
-            adjoint = g[:, k] + own
+            adjoint, beyond = g[:, k] + own, adjoint
         self._report(adjoint, torch.zeros_like(g[:, 0, 0]), torch.full((len(g),), T, device=g.device))
         return adjoint, sums
 

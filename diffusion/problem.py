@@ -15,9 +15,10 @@ from torch import Tensor
 from pydeqsolve import Solution, Status
 
 from .arguments import check_arguments, model_dtype
-from .chain import Chain, Edit, EditedChain, Splitting
+from .chain import Chain, Splitting
 from .models.answers import draw
 from .remainder import Model, Network, Remainders, forward_map, move, rotate
+from .trajectory import Edit, EditedChain
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class ChainProblem:
         conditioning: (B, …) each.
         drift: (B or 1, T, D), c_k b_k + σ_k n_k; None is 0.
         numbers: (B,) int64, which images of the whole batch these are; None is all.
+        second: (B, D), the state after the latent where a two-step chain starts from both; None elsewhere.
     """
 
     map: Remainders
@@ -37,13 +39,14 @@ class ChainProblem:
     conditioning: list[Tensor]
     drift: Tensor | None
     numbers: Tensor | None = None
+    second: Tensor | None = None
 
     @staticmethod
     def of(
-        model: Model, latent: Tensor, chain: Chain, *, name: str = "latent", prediction: str = "epsilon",
-        splitting: str | Tensor | Splitting = "v", inputs: Sequence[Tensor] = (), edit: Edit | None = None,
-        noises: Tensor | None = None, generator: Any = None, group: Any = None, rows: int | None = None,
-        fresh: bool = True,
+        model: Model, latent: Tensor | tuple[Tensor, Tensor], chain: Chain, *, name: str = "latent",
+        prediction: str = "epsilon", splitting: str | Tensor | Splitting = "v", inputs: Sequence[Tensor] = (),
+        edit: Edit | None = None, noises: Tensor | None = None, generator: Any = None, group: Any = None,
+        rows: int | None = None, fresh: bool = True,
     ) -> ChainProblem:  # fmt: skip
         """The problem that arguments of `sample` state; `name` is what the caller calls its latent.
 
@@ -52,24 +55,31 @@ class ChainProblem:
         Raises:
             TypeError, ValueError: an argument of the wrong kind, by name.
         """
+        latent, second = pair_of(latent, name, chain)
         check_arguments(model, latent, name, chain, prediction, inputs)
+        if edit is not None and chain.past is not None:
+            raise ValueError(f'edit: of chains with rule="ddim" alone, got {chain.rule!r}')
         split = checked_splitting(Splitting.of(splitting, chain), chain, latent.shape[1:].numel())
         wide = torch.promote_types(latent.dtype, torch.float32)
         Q = None if split.basis is None else split.basis.to(latent.device, wide)
         network = Network(model, prediction, latent.shape[1:], model_dtype(model, latent.dtype), rows, group, Q)
         chain, split = move(chain, split, latent.device)
-        forward, drift = forward_map(network, chain, split, edit if Q is None else rotated(edit, Q))
+        given = int(second is not None)
+        forward, drift = forward_map(network, chain, split, edit if Q is None else rotated(edit, Q), given)
         noise = _scaled_noise(chain, latent, noises, generator, Q) if fresh else None
         drift = drift if noise is None else noise if drift is None else drift + noise
-        flat = latent.detach() if Q is None else rotate(latent.detach(), Q)
-        return ChainProblem(forward, flat.double().flatten(1), [c.detach() for c in inputs], drift)
+        flat = [x.detach() if Q is None else rotate(x.detach(), Q) for x in (latent, second) if x is not None]
+        states = [x.double().flatten(1) for x in flat]
+        return ChainProblem(
+            forward, states[0], [c.detach() for c in inputs], drift, second=states[-1] if given else None
+        )
 
     @property
     def noise(self) -> Tensor | None:
         """σ_k n_k (B, T, D), None for eta = 0."""
         chain, split = self.map.chain, self.map.splitting
         if chain.eta == 0 or self.drift is None:
-            return None
+            return None  # as of every two-step chain
         return self.drift if split.offset is None else self.drift - chain.c[:, None] * split.offset
 
     @property
@@ -79,7 +89,7 @@ class ChainProblem:
 
     def base(self) -> Tensor:
         """What the chain's states are made of besides N (B, T+1, D)."""
-        return self.map.linear.base(self.latent, self.drift).expand(len(self.latent), -1, -1)
+        return self.map.linear.base(self.latent, self.drift, self.second).expand(len(self.latent), -1, -1)
 
     def at(self, latent: Tensor) -> ChainProblem:
         """The same problem for other latents (B, D)."""
@@ -89,7 +99,8 @@ class ChainProblem:
         """The same problem for some of the images, by position (k,)."""
         drift = self.drift if self.drift is None or len(self.drift) == 1 else self.drift[images]
         conditioning = [c[images] for c in self.conditioning]
-        return ChainProblem(self.map, self.latent[images], conditioning, drift, self.image[images])
+        second = None if self.second is None else self.second[images]
+        return ChainProblem(self.map, self.latent[images], conditioning, drift, self.image[images], second)
 
     def shaped(self, states: Tensor) -> Tensor:
         """States (B, n, D) as the caller knows them, (B, n, …)."""
@@ -105,6 +116,8 @@ class ChainProblem:
         s, a, c = flat.flatten(2).double(), m.chain.a[:, None], m.chain.c[:, None]
         step = s[:, 1:] - a * s[:, :-1]
         step = step if self.noise is None else step - self.noise
+        if m.chain.past is not None:
+            step = without_past(step, s, m.chain)
         N = torch.where(c == 0, 0.0, step / torch.where(c == 0, 1.0, c) - m.splitting.kappa * s[:, :-1])
         N = N if m.splitting.offset is None else N - m.splitting.offset
         return torch.where(N.isfinite().flatten(1).all(1)[:, None, None], N, 0.0)
@@ -162,13 +175,17 @@ class Found:
 
 def in_steps(problem: ChainProblem, bar: Any = None) -> Tensor:
     """The states (B, T+1, D), one step after the other: T model calls, each on B rows."""
-    m, x = problem.map, problem.latent
+    m, x = problem.map, problem.latent if problem.second is None else problem.second
     chain = m.chain
-    a, c, noise = chain.a, chain.c, problem.noise
-    states, image = [x], problem.image
-    for k in range(len(chain)):
+    (a, c, a_before, c_before), noise = chain.coefficients, problem.noise
+    states, image = [problem.latent, x][: 1 + m.linear.given], problem.image
+    before = torch.zeros_like(x)
+    for k in range(m.linear.given, len(chain)):
         eps = m.epsilon(x, torch.full((len(x),), k, device=x.device), problem.conditioning)
         x = a[k] * x + c[k] * eps
+        if chain.past is not None:
+            x = x + a_before[k] * states[-2] + c_before[k] * before if k else x
+            before = eps
         if noise is not None:
             x = x + noise[:, k]
         if isinstance(m.linear, EditedChain):
@@ -177,6 +194,34 @@ def in_steps(problem: ChainProblem, bar: Any = None) -> Tensor:
         if bar is not None:
             bar.update()
     return torch.stack(states, 1)
+
+
+def pair_of(latent: Any, name: str, chain: Any) -> tuple[Tensor, Tensor | None]:
+    """The first state and, of the pair that a "belm" chain may start from, the second.
+
+    Raises:
+        TypeError, ValueError: a pair for another chain, or of two shapes.
+    """
+    if not isinstance(latent, tuple):
+        return latent, None
+    if len(latent) != 2 or not all(isinstance(x, Tensor) for x in latent):
+        raise TypeError(f"{name}: a tensor, or a pair of them, is required, got a tuple of {len(latent)}")
+    if not isinstance(chain, Chain) or chain.rule != "belm":
+        raise ValueError(f'{name}: one tensor is required; a pair of states starts a chain with rule="belm" alone')
+    if latent[0].shape != latent[1].shape or latent[0].dtype != latent[1].dtype:
+        raise ValueError(f"{name}: two states of one shape and dtype are required, got {tuple(latent[0].shape)}, "
+                         f"{latent[0].dtype} and {tuple(latent[1].shape)}, {latent[1].dtype}")  # fmt: skip
+    return latent
+
+
+def without_past(step: Tensor, s: Tensor, chain: Chain) -> Tensor:
+    """c_k e_k (B, T, D) of the steps s_{k+1} − a_k s_k (B, T, D) of a two-step chain's states (B, T+1, D)."""
+    _, c, a_before, c_before = chain.coefficients
+    out, e = [], torch.zeros_like(s[:, 0])
+    for k in range(step.shape[1]):
+        out.append(step[:, k] - a_before[k] * s[:, k - 1] - c_before[k] * e if k else step[:, 0])
+        e = out[-1] / c[k]
+    return torch.stack(out, 1)
 
 
 def checked_splitting(split: Splitting, chain: Chain, D: int) -> Splitting:

@@ -1,4 +1,4 @@
-"""The steps of a chain as a recurrence that is linear in the states and in what the network says of them.
+"""The steps of a chain as a recurrence that is linear in its last states and in what the network says of them.
 
 Every state s_0 (the latent) … s_T (the image x_0) is x = α x_0 + σ ε, α the signal and σ the noise in it: α² + σ² = 1
 where variance is preserved (DDPM, DDIM), α = 1 − s and σ = s on a flow, α = 1 where noise is added only (EDM, Euler's
@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .checks import PREDICTIONS, VARIANCES, levels, one_of, real, share_of_noise, time_steps
+from .checks import PREDICTIONS, RULES, VARIANCES, levels, one_of, real, share_of_noise, time_steps
 from .clip import Clip
+from .rules import TWO_STEP, Coefficients
 
 R = TypeVar("R", bound="Recurrence")
 ROUNDING = 4 * torch.finfo(torch.float64).eps
@@ -76,6 +77,8 @@ class Recurrence:
         ends: (2, T) α and σ that each step ends at, where the next step takes its state for another; None, the next's.
         preconditioning: of the network; None, it is given x as it is.
         init_noise_sigma: what standard normal noise is multiplied by to be a latent.
+        rule: "ddim"; or "dpmsolver++2m" or "belm", s_{k+1} = a_k s_k + c_k e_k + a'_k s_{k−1} + c'_k e_{k−1}
+            (`diffusion.rules`), without fresh noise and clipping.
 
     Raises:
         TypeError, ValueError: a field of the wrong kind, length or order, by name.
@@ -91,6 +94,7 @@ class Recurrence:
     ends: Tensor | None = None
     preconditioning: Preconditioning | None = None
     init_noise_sigma: float = 1.0
+    rule: str = "ddim"
 
     def __post_init__(self) -> None:
         share_of_noise(self.eta)
@@ -106,8 +110,23 @@ class Recurrence:
             raise ValueError(f"init_noise_sigma: a positive number is required, got {self.init_noise_sigma}")
         if self.variance == "large" and bool((self.size != 1).any()):
             raise ValueError('variance: "large" is that of DDPM, whose states have α² + σ² = 1')
+        one_of("rule", self.rule, RULES)
+        if self.rule != "ddim":
+            self._check_rule()
         if self.prediction is not None:
             self.check_prediction(self.prediction)
+
+    def _check_rule(self) -> None:
+        """Raises for what a rule over two steps does not go with."""
+        if self.eta != 0 or self.clip is not None:
+            raise ValueError(f'rule: {self.rule!r} has neither fresh noise nor clipping; "ddim" has')
+        if self.ends is not None:
+            raise ValueError(f"rule: {self.rule!r} needs steps that end where the next starts")
+        if self.rule == "belm" and self.signal[0] == 0:
+            raise ValueError(
+                'rule: "belm" steps by σ/α, which has no value where a chain starts without signal (α = 0, as a flow '
+                "at s = 1): start a step later, chain.tail(1), or from sigmas below 1"
+            )
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -184,19 +203,32 @@ class Recurrence:
 
     @property
     def a(self) -> Tensor:
-        """a_k = α'/α; where α = 0, √(σ'² − σ_k²)/σ, the state being σ ε."""
-        alpha, sigma = self.before
-        return torch.where(self.blind, self._direction / sigma, self.after[0] / alpha)
+        """a_k (T,); of "ddim" α'/α, where α = 0 √(σ'² − σ_k²)/σ, the state being σ ε."""
+        return self.coefficients[0]
 
     @property
     def c(self) -> Tensor:
-        """c_k = √(σ'² − σ_k²) − a σ, σ_k² that of "small", before ε.
+        """c_k (T,); of "ddim" √(σ'² − σ_k²) − a σ, σ_k² that of "small", before ε.
 
         It is −α' before −x̂_0 where α = 0, and before what clipping takes off x̂_0 where a step does nothing else.
         """
+        return self.coefficients[1]
+
+    @property
+    def past(self) -> tuple[Tensor, Tensor] | None:
+        """a'_k and c'_k (T,), of the state and the answer before; None of "ddim"."""
+        return None if self.rule == "ddim" else (self.coefficients[2], self.coefficients[3])
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """a, c, a', c'."""
         alpha, sigma = self.before
+        a = torch.where(self.blind, self._direction / sigma, self.after[0] / alpha)
         before_noise = self._direction - self.after[0] / alpha * sigma
-        return torch.where(self.blind | self.still, -self.after[0], before_noise)
+        c = torch.where(self.blind | self.still, -self.after[0], before_noise)
+        if self.rule == "ddim":
+            return a, c, torch.zeros_like(a), torch.zeros_like(c)
+        return TWO_STEP[self.rule](self.before, self.after, (a, c))
 
     @property
     def _direction(self) -> Tensor:

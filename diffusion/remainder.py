@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain import Chain, Edit, EditedChain, LinearChain, Splitting
+from .chain import Chain, Splitting
 from .methods.visits import Visits
 from .models.answers import checked, explained, warn_of_training
 from .ranks import evaluate_shared
+from .trajectory import Edit, EditedChain, LinearChain, TwoStepChain
 
 CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
 
@@ -130,6 +131,9 @@ class Remainders:
         x = self.linear.trajectory(base, N, image)[:, self.shift : self.shift + N.shape[1]]
         if wanted is None:
             wanted = torch.ones(N.shape[:2], dtype=torch.bool, device=N.device)
+        if self.linear.given:  # by the pair of states that the chain starts from
+            wanted = wanted.clone()
+            wanted[:, : self.linear.given] = False
         i, k = wanted.nonzero(as_tuple=True)
         self.evaluations.index_add_(0, image[i], torch.ones_like(i))
         return x, i, k
@@ -159,13 +163,19 @@ class Remainders:
 
 
 def forward_map(
-    network: Network, chain: Chain, splitting: Splitting, edit: Edit | None
+    network: Network, chain: Chain, splitting: Splitting, edit: Edit | None, given: int = 0
 ) -> tuple[Remainders, Tensor | None]:
-    """The map of the chain read from noise to image, and its drift c_k b_k (1, T, D) or None."""
+    """The map of the chain read from noise to image, and its drift c_k b_k + c'_k b_{k−1} (1, T, D) or None.
+
+    given: 1 where a two-step chain's second state is given.
+    """
     a, c = chain.a[:, None], chain.c[:, None]
-    drift = None if splitting.offset is None else (c * splitting.offset)[None]
     A = a + c * splitting.kappa
     linear = LinearChain(A, c) if edit is None else EditedChain(A, c, edit, network.shape)
+    if chain.past is not None:
+        a_before, c_before = (part[:, None] for part in chain.past)
+        linear = TwoStepChain(A, c, a_before + c_before * splitting.kappa.roll(1, 0), c_before, given)
+    drift = None if splitting.offset is None else linear.added(splitting.offset[None])
     return Remainders(network, chain, splitting, linear, scale=scale_of(chain)), drift
 
 

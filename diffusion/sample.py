@@ -12,13 +12,14 @@ from torch import Tensor
 from pydeqsolve import Implicit, Phantom, Solution, Status
 
 from .arguments import check_settings, progress_bar
-from .chain import Chain, Edit, Splitting
+from .chain import Chain, Splitting
 from .gradients import attach, check_gradient
 from .methods.fastest import Method, check_method, method_of
 from .methods.goal import Goal, Watch
 from .problem import ChainProblem
 from .ranks import agree
 from .remainder import Model
+from .trajectory import Edit
 
 
 @dataclass(eq=False)
@@ -59,7 +60,7 @@ class Sample:
 
 def sample(
     model: Model,
-    latent: Tensor,
+    latent: Tensor | tuple[Tensor, Tensor],
     chain: Chain,
     method: str | Method = "parallel",
     *,
@@ -85,14 +86,16 @@ def sample(
     the same images, to the error asked for, which is measured on what is returned (`diffusion.methods.defects`).
 
     Args:
-        model: model(x, t, *inputs), x (N, …), t (N,) int64 → same shape as x; `prediction` says of what.
-        latent: (B, …), usually standard normal.
+        model: model(x, t, *inputs), x (N, …), t (N,) int64 or float32 as `chain.timesteps` → same shape as x;
+            `prediction` says of what.
+        latent: (B, …), standard normal noise times `chain.init_noise_sigma`; or, of a chain with rule="belm", the first
+            two states, as `Inversion.latent` has them.
         chain: from `Schedule.chain`.
         method: `Sequential()`, `Parallel(…)`, all steps in every round, or `CoarseToFine()`, the nonlinear work on a
             coarse time grid and every step evaluated once, which saves most of the evaluations of a long chain. Or a
             name: "sequential"; "parallel", the better of the other two; "auto", `fastest(…)` of all three, which times
             the model once, so that what it does depends on the machine.
-        prediction: "epsilon", "v" or "sample".
+        prediction: "epsilon", "v", "sample" or "flow" (ε − x_0).
         error: the relative error of x_0 against sequential sampling that is asked for, a number or (B,), each image's
             own. None is 1e-3, or five times the machine epsilon of the network where that is more: no parallel
             sampling of a network in that precision is better, and what is asked for beyond ends STALLED there.
@@ -142,7 +145,9 @@ def sample(
         model, latent, chain, prediction=prediction, splitting=splitting, inputs=inputs, edit=edit, noises=noises,
         generator=generator, group=group, rows=rows_per_call,
     )  # fmt: skip
-    check_gradient(gradient, edit)
+    pair = isinstance(latent, tuple)
+    check_gradient(gradient, edit, chain.rule, pair)
+    latent = latent[0] if isinstance(latent, tuple) else latent
     goal, guess = Goal.of(problem, error, max_rounds), None if start is None else _guess(problem, start, latent)
     if callback is not None and method == "auto":
         raise ValueError('callback: of the rounds of method="parallel"; "auto" may choose to have none')

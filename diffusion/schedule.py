@@ -168,7 +168,7 @@ class Schedule:
             TypeError: a scheduler of a class, or an option, that is not reproduced (`diffusion.models.schedulers`).
         """
         found = read_scheduler(scheduler, mu)
-        return ContinuousSchedule(found) if isinstance(found, SchedulerGrid) else cls(**found)
+        return ContinuousSchedule(found, found.rule) if isinstance(found, SchedulerGrid) else cls(**found)
 
     @classmethod
     def _of_betas(cls, betas: Tensor, name: str, **arguments: float) -> Schedule:
@@ -252,7 +252,7 @@ class Schedule:
             spacing: "linspace" (evenly from 0 to N−1), "leading" (k⌊N/T⌋ + steps_offset), "trailing" (N, N − N/T, …,
                 less one) or "quadratic" (denser near the image, made strictly increasing); None is the schedule's own.
             eta: the share of fresh noise; None is the schedule's own: of a scheduler what that does, else 0.
-            rule: "ddim", which None is too.
+            rule: "ddim", which None is too; "dpmsolver++2m"; "belm", whose latent is a pair of states.
             timesteps: integers of N − 1 … 0 that fall, instead of `steps` and `spacing`; each step ends where the next
                 starts.
 
@@ -260,7 +260,8 @@ class Schedule:
         """
         N, alphas = len(self), self.alphas_cumprod
         count("steps", steps, least=1)
-        one_of("rule", rule or "ddim", RULES)
+        rule = rule or "ddim"
+        one_of("rule", rule, RULES)
         final = alphas.new_tensor([self.final_alpha_cumprod])
         if timesteps is not None:
             t = time_steps_given(N, timesteps)
@@ -269,14 +270,14 @@ class Schedule:
         else:
             spacing = self.spacing if spacing is None else spacing
             t = time_steps_of(N, steps, spacing, self.steps_offset, self.diffusers_steps or self.ancestral)
-        if self.diffusers_steps and timesteps is None:
+        if self.diffusers_steps and timesteps is None and rule == "ddim":
             previous = t - N // steps
             after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
         else:
             after = torch.cat([alphas[t[1:]], final])
         return Chain.vp(
             t, alphas[t], after, eta=self.eta if eta is None else eta, clip=self.clip, variance=self.variance,
-            prediction=self.prediction,
+            prediction=self.prediction, rule=rule,
         )  # fmt: skip
 
 

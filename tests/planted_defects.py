@@ -131,7 +131,7 @@ DEFECTS = [
            "self._buffers = vars(precision).setdefault('pool', []); self._buffers.append(self.z)",
            "test_aliasing.py::test_solves_in_two_threads_that_take_turns_find_what_each_finds_alone"),
     # Sampling and inversion.
-    Defect("a nodes solve that skips its verification", "diffusion/methods/passes.py",
+    Defect("a coarse solve that skips its verification", "diffusion/methods/coarse.py",
            "self.found.error[images] = torch.maximum(error, self.goal.floor[images])",
            "self.found.error[images] = self.goal.floor[images]",
            "test_error.py::test_a_network_as_easy_as_a_tenth_of_x_is_not_said_to_have_converged_before_it_has"),

@@ -5,10 +5,10 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import CoarseToFine, Parallel, Schedule, load_checkpoint, sample
-from diffusion.chain import LinearChain
-from diffusion.methods.defects import SAFETY, carried, filled, summed
+from diffusion.methods.defects import SAFETY, carried, filled
 from diffusion.methods.parallel import weight_of
 from diffusion.methods.visits import Visits
+from diffusion.trajectory import LinearChain, summed
 from pydeqsolve import Status
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)

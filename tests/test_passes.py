@@ -5,9 +5,9 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import CoarseToFine, Parallel, Schedule, load_checkpoint, sample
-from diffusion.chain import LinearChain
 from diffusion.methods.grid import NodeChain, interpolation, nodes
 from diffusion.methods.parallel import START
+from diffusion.trajectory import LinearChain
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 

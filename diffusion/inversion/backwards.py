@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pydeqsolve import Status, Stop, solve
 
-from ..chain import Chain, LinearChain, Splitting
+from ..chain import Chain, Splitting
 from ..methods.grid import OnGrid, TimeGrid
 from ..problem import ChainProblem
 from ..remainder import Remainders, rounding
+from ..trajectory import LinearChain
 
 NOISE = 64.0  # residuals within so many units of the network's rounding are taken for its doing where they stay
 SPARE = 10  # of the evaluations allowed to an image, what a solve leaves to each of the steps after it

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..chain import EditedChain, LinearChain
 from ..remainder import Remainders
+from ..trajectory import EditedChain, LinearChain
 from .visits import Visits
 
 SAFETY = 2.0  # by which the first-order estimate is raised: J is known along one direction only
@@ -49,6 +49,7 @@ def defects(
     x, before = x[:, : N.shape[1]], visits.x[image]
     still = (x - before).square().sum(2) <= (SAME * visits.precision) ** 2 * x.square().sum(2)  # never, where NaN
     wanted = x.isfinite().all(2) & ~(still & settled[:, None])
+    wanted[:, : m.linear.given] = False
     delta = torch.zeros_like(N)
     for first in range(0, N.shape[1], most):
         i, k = wanted[:, first : first + most].nonzero(as_tuple=True)
@@ -74,7 +75,7 @@ def carried(
     if isinstance(linear, EditedChain):
         moved = [edited(linear, base, N, x, delta, J, image) for J in trials]
     else:
-        moved = [summed(linear.A + linear.c * J, linear.c * delta) for J in trials]
+        moved = [linear.error(J, delta) for J in trials]
     worst, size = torch.stack([e.norm(dim=1) for e in moved]).amax(0), x[:, -1].norm(dim=1)
     return torch.where(worst == 0, worst, SAFETY * worst / size)
 
@@ -86,7 +87,7 @@ def rounding(m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, p
     """
     eps = N + m.splitting.kappa * x[:, :-1]
     eps = eps if m.splitting.offset is None else eps + m.splitting.offset
-    made = (precision * m.linear.c * eps).square() + (
+    made = (precision * m.linear.added(eps)).square() + (
         torch.finfo(torch.float64).eps * (x.abs() + base.abs())[:, 1:]
     ).square()
     return _independent(m.linear, x, filled(slope), made)
@@ -94,12 +95,11 @@ def rounding(m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, p
 
 def spread_of(linear: LinearChain, x: Tensor, slope: Tensor, doubt: Tensor) -> Tensor:
     """The same (n,), of defects known but for an independent error of the size of `doubt` (n, T, D)."""
-    return _independent(linear, x, slope, (linear.c * doubt).square())
+    return _independent(linear, x, slope, linear.added(doubt).square())
 
 
 def _independent(linear: LinearChain, x: Tensor, slope: Tensor, squares: Tensor) -> Tensor:
-    A = (linear.A + linear.c * slope[..., None]).square().amax(2, keepdim=True)
-    total = summed(A, squares.sum(2, keepdim=True))[:, 0]
+    total = linear.independent(slope, squares)
     return (total / x[:, -1].square().sum(1)).sqrt().nan_to_num(0.0)
 
 
@@ -109,16 +109,6 @@ def scatter(at: Tensor, values: Tensor) -> Tensor:
     between = values[:, :-2] + share * (values[:, 2:] - values[:, :-2])
     inner = (values[:, 1:-1] - between).abs() / (1 + share.square() + (1 - share).square()).sqrt()
     return torch.cat([inner[:, :1], inner, inner[:, -1:]], 1)
-
-
-def summed(A: Tensor, b: Tensor) -> Tensor:
-    """e_T (n, D) of e_{k+1} = A_k e_k + b_k from e_0 = 0; A (n, T, 1 or D), b (n, T, D): neighbours pair by pair."""
-    while b.shape[1] > 1:
-        if b.shape[1] % 2:
-            A, b = torch.cat([torch.ones_like(A[:, :1]), A], 1), torch.cat([torch.zeros_like(b[:, :1]), b], 1)
-        b = A[:, 1::2] * b[:, ::2] + b[:, 1::2]
-        A = A[:, 1::2] * A[:, ::2]
-    return b[:, 0]
 
 
 def edited(linear: EditedChain, base: Tensor, N: Tensor, x: Tensor, delta: Tensor, J: Tensor, image: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import Chain, Edit, Splitting
+from ..chain import Chain, Splitting
 from ..problem import ChainProblem, Found
 from ..remainder import CPU_ROWS, Model
+from ..trajectory import Edit
 from .coarse import CoarseToFine
 from .goal import Goal, Watch
 from .grid import nodes

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..chain import LinearChain, Splitting
+from ..chain import Splitting
 from ..remainder import Remainders
+from ..trajectory import LinearChain
 
 STEPS_PER_NODE, MOST_NODES = 4.5, 24
 DENSITY = 1.7  # the number of steps left falls with this power from node to node

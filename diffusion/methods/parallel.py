@@ -17,10 +17,11 @@ from torch import Tensor
 from pydeqsolve import Anderson, Front, Solution, Status, Stop, solve
 
 from ..arguments import check_solver
-from ..chain import Chain, EditedChain
+from ..chain import Chain
 from ..checks import count
 from ..problem import ChainProblem, Found, in_steps
 from ..remainder import reachable, scale_of
+from ..trajectory import EditedChain
 from .defects import carried, defects, rounding
 from .goal import Goal, Watch
 from .grid import TimeGrid
@@ -30,6 +31,7 @@ SOLVER = Anderson(memory=2, coupling="causal")
 # Steps. On digits at T = 300: 9 T rows in 39 rounds, 18 T in 39 without a window, which hardly ends at T = 1000.
 CLIPPED_WINDOW = 100
 FEWEST_STEPS = 60  # with fewer the nodes are too few to tell what they miss
+FEWEST_KNOWN = 50  # of a chain near one that is known: what changes is smoother
 START = 2  # first rounds that are made on the nodes
 # A step within this many times rtol, in units of σ ε, leaves an error of a few rtol in x_0.
 UNITS_PER_RTOL = 5.0
@@ -64,7 +66,7 @@ class Parallel:
         """States, their error and status, from a guess of N (B, T, D)."""
         found = Found.of(problem.base().clone(), torch.zeros_like(problem.base()[:, 1:]))
         together = Together(problem, goal, self.solver, width(problem, self.window), watch, found)
-        together.solve(together.start() if guess is None else guess, problem.image)
+        together.solve(together.start(guess), problem.image)
         return goal.judged(found)
 
 
@@ -73,12 +75,12 @@ def width(problem: ChainProblem, window: int | None) -> int | None:
     return CLIPPED_WINDOW if window is None and problem.map.chain.clip is not None else window
 
 
-def smooth(problem: ChainProblem, window: int | None = None) -> bool:
+def smooth(problem: ChainProblem, window: int | None = None, fewest: int = FEWEST_STEPS) -> bool:
     """Whether a coarse grid serves: the chain long, in closed form, all of it at hand, its states smooth."""
     linear, chain, window = problem.map.linear, problem.map.chain, width(problem, window)
     closed = linear.safe and not isinstance(linear, EditedChain) and (window is None or window >= len(chain))
     alike = not bool((chain.blind | chain.still).any())  # else N is another quantity at that step
-    return closed and alike and len(chain) >= FEWEST_STEPS and chain.eta == 0
+    return closed and alike and len(chain) >= fewest and chain.eta == 0
 
 
 def block_stop(stop: Stop, scale: Tensor, units: float = UNITS_PER_RTOL) -> Stop:
@@ -141,25 +143,26 @@ class Together:
     watch: Watch
     found: Found
 
-    def start(self) -> Tensor:
-        """A first guess of N (B, T, D): by two rounds on the nodes, or 0.
+    def start(self, guess: Tensor | None) -> Tensor:
+        """A better guess of N (B, T, D), where a coarse grid serves: changed by what two rounds there change.
 
-        As long as the errors are tenths, N at n ≪ T steps says as much as N at all of them.
+        As long as the errors are tenths, or vary slowly over time, N at n ≪ T steps says as much as N at all of them.
         """
         problem, found = self.problem, self.found
-        N = torch.zeros_like(found.N)
-        if not smooth(problem, self.window) or self.goal.left <= START:
+        N = torch.zeros_like(found.N) if guess is None else guess
+        if not smooth(problem, self.window, FEWEST_STEPS if guess is None else FEWEST_KNOWN) or self.goal.left <= START:
             return N
         grid = TimeGrid.sampling(N.shape[1], N.device)
-        part, base, image = grid.part(problem.map, len(N), scaled=False), problem.base()[:, grid.at], problem.image
-        at_nodes = torch.zeros_like(base)
+        part, image, before = grid.part(problem.map, len(N), scaled=False), problem.image, N[:, grid.at]
+        base = problem.map.linear.trajectory(problem.base(), N)[:, grid.at]
+        base, at_nodes = base - part.linear.trajectory(torch.zeros_like(base), before), before
         for _ in range(START):
             at_nodes = part(at_nodes, image, base, *problem.conditioning)
         found.evaluations += part.evaluations
         found.steps += START
         self.watch.bar.update(START)
         sound = at_nodes.isfinite().flatten(1).all(1)[:, None, None]
-        return grid.spread @ torch.where(sound, at_nodes, 0.0)
+        return N + grid.spread @ torch.where(sound, at_nodes - before, 0.0)
 
     def solve(self, guess: Tensor, images: Tensor) -> None:
         """Samples the images (n,) from a guess of their N (n, T, D).

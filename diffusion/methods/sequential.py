@@ -19,7 +19,7 @@ class Sequential:
 
     def find(self, problem: ChainProblem, goal: Goal, watch: Watch, guess: Tensor | None = None) -> Found:
         """States and status; a first guess is of no use."""
-        T, before = len(problem.map.chain), problem.map.network.calls
+        T, before = len(problem.map.chain) - problem.map.linear.given, problem.map.network.calls
         if watch.callback is not None:
             raise ValueError('callback: of the rounds of method="parallel"; with "sequential" edit= sees every state')
         if goal.max_rounds is not None and goal.max_rounds < T:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..chain import EditedChain, LinearChain
+from ..trajectory import EditedChain, LinearChain
 
 TOLD = 100.0  # a move of fewer units of rounding of the state tells no slope
 
@@ -55,11 +55,11 @@ class Visits:
         if isinstance(linear, EditedChain):
             return delta
         change, direction, out = self.change[image], self.direction[image], delta.clone()
-        d = torch.zeros_like(delta[:, 0])
+        d = [torch.zeros_like(delta[:, 0])]
         for k in range(delta.shape[1]):
-            out[:, k] += change[:, k] * (direction[:, k] * d).sum(1, keepdim=True)
-            d = linear.A[k] * d + linear.c[k] * out[:, k]
-        return torch.where(d.isfinite().all(1)[:, None, None], out, delta)
+            out[:, k] += change[:, k] * (direction[:, k] * d[-1]).sum(1, keepdim=True)
+            d = [*d[-1:], linear.next(k, d, out)]
+        return torch.where(d[-1].isfinite().all(1)[:, None, None], out, delta)
 
 
 def slopes(s: Tensor, y: Tensor, x: Tensor, precision: float) -> tuple[Tensor, Tensor]:

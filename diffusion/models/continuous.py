@@ -42,7 +42,7 @@ class ContinuousSchedule:
             steps: T.
             spacing: as the schedule has it (`diffusion.models.levels`); None is its own.
             eta: the share of fresh noise; None is 0.
-            rule: "ddim"; None is the schedule's own.
+            rule: "ddim", "dpmsolver++2m" or "belm"; None is the schedule's own.
             timesteps, sigmas: the model's t, or the noise, before each step, instead of `steps` and `spacing`; what a
                 scheduler of diffusers takes is what its set_timesteps takes.
 
@@ -52,11 +52,12 @@ class ContinuousSchedule:
         count("steps", steps, least=1)
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps, sigmas: only one is taken")
-        one_of("rule", self.rule if rule is None else rule, RULES)
+        rule = self.rule if rule is None else rule
+        one_of("rule", rule, RULES)
         found = self.grid.levels(steps, spacing, timesteps, sigmas)
         return Chain(
             found.timesteps, found.signal, found.noise, eta=0.0 if eta is None else eta, prediction=self.prediction,
-            preconditioning=self.grid.preconditioning, init_noise_sigma=found.init_noise_sigma,
+            preconditioning=self.grid.preconditioning, init_noise_sigma=found.init_noise_sigma, rule=rule,
         )  # fmt: skip
 
     def to_config(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ SPACED = ("linspace", "leading", "trailing", "quadratic")
 class SchedulerGrid:
     """The states of a diffusers scheduler's own loop.
 
-    scheduler: a copy of its own. signal: "one", states x_0 + σ ε; "flow", (1 − s) x_0 + s ε. mu: of dynamic shifting.
+    scheduler: a copy of its own. signal: "one", states x_0 + σ ε; "flow", (1 − s) x_0 + s ε; "vp", those of "one" over
+    √(1 + σ²). mu: of dynamic shifting. rule: of the chains.
     """
 
     scheduler: Any
@@ -30,6 +31,7 @@ class SchedulerGrid:
     prediction: str | None
     preconditioning: Preconditioning | None = None
     mu: float | None = None
+    rule: str = "ddim"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SchedulerGrid):
@@ -55,6 +57,9 @@ class SchedulerGrid:
         if self.signal == "flow":
             signal = 1 - sigma.clamp(max=1.0)
             signal = torch.where(signal < NO_SIGNAL, 0.0, signal)
+        if self.signal == "vp":
+            size = (1 + sigma.square()).sqrt()
+            signal, sigma = 1 / size, sigma / size
         return Levels(t, signal, sigma, float(getattr(own, "init_noise_sigma", 1.0)))
 
     def _arguments(self, steps: int, timesteps: Given, sigmas: Given) -> dict[str, Any]:

@@ -74,6 +74,17 @@ def _flow(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"signal": "flow", "prediction": "flow"}
 
 
+def _dpmsolver(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    flow = options["prediction_type"] == "flow_prediction"
+    if flow and not options["use_flow_sigmas"]:
+        raise UnsupportedSchedulerError(
+            "scheduler: prediction_type='flow_prediction' of DPMSolverMultistepScheduler is not reproduced without "
+            "use_flow_sigmas"
+        )
+    prediction = "flow" if flow else PREDICTED[options["prediction_type"]]
+    return {"signal": "flow" if options["use_flow_sigmas"] else "vp", "prediction": prediction, "rule": "dpmsolver++2m"}
+
+
 # What DDIMScheduler and DDPMScheduler have in common. Their betas are read as ᾱ, whatever they are made of.
 COMMON: dict[str, tuple[Any, ...] | None] = {
     "num_train_timesteps": None, "beta_start": None, "beta_end": None, "beta_schedule": None, "trained_betas": None,
@@ -91,12 +102,18 @@ SHIFTS: dict[str, tuple[Any, ...] | None] = {
     "shift": None, "shift_terminal": None, "use_dynamic_shifting": None, "time_shift_type": None, "base_shift": None,
     "max_shift": None, "base_image_seq_len": None, "max_image_seq_len": None,
 }  # fmt: skip
+DPMSOLVER: dict[str, tuple[Any, ...] | None] = {
+    "thresholding": (False,), "solver_order": (2,), "algorithm_type": ("dpmsolver++",), "solver_type": ("midpoint",),
+    "use_lu_lambdas": None, "use_flow_sigmas": None, "flow_shift": None, "lambda_min_clipped": None,
+    "use_dynamic_shifting": None, "time_shift_type": None, "prediction_type": (*PREDICTED, "flow_prediction"),
+}  # fmt: skip
 EDM_PREDICTED = {"prediction_type": ("epsilon", "v_prediction")}
 SCHEDULERS = {
     "DDIMScheduler": Known({**COMMON, "set_alpha_to_one": None}, _ddim),
     "DDPMScheduler": Known({**COMMON, "variance_type": ("fixed_small", "fixed_small_log", "fixed_large")}, _ddpm),
     "EulerDiscreteScheduler": Known({**COMMON, **SIGMAS}, _euler, table=False),
     "FlowMatchEulerDiscreteScheduler": Known({**COMMON, **SIGMAS, **SHIFTS}, _flow, table=False),
+    "DPMSolverMultistepScheduler": Known({**COMMON, **SIGMAS, **DPMSOLVER}, _dpmsolver, table=False),
     "EDMEulerScheduler": Known({**COMMON, **SIGMAS, **EDM_PREDICTED}, _edm, table=False),
 }
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from pydeqsolve import Anderson, Stop
 
-from ...chain import Chain, LinearChain
+from ...chain import Chain
 from ...methods.parallel import SOLVER, Parallel, fixed_point
 from ...models.checkpoint import Checkpoint
 from ...problem import ChainProblem
 from ...sample import sample
+from ...trajectory import LinearChain
 from .. import pictures
 from ..commands import options_of
 from .ledger import Ledger, Measurement

@@ -7,6 +7,7 @@ from .clip import Clip
 from .edit import Inpaint
 from .inversion.descent import Descent
 from .inversion.exact import Exact
+from .inversion.noise_maps import NoiseMaps
 from .inversion.one_pass import OnePass
 from .invert import Inversion, invert
 from .methods.coarse import CoarseToFine
@@ -34,6 +35,7 @@ __all__ = [
     "Guided",
     "Inpaint",
     "Inversion",
+    "NoiseMaps",
     "OnePass",
     "Parallel",
     "Sample",

@@ -20,17 +20,20 @@ from .inversion.algebra import read
 from .inversion.descent import Descent, Epoch
 from .inversion.exact import Exact
 from .inversion.loss import Best, Call, default_error
+from .inversion.noise_maps import NoiseMaps
 from .inversion.one_pass import OnePass
 from .methods.parallel import Parallel
 from .methods.sequential import Sequential
+from .models.answers import check_generator
 from .problem import ChainProblem
 from .remainder import Model
 
-Method = OnePass | Exact | Descent
+Method = OnePass | Exact | Descent | NoiseMaps
 NAMED: dict[str, Method] = {
     "ddim": OnePass(), "naive": Descent(through=Sequential()), "deq": Descent(through=Parallel()), "exact": Exact(),
+    "ddpm": NoiseMaps(),
 }  # fmt: skip
-METHODS = tuple(NAMED)
+METHODS = tuple(name for name, method in NAMED.items() if not isinstance(method, NoiseMaps))  # of chains of eta = 0
 PIXELS = (1, 3)  # channels of pictures; latents of an autoencoder have four and more, as a rule
 RANGE = 1.5  # no pixel of a picture scaled to [−1, 1], or sampled from a model of such, is further out
 
@@ -43,6 +46,8 @@ class Inversion:
         x_T: (B, …) the latent of least loss that was found, dtype of x_0; of a chain with rule="belm" its first state,
             float64.
         second: (B, …) float64, the second state of a chain with rule="belm"; None of others.
+        noises: (B, T, …) float64 of NoiseMaps(), with which `sample(model, x_T, chain, noises=noises)` gives x_0 back,
+            noisiest first; None of the other methods.
         loss: (B,) float64, ‖x̂_0 − x_0‖²_F of the image x̂_0 sampled from exactly that x_T; over more than 100 steps all
             at once, to a tenth of the error asked for.
         history: (epochs, B) float64, the loss of every epoch; for Exact() the residual of every round of its solves, as
@@ -69,6 +74,7 @@ class Inversion:
     state: dict[str, Tensor] = field(default_factory=dict)
     check: int = 0
     second: Tensor | None = None
+    noises: Tensor | None = None
 
     @property
     def latent(self) -> Tensor | tuple[Tensor, Tensor]:
@@ -105,13 +111,13 @@ def invert(
     inputs: Sequence[Tensor] = (),
     error: float | None = None,
     max_rounds: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     state: Mapping[str, Tensor] | None = None,
     callback: Callable[[Epoch], Any] | None = None,
     progress: bool = False,
     rows_per_call: int | None = None,
 ) -> Inversion:
-    """The latents x_T from which the chain (eta = 0) samples the images x_0.
+    """The latents x_T from which the chain samples the images x_0.
 
     Args:
         model, chain, prediction, inputs, rows_per_call: as in `sample`.
@@ -125,6 +131,9 @@ def invert(
                 "deq" Descent(through=Parallel()), a parallel solve per epoch (`diffusion.inversion.descent`).
             A chain with rule="belm" is read by algebra, exactly: by OnePass() one state after the other, by Exact() all
             together, to the network's precision. `Inversion.latent` is then a pair of states.
+            NoiseMaps(), "ddpm": of a chain of eta > 0, whose states are drawn around x_0; the noise between them makes
+                the image again, and edits of it at any guidance (`diffusion.inversion.noise_maps`). All others are of
+                eta = 0.
         splitting: as in `sample`, without a basis; None is "v", and for Exact() what removes most of the noise,
             κ = 0.85 σ/(σ² + 0.01).
         error: √(loss/D), the root mean square difference per entry between x_0 and the image sampled from x_T, in the
@@ -134,7 +143,8 @@ def invert(
         max_rounds: the most model calls one after the other until x_T is found (`rounds`); the sampling that measures
             its loss comes on top (`check`). None is no bound: Exact() then allows each image 1500 + 20·T evaluations
             one after the other, which few need. A descent begins no epoch that might exceed max_rounds.
-        generator: of the first x_T of a descent.
+        generator: of the first x_T of a descent, and of the states of NoiseMaps(); one, or a list with one for each
+            image.
         state: `Inversion.state` or an epoch's snapshot; a descent goes on from there, bit for bit.
         callback: of a descent, called with an `Epoch` after each epoch; a true return ends the run.
 
@@ -158,25 +168,27 @@ def invert(
 def find_latents(
     model: Model, x_0: Tensor, chain: Chain, method: str | Method = "exact", *, prediction: str = "epsilon",
     splitting: str | Tensor | Splitting | None = None, inputs: Sequence[Tensor] = (), error: float | None = None,
-    max_rounds: int | None = None, generator: torch.Generator | None = None, state: Mapping[str, Tensor] | None = None,
-    callback: Callable[[Epoch], Any] | None = None, progress: bool = False, rows_per_call: int | None = None,
+    max_rounds: int | None = None, generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    state: Mapping[str, Tensor] | None = None, callback: Callable[[Epoch], Any] | None = None, progress: bool = False,
+    rows_per_call: int | None = None,
 ) -> Inversion:  # fmt: skip
     """`invert` of states of any range, such as an autoencoder's latents."""
     check_settings(counts={"rows_per_call": rows_per_call}, tensors={}, functions={"callback": callback})
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: a torch.Generator or None is required, got {type(generator).__name__}")
     chosen = _method(method)
     problem = ChainProblem.of(
         model, x_0, chain, name="x_0", prediction=prediction, splitting="v" if splitting is None else splitting,
-        inputs=inputs, rows=rows_per_call,
+        inputs=inputs, rows=rows_per_call, fresh=False,
     )  # fmt: skip
+    check_generator(generator, len(x_0), x_0.device)
     if problem.map.network.basis is not None:
         raise ValueError("splitting: one with a basis is for sample alone")
-    if chain.eta != 0:
-        raise ValueError(f"chain: eta = 0 is required to invert, got {chain.eta}")
+    if isinstance(chosen, NoiseMaps) and chain.eta == 0:
+        raise ValueError(f"chain: eta > 0 is required by {chosen}, whose maps are the noise that it adds, got 0")
+    if chain.eta != 0 and not isinstance(chosen, NoiseMaps):
+        raise ValueError(f'chain: eta = 0 is required to invert but by "ddpm" (NoiseMaps()), got {chain.eta}')
     check_rule(chosen, chain.rule)
     _check_budget(error, max_rounds, chosen, chain)
-    if chain.clip is not None:
+    if chain.clip is not None and chain.eta == 0:
         warnings.warn(CLIPS, stacklevel=3)
     asked = default_error(problem.map.network.dtype, x_0.dtype) if error is None else float(error)
     best = Best(problem, torch.float64 if chain.rule == "belm" else x_0.dtype, asked)
@@ -195,6 +207,7 @@ def find_latents(
         (best.x_T / problem.map.chain.size[0]).square().mean(1),
         found.rounds, found.evaluations + best.rows, found.state, best.check,
         None if best.second is None else best.second.reshape(x_0.shape),
+        None if best.noises is None else problem.shaped(best.noises),
     )  # fmt: skip
 
 
@@ -204,8 +217,8 @@ def _method(method: Any) -> Method:
         if method not in NAMED:
             raise ValueError(f"method: one of {', '.join(NAMED)} is required, got {method!r}")
         return NAMED[method]
-    if not isinstance(method, (OnePass, Exact, Descent)):
-        raise TypeError(f"method: a name, OnePass(), Exact() or Descent() is required, got {method!r}")
+    if not isinstance(method, (OnePass, Exact, Descent, NoiseMaps)):
+        raise TypeError(f"method: a name, OnePass(), Exact(), Descent() or NoiseMaps() is required, got {method!r}")
     return method
 
 

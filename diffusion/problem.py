@@ -46,9 +46,11 @@ class ChainProblem:
         model: Model, latent: Tensor | tuple[Tensor, Tensor], chain: Chain, *, name: str = "latent",
         prediction: str = "epsilon", splitting: str | Tensor | Splitting = "v", inputs: Sequence[Tensor] = (),
         edit: Edit | None = None, noises: Tensor | None = None, generator: Any = None, group: Any = None,
-        rows: int | None = None,
+        rows: int | None = None, fresh: bool = True,
     ) -> ChainProblem:  # fmt: skip
         """The problem that arguments of `sample` state; `name` is what the caller calls its latent.
+
+        fresh: whether the noise that a chain of eta > 0 adds is part of it, drawn where none is given.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, by name.
@@ -64,7 +66,7 @@ class ChainProblem:
         chain, split = move(chain, split, latent.device)
         given = int(second is not None)
         forward, drift = forward_map(network, chain, split, edit if Q is None else rotated(edit, Q), given)
-        noise = _scaled_noise(chain, latent, noises, generator, Q)
+        noise = _scaled_noise(chain, latent, noises, generator, Q) if fresh else None
         drift = drift if noise is None else noise if drift is None else drift + noise
         flat = [x.detach() if Q is None else rotate(x.detach(), Q) for x in (latent, second) if x is not None]
         states = [x.double().flatten(1) for x in flat]
@@ -242,6 +244,12 @@ def rotated(edit: Edit | None, Q: Tensor) -> Edit | None:
     return lambda y, k, image: rotate(edit(rotate(y, Q.T), k, image), Q)
 
 
+def noise_scale(chain: Chain) -> Tensor:
+    """(T, 1) by which given noises are multiplied: σ_k, and 1 where that is 0 and they are added as they are."""
+    sigma = chain.sigma[:, None]
+    return torch.where(sigma > 0, sigma, 1.0)
+
+
 def _scaled_noise(
     chain: Chain, latent: Tensor, noises: Tensor | None, generator: Any, Q: Tensor | None
 ) -> Tensor | None:
@@ -251,8 +259,8 @@ def _scaled_noise(
         raise ValueError(f"noises: {shape} and eta > 0 are required, got {tuple(noises.shape)} and {chain.eta}")
     if chain.eta == 0:
         return None
-    if noises is None:
-        noises = draw(shape, generator, latent.device)
+    scale = chain.sigma[:, None] if noises is None else noise_scale(chain)
+    noises = draw(shape, generator, latent.device) if noises is None else noises
     noises = noises.detach().to(latent.device, torch.float64)
     noises = noises if Q is None else rotate(noises.flatten(0, 1), Q).reshape(shape)
-    return chain.sigma[:, None] * noises.flatten(2)
+    return scale * noises.flatten(2)

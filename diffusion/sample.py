@@ -112,7 +112,9 @@ def sample(
             alone and answer alike when asked again: every round applies it to all T states in turn, so what calls a
             network belongs in the model, where it is evaluated for all steps at once.
         generator: of the noises n_k when chain.eta > 0, or a list with one for each image, which then has the noises
-            that it has alone; they are drawn once, ahead. noises: the noises (B, T, …).
+            that it has alone; they are drawn once, ahead. noises: the noises (B, T, …), those of
+            the noisiest step first. Step k adds σ_k n_k, and n_k itself where σ_k = 0, as the last step has it that
+            ends at the image (`Inversion.noises`); zeros there add nothing.
         group: torch.distributed process group whose ranks share the evaluations of every round; every rank passes the
             same arguments, generators from one seed, and gets the result; progress and callback may differ, and a
             callback that stops one rank stops all. See `diffusion.ranks`.

@@ -127,6 +127,11 @@ def test_every_option_of_the_ddim_scheduler_is_reproduced_at_its_own_spacing(set
     assert apart(sample(model, x, chain, prediction=schedule.prediction).x_0, expected) < 2e-3
 
 
+def entering(noises, chain):
+    """The noises (B, T, …) where the chain adds any; entries given for its other steps would be added as they are."""
+    return torch.where((chain.sigma > 0).reshape(1, -1, *[1] * (noises.dim() - 2)), noises, 0.0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_a_consistent_clip_is_the_clipped_model_output_of_the_ddim_scheduler(eta):
@@ -138,8 +143,9 @@ def test_a_consistent_clip_is_the_clipped_model_output_of_the_ddim_scheduler(eta
     more = {"generator": torch.Generator().manual_seed(1)} if eta else {}
     expected = loop(scheduler, model, x, 15, eta=eta, use_clipped_model_output=True, **more)
     for method, error in (("sequential", 1e-5), ("parallel", 2e-3)):
-        given = {"noises": noises} if eta else {}
-        out = sample(model, x, schedule.chain(15, eta=eta), prediction="epsilon", method=method, **given)
+        chain = schedule.chain(15, eta=eta)
+        given = {"noises": entering(noises, chain)} if eta else {}
+        out = sample(model, x, chain, prediction="epsilon", method=method, **given)
         assert apart(out.x_0, expected) < error
 
 
@@ -167,7 +173,8 @@ def test_the_loop_of_the_ddpm_scheduler_is_reproduced(variance, settings, steps)
     assert chain.timesteps.tolist() == scheduler.timesteps.tolist()
     assert chain.eta == 1
     for method, error in (("sequential", 1e-5), ("parallel", 2e-3)):
-        out = sample(model, x, chain, prediction=schedule.prediction, method=method, noises=noises)
+        given = {"noises": entering(noises, chain), "prediction": schedule.prediction}
+        out = sample(model, x, chain, method=method, **given)
         assert apart(out.x_0, expected) < error, method
 
 

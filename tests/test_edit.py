@@ -168,13 +168,13 @@ def test_noise_of_another_shape_is_refused():
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["sequential", "parallel"])
-def test_noises_that_are_given_are_those_that_enter(method):
+def test_noises_that_are_given_are_those_that_enter_even_where_the_chain_adds_none(method):
     model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(10, eta=1.0), latents(2, 6)
     noises = latents(2, 10, 6, seed=4)
     state = x
     for k in range(10):
         state = chain.a[k] * state + chain.c[k] * model(state, chain.timesteps[k].expand(2))
-        state = state + chain.sigma[k] * noises[:, k]
+        state = state + (chain.sigma[k] if k < 9 else 1.0) * noises[:, k]  # σ_9 = 0: that entry as it is
     got = sample(model, x, chain, method=method, noises=noises, error=TIGHT).x_0
     assert relative(got, state) < 1e-8
 

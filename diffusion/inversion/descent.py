@@ -16,6 +16,7 @@ from ..checks import count, real
 from ..gradients import attach, check_gradient
 from ..methods.parallel import Parallel, fixed_point
 from ..methods.sequential import Sequential
+from ..models.answers import draw
 from ..problem import ChainProblem, Found, in_steps
 from .loss import Best, Call, latents
 
@@ -107,7 +108,7 @@ class Run:
         size = float(problem.map.chain.size[0])  # of the latent, whose unit is that of the rate
         make, lr = method.optimizer, method.rate * size if method.lr is None else method.lr
         if state is None:
-            start = torch.randn(B, D, dtype=torch.float64, generator=generator).to(device) * size
+            start = draw((B, D), generator, device) * size
             state = {
                 "x_T": start, "best": start, "best_loss": torch.full((B,), torch.inf, dtype=torch.float64),
                 "history": torch.empty(0, B, dtype=torch.float64), "evaluations": torch.zeros(B, dtype=torch.int64),

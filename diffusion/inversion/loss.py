@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,12 +35,14 @@ class Best:
         rows: (B,) evaluations of the sampling.
         check: model calls of the last sampling.
         second: (B, D) the state after x_T, of a chain that starts from a pair; None elsewhere.
+        noises: (B, T, D) with which a chain of eta > 0 samples the images; None at eta = 0.
     """
 
     problem: ChainProblem  # whose latents are the images
     dtype: torch.dtype
     asked: float
     check: int = field(default=0, init=False)
+    noises: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.target = self.problem.latent
@@ -95,7 +97,7 @@ class Call:
 
     bar: Any = field(default_factory=Silent)
     max_rounds: int | None = None
-    generator: torch.Generator | None = None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
     state: Mapping[str, Tensor] | None = None
     callback: Callable[[Any], Any] | None = None
 

@@ -85,6 +85,18 @@ def warn_of_training(model: Any) -> None:
         )
 
 
+def check_generator(generator: Any, count: int, device: torch.device) -> None:
+    """Raises for what is no generator, for other than `count` of them in a list, or one of another device."""
+    several = isinstance(generator, (list, tuple))
+    for one in generator if several else [generator]:
+        if not isinstance(one, torch.Generator) and (one is not None or several):
+            raise TypeError(f"generator: a torch.Generator, or a list of them, is required, got {type(one).__name__}")
+        if one is not None and one.device.type not in ("cpu", device.type):
+            raise ValueError(f"generator: one on the CPU or on {device} is required, got one on {one.device}")
+    if several and len(generator) != count:
+        raise ValueError(f"generator: one for each of the {count} images is required, got {len(generator)}")
+
+
 def draw(shape: Sequence[int], generator: Any, device: torch.device) -> Tensor:
     """Standard normal values of `shape` (B, …), float64, on `device`, from one generator or one for each of the B.
 
@@ -93,16 +105,9 @@ def draw(shape: Sequence[int], generator: Any, device: torch.device) -> Tensor:
     Raises:
         TypeError, ValueError: what is no generator, too few or many of them, or one of another device.
     """
-    several = isinstance(generator, (list, tuple))
-    for one in generator if several else [generator]:
-        if not isinstance(one, torch.Generator) and (one is not None or several):
-            raise TypeError(f"generator: a torch.Generator, or a list of them, is required, got {type(one).__name__}")
-        if one is not None and one.device.type not in ("cpu", device.type):
-            raise ValueError(f"generator: one on the CPU or on {device} is required, got one on {one.device}")
-    if not several:
+    check_generator(generator, shape[0], device)
+    if not isinstance(generator, (list, tuple)):
         place = device if generator is None else generator.device
         return torch.randn(tuple(shape), dtype=torch.float64, generator=generator, device=place).to(device)
-    if len(generator) != shape[0]:
-        raise ValueError(f"generator: one for each of the {shape[0]} images is required, got {len(generator)}")
     parts = [torch.randn(tuple(shape[1:]), dtype=torch.float64, generator=g, device=g.device) for g in generator]
     return torch.stack([part.to(device) for part in parts]) if parts else torch.empty(tuple(shape)).double().to(device)

@@ -54,10 +54,11 @@ def chain_of(
 def noises_of(scheduler: Any, chain: Chain, x_T: Tensor, draw: dict[str, Any]) -> Tensor | None:
     """Fresh noise (B, T, …), one step after the other by `randn_tensor(shape, **draw)`; None for eta = 0.
 
-    DDPMScheduler draws none at t = 0.
+    DDPMScheduler draws none at t = 0. Where σ_k = 0 the noise drawn is not added: given to `sample`, it would be.
     """
     if chain.eta == 0:
         return None
     fresh = (chain.timesteps > 0) | torch.tensor(not isinstance(scheduler, DDPMScheduler))
-    none = torch.zeros_like(x_T)
-    return torch.stack([randn_tensor(x_T.shape, **draw) if one else none for one in fresh.tolist()], 1)
+    none, added = torch.zeros_like(x_T), chain.sigma > 0
+    drawn = (randn_tensor(x_T.shape, **draw) if one else none for one in fresh.tolist())
+    return torch.stack([noise if used else none for noise, used in zip(drawn, added.tolist(), strict=True)], 1)

@@ -76,7 +76,7 @@ DEFECTS = [
            "name: float(t) for name in", "name: float(2 * t) for name in",
            "test_solve.py::test_a_contraction_ends_converged_with_its_residual_within_the_tolerance"),
     Defect("the safeguard is skipped", "pydeqsolve/loop/iterate.py",
-           "safeguard = torch.inf if unguarded else solver.safeguard", "safeguard = solver.safeguard if unguarded else torch.inf",
+           "safeguard = torch.inf if unguarded else solver.safeguard", "safeguard = torch.inf",
            "test_anderson.py::test_a_refused_step_is_counted_and_goes_back_to_the_value_before_it"),
     Defect("inputs are not gathered with their samples", "pydeqsolve/loop/batch.py",
            "self.inputs = [x[keep] for x in self.inputs]", "self.inputs = [x[: len(keep)] for x in self.inputs]",

@@ -101,18 +101,18 @@ def calls() -> None:
     first, second = (f, z, *tensors, rows, None, 1, 0, False), (z, modes, *tensors, rows, 1, 0, 0, 0.0, 1.0)
     measure, advance = torch.ops.pydeqsolve.measure.default, torch.ops.pydeqsolve.advance.default
     for _ in range(ring.slots):  # fills the history
-        backend.measure(torch.randn(1, 1, 64), z, rows, None, "rms")
+        backend.measure(torch.randn(1, 1, 64), z, rows, None)
     module = sys.modules["pydeqsolve._native"]
     layout = native.layout(0, ring.eps, ring.dtype, ring.R.shape, ring.R.stride())
     history = native.bind(layout, *tensors)
     norms, dropped, out = torch.empty(1, 1, 2, dtype=torch.float64), ring.count.clone(), torch.empty_like(z)
     index, of_f, of_z, to = (x.data_ptr() for x in (rows, f, z, out))
-    measured = (history, 1, 1, index, 0, of_f, of_z, norms.data_ptr(), 0, 1)
-    advanced = (history, 1, 1, index, modes.data_ptr(), dropped.data_ptr(), 0, 0.0, 1.0, of_z, to, 1)
+    measured = (history, 1, 1, index, 0, of_f, of_z, norms.data_ptr(), 1, 0, 0)
+    advanced = (history, 1, 1, index, modes.data_ptr(), 0, dropped.data_ptr(), of_z, to, 1, 0, 0)
     paths: dict[str, Callable[[], object]] = {
         "an empty function of the module": module.cpu_isa,
         "the module's own measure": lambda: module.measure(*measured),
-        "Backend.measure": lambda: backend.measure(f, z, rows, None, "rms"),
+        "Backend.measure": lambda: backend.measure(f, z, rows, None),
         "torch.ops.pydeqsolve.measure": lambda: measure(*first),
         "the module's own advance": lambda: module.advance(*advanced),
         "Backend.advance": lambda: backend.advance(z, modes, rows),

@@ -59,13 +59,13 @@ def passes(B: int, m: int, D: int, dtype: torch.dtype, device: torch.device) -> 
     mode = torch.full((B, 1), MIX, dtype=torch.uint8, device=device)
     out = torch.empty_like(z)
     for _ in range(m + 1):  # fills the ring with rows that differ
-        backend.measure(f, z, rows, None, "rms")
+        backend.measure(f, z, rows, None)
         backend.advance(z, mode, rows, out)
         f = torch.randn(B, 1, D, device=device, dtype=dtype)
 
     def run() -> None:
         for _ in range(CALLS):
-            backend.measure(f, z, rows, None, "rms")
+            backend.measure(f, z, rows, None)
             backend.advance(z, mode, rows, out)
 
     return run

@@ -40,7 +40,7 @@ def stepper(B: int, memory: int, D: int) -> tuple[Ring, Callable[[], object]]:
     out, mode = torch.empty_like(z), torch.full((B, 1), MIX, dtype=torch.uint8)
 
     def step() -> None:
-        backend.measure(f, z, rows, None, "rms")
+        backend.measure(f, z, rows, None)
         backend.advance(z, mode, rows, out)
 
     for _ in range(ring.slots):

@@ -1,17 +1,22 @@
 // The one pybind11 file. Tensors arrive as addresses; pydeqsolve/step/backend.py has checked dtype, device and
 // contiguity.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "judge.h"
 #include "krylov_solve.h"
+#include "retire.h"
 #include "ring.h"
 #include "small_solve.h"
 #include "step.h"
@@ -30,121 +35,166 @@ void use_large_pages([[maybe_unused]] Address address, [[maybe_unused]] std::uin
 #endif
 }
 
-void measure(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
-             Address norms, int norm, int threads) {
-  ring.check_memory(n, f, z, false);
-  ring.check_rows(n, index);
-  py::gil_scoped_release release;
-  with_scalar(ring.storage, [&](auto scalar) {
-    using S = decltype(scalar);
-    measure_cpu<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
-                   at<double>(norms), static_cast<Norm>(norm), threads);
-  });
-}
+// What is constant in a solve, handed over once.
+struct Solve {
+  Ring ring;
+  Rule rule;
+  Front front;
+  bool on_cuda;
 
-// A whole step on the host; returns how many samples have finished and how many were left behind.
-std::pair<std::int64_t, std::int64_t> step(const Ring& ring, int head, std::int64_t n, Address index, Address wanted,
-                                           Address f, Address z, Address table, double safeguard, double entries,
-                                           bool is_max, int coupling, double ridge, double damping, Address before,
-                                           Address best, Address mode, Address z_next, int threads) {
-  ring.check_memory(n, z_next, f, true);
-  ring.check_memory(n, z_next, z, true);
-  ring.check_rows(n, index);
-  py::gil_scoped_release release;
-  Counts counts{0, 0};
-  with_scalar(ring.storage, [&](auto scalar) {
-    using S = decltype(scalar);
-    counts = step_cpu<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
-                         {safeguard, ring.eps, entries, is_max}, at<Record>(table),
-                         {static_cast<Coupling>(coupling), ridge, damping, at<const S>(before), at<S>(best)},
-                         at<std::uint8_t>(mode), at<S>(z_next), threads);
-  });
-  return {counts.finished, counts.left_behind};
-}
-
-void advance(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address dropped, int coupling,
-             double ridge, double damping, Address z, Address z_next, int threads) {
-  ring.check_memory(n, z_next, z, true);
-  ring.check_rows(n, index);
-  check_address(mode, n * ring.blocks, "modes");
-  py::gil_scoped_release release;
-  std::vector<double> gamma(static_cast<std::size_t>(n * ring.blocks * ring.slots));
-  with_scalar(ring.storage, [&](auto scalar) {
-    using S = decltype(scalar);
-    const Rows rows = ring.rows(n, index, 0);
-    const History<S> history = ring.history<S>(head);
-    weights_cpu<S>(rows, history, static_cast<Coupling>(coupling), ridge, at<const std::uint8_t>(mode), gamma.data(),
-                   at<std::int32_t>(dropped), threads);
-    mix_cpu<S>(rows, history, gamma.data(), at<const std::uint8_t>(mode), damping, at<const S>(z), at<S>(z_next),
-               threads);
-  });
-}
-
-std::pair<std::int64_t, std::int64_t> judge_samples(std::int64_t n, std::int64_t blocks, Address norms, Address dropped,
-                                                    Address table, double safeguard, double eps, double entries,
-                                                    bool is_max, Address mode) {
-  const Counts counts = judge_all(n, blocks, at<const double>(norms), at<const std::int32_t>(dropped),
-                                  at<Record>(table), {safeguard, eps, entries, is_max}, at<std::uint8_t>(mode));
-  return {counts.finished, counts.left_behind};
-}
-
-std::pair<std::int64_t, std::int64_t> judge_front_samples(std::int64_t n, std::int64_t blocks, Address norms,
-                                                          Address wanted, Address table, Address records,
-                                                          double safeguard, double margin, bool latest,
-                                                          std::int64_t window, int norm, double entries, Address mode,
-                                                          Address broken, Address open) {
-  const FrontCounts counts = judge_fronts(n, blocks, at<const double>(norms), at<const bool>(wanted), at<Record>(table),
-                                          at<Block>(records), {safeguard, margin, latest, window, norm, entries},
-                                          at<std::uint8_t>(mode), at<bool>(broken), at<bool>(open));
-  return {counts.finished, counts.broken};
-}
-
+  const Passes& passes() const {
 #if defined(PYDEQSOLVE_WITH_CUDA)
-void check(const char* error) {
+    if (on_cuda) return cuda_passes();
+#endif
+    return cpu_passes();
+  }
+  // threads: of the host. workspace, stream: of a device.
+  Call call(int head, std::int64_t n, Address rows, int threads, Address workspace, Address stream) const {
+    Call call{};
+    call.ring = ring, call.ring.head = head, call.rule = rule;
+    call.n = n, call.rows = at<const std::int64_t>(rows);
+    call.workspace = at<double>(workspace), call.stream = at<void>(stream), call.threads = threads;
+    return call;
+  }
+  // Of the states of a call: those that the pass reads and writes.
+  void check(const Call& call) const {
+    check_states(call);
+    if (!on_cuda) check_rows(call);
+  }
+};
+
+void check_launch(const char* error) {
   if (error) throw std::runtime_error(std::string("pydeqsolve: CUDA launch failed: ") + error);
 }
 
-void measure_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address wanted, Address f, Address z,
-                     Address norms, int norm, Address partial, Address stream) {
-  ring.check_memory(n, f, z, false);
-  check_address(index, n, "rows");
-  with_scalar(ring.storage, [&](auto scalar) {
-    using S = decltype(scalar);
-    check(measure_cuda<S>(ring.rows(n, index, wanted), ring.history<S>(head), at<const S>(f), at<const S>(z),
-                          at<double>(norms), static_cast<Norm>(norm), at<double>(partial), at<void>(stream)));
-  });
+Solve bind(int storage, int slots, int kind, double eps, std::int64_t samples, std::int64_t blocks,
+           std::int64_t features, std::int64_t sample_stride, std::int64_t slot_stride, bool on_cuda, int coupling,
+           double ridge, double damping, Address R, Address F, Address gram, Address steps_gram, Address rhs,
+           Address squares, Address count, double safeguard, double divisor, int norm, double margin, bool latest,
+           std::int64_t window) {
+  Solve solve{};
+  Ring& ring = solve.ring;
+  ring.storage = static_cast<Storage>(storage), ring.slots = slots, ring.kind = static_cast<Kind>(kind);
+  ring.coupling = static_cast<Coupling>(coupling), ring.ridge = ridge, ring.damping = damping, ring.eps = eps;
+  ring.samples = samples, ring.blocks = blocks, ring.features = features;
+  ring.sample_stride = sample_stride, ring.slot_stride = slot_stride;
+  ring.R = at<void>(R), ring.F = at<void>(F), ring.gram = at<double>(gram), ring.steps_gram = at<double>(steps_gram);
+  ring.rhs = at<double>(rhs), ring.squares = at<double>(squares), ring.count = at<std::int32_t>(count);
+  check_ring(ring);
+  solve.rule = {safeguard, eps, divisor, static_cast<Norm>(norm)};
+  solve.front = {margin, latest, window};
+  solve.on_cuda = on_cuda;
+  return solve;
 }
 
-void advance_on_cuda(const Ring& ring, int head, std::int64_t n, Address index, Address mode, Address gamma,
-                     Address dropped, int coupling, double ridge, double damping, Address z, Address z_next,
-                     Address workspace, Address stream) {
-  ring.check_memory(n, z_next, z, true);
-  check_address(index, n, "rows");
-  check_address(mode, n * ring.blocks, "modes");
-  with_scalar(ring.storage, [&](auto scalar) {
-    using S = decltype(scalar);
-    const Rows rows = ring.rows(n, index, 0);
-    const History<S> history = ring.history<S>(head);
-    check(advance_cuda<S>(rows, history, static_cast<Coupling>(coupling), ridge, at<const std::uint8_t>(mode),
-                          at<double>(gamma), at<std::int32_t>(dropped), damping, at<const S>(z), at<S>(z_next),
-                          at<double>(workspace), at<void>(stream)));
-  });
+void measure(const Solve& solve, int head, std::int64_t n, Address rows, Address wanted, Address f, Address z,
+             Address norms, int threads, Address workspace, Address stream) {
+  check_address(at<void>(rows), n, "rows");
+  Call call = solve.call(head, n, rows, threads, workspace, stream);
+  call.wanted = at<const std::uint8_t>(wanted), call.f = at<const void>(f), call.z = at<const void>(z);
+  call.norms = at<double>(norms);
+  const std::int64_t entries = n * solve.ring.blocks * solve.ring.features;
+  check_address(call.f, entries, "f");
+  check_address(call.z, entries, "z");
+  solve.check(call);
+  py::gil_scoped_release release;
+  check_launch(solve.passes().measure(call));
 }
 
-void judge_on_cuda(std::int64_t n, std::int64_t blocks, Address norms, Address dropped, Address table, double safeguard,
-                   double eps, double entries, bool is_max, Address mode, Address stream) {
-  check(judge_cuda(n, blocks, at<const double>(norms), at<const std::int32_t>(dropped), at<Record>(table),
-                   {safeguard, eps, entries, is_max}, at<std::uint8_t>(mode), at<void>(stream)));
+// gamma (n, T, M) is null on the host.
+void advance(const Solve& solve, int head, std::int64_t n, Address rows, Address mode, Address gamma, Address dropped,
+             Address z, Address z_next, int threads, Address workspace, Address stream) {
+  check_address(at<void>(rows), n, "rows");
+  Call call = solve.call(head, n, rows, threads, workspace, stream);
+  call.mode = at<std::uint8_t>(mode), call.gamma = at<double>(gamma), call.dropped = at<std::int32_t>(dropped);
+  call.z = at<const void>(z), call.z_next = at<void>(z_next);
+  const std::int64_t blocks = n * solve.ring.blocks;
+  check_address(call.z_next, blocks * solve.ring.features, "the next iterate");
+  check_address(call.z, blocks * solve.ring.features, "z");
+  check_address(call.mode, blocks, "modes");
+  solve.check(call);
+  py::gil_scoped_release release;
+  check_launch(solve.passes().advance(call));
 }
 
-void keep_on_cuda(std::int64_t n, std::int64_t bytes, Address table, Address rows, Address from, Address to,
-                  Address stream) {
-  check(keep_cuda(n, bytes, at<const Record>(table), at<const std::int64_t>(rows), at<const void>(from), at<void>(to),
-                  at<void>(stream)));
+// A whole step on the host; rows null: all. Returns how many samples have finished and how many were left behind.
+std::pair<std::int64_t, std::int64_t> step(const Solve& solve, int head, std::int64_t n, Address rows, Address wanted,
+                                           Address f, Address z, Address table, Address before, Address best,
+                                           Address mode, Address z_next, int threads) {
+  Call call = solve.call(head, n, rows, threads, 0, 0);
+  call.wanted = at<const std::uint8_t>(wanted), call.f = at<const void>(f), call.z = at<const void>(z);
+  call.table = at<Sample>(table), call.before = at<const void>(before), call.best = at<void>(best);
+  call.mode = at<std::uint8_t>(mode), call.z_next = at<void>(z_next);
+  const std::int64_t entries = n * solve.ring.blocks * solve.ring.features;
+  check_address(call.z_next, entries, "the next iterate");
+  check_address(call.f, entries, "f");
+  check_address(call.z, entries, "z");
+  solve.check(call);
+  py::gil_scoped_release release;
+  const Counts counts = solve.passes().step(call);
+  return {counts.finished, counts.left_behind};
 }
 
-std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
-  return partial_doubles(ring.rows(n, 0, 0), ring.slots);
+// The counts mean nothing on a device: reading them would wait for it.
+std::pair<std::int64_t, std::int64_t> judge_by_samples(const Solve& solve, std::int64_t n, Address norms,
+                                                       Address dropped, Address table, Address mode,
+                                                       [[maybe_unused]] Address stream) {
+#if defined(PYDEQSOLVE_WITH_CUDA)
+  if (solve.on_cuda) {
+    Call call = solve.call(0, 0, 0, 0, 0, stream);
+    call.n = n, call.norms = at<double>(norms), call.dropped = at<std::int32_t>(dropped);
+    call.table = at<Sample>(table), call.mode = at<std::uint8_t>(mode);
+    check_launch(judge_cuda(call));
+    return {0, 0};
+  }
+#endif
+  const Counts counts = judge_samples(n, solve.ring.blocks, at<const double>(norms), at<const std::int32_t>(dropped),
+                                      at<Sample>(table), solve.rule, at<std::uint8_t>(mode));
+  return {counts.finished, counts.left_behind};
+}
+
+// On the host.
+std::pair<std::int64_t, std::int64_t> judge_by_blocks(const Solve& solve, std::int64_t n, Address norms, Address wanted,
+                                                      Address table, Address blocks, Address mode, Address broken,
+                                                      Address open) {
+  const BlockCounts counts = judge_all_blocks(n, solve.ring.blocks, at<const double>(norms), at<const bool>(wanted),
+                                              at<Sample>(table), at<Block>(blocks), solve.rule, solve.front,
+                                              at<std::uint8_t>(mode), at<bool>(broken), at<bool>(open));
+  return {counts.finished, counts.broken};
+}
+
+// n copies of one row, the records of samples before their first step.
+void fill(Address table, std::int64_t n, const std::array<double, sizeof(Sample) / sizeof(double)>& row) {
+  for (std::int64_t i = 0; i < n; ++i) std::memcpy(at<Sample>(table) + i, row.data(), sizeof(Sample));
+}
+
+void leave_batch(const Solve& solve, std::int64_t n, Address rows, Address z, Address table, Address best, Address left,
+                 bool ended, int threads) {
+  Call call = solve.call(0, n, rows, threads, 0, 0);
+  call.z = at<const void>(z), call.table = at<Sample>(table), call.best = at<void>(best);
+  check_rows(call);
+  py::gil_scoped_release release;
+  leave(call, ended, at<Sample>(left));
+}
+
+using Part = std::tuple<Address, Address, std::int64_t>;  // from, to, bytes of a sample
+std::int64_t close_up_batch(std::int64_t n, Address table, int threads, const std::vector<Part>& parts) {
+  std::vector<Kept> kept;
+  for (const auto& [from, to, bytes] : parts) kept.push_back({at<const void>(from), at<void>(to), bytes});
+  py::gil_scoped_release release;
+  return close_up(n, at<const Sample>(table), threads, kept);
+}
+
+std::int64_t tell_all(std::int64_t B, Address left, Address residual, Address evaluations, Address status,
+                      Address rejections, Address rank_losses) {
+  return tell(B, at<const Sample>(left), at<double>(residual), at<std::int64_t>(evaluations), at<std::int64_t>(status),
+              at<std::int64_t>(rejections), at<std::int64_t>(rank_losses));
+}
+
+#if defined(PYDEQSOLVE_WITH_CUDA)
+void keep(std::int64_t n, std::int64_t bytes, Address table, Address rows, Address from, Address to, Address stream) {
+  check_launch(keep_cuda(n, bytes, at<const Sample>(table), at<const std::int64_t>(rows), at<const void>(from),
+                         at<void>(to), at<void>(stream)));
 }
 #endif
 
@@ -158,37 +208,11 @@ py::tuple tuple_of(const char* const (&names)[N]) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/step/native.py has the same number and refuses another.
-constexpr int kInterface = 11;
+constexpr int kInterface = 13;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.step.native alone.";
-  py::class_<Ring>(m, "Ring").def(
-      py::init([](int storage, int slots, int kind, double eps, std::int64_t samples, std::int64_t blocks,
-                  std::int64_t features, std::int64_t sample_stride, std::int64_t slot_stride, Address R, Address F,
-                  Address gram, Address steps_gram, Address rhs, Address squares, Address count) {
-        if (slots < 1 || slots > kMaxSlots) throw std::invalid_argument("slots out of range");
-        if (storage < 0 || storage > static_cast<int>(Storage::kFloat16)) {
-          throw std::invalid_argument("storage out of range");
-        }
-        const Ring ring{static_cast<Storage>(storage),
-                        slots,
-                        static_cast<Kind>(kind),
-                        eps,
-                        R,
-                        F,
-                        gram,
-                        steps_gram,
-                        rhs,
-                        squares,
-                        count,
-                        samples,
-                        blocks,
-                        features,
-                        sample_stride,
-                        slot_stride};
-        ring.check_addresses();
-        return ring;
-      }));
+  py::class_<Solve>(m, "Solve").def(py::init(&bind));
   py::register_exception<NoMemory>(m, "NoMemory", PyExc_TypeError);
   m.attr("INTERFACE") = kInterface;
   m.attr("MAX_SLOTS") = kMaxSlots;
@@ -196,13 +220,17 @@ PYBIND11_MODULE(_native, m) {
   m.def("advance", &advance);
   m.def("step", &step);
   m.def("use_large_pages", &use_large_pages);
-  m.def("judge", &judge_samples);
-  m.def("judge_front", &judge_front_samples);
+  m.def("judge_samples", &judge_by_samples);
+  m.def("judge_blocks", &judge_by_blocks);
+  m.def("fill", &fill);
+  m.def("leave", &leave_batch);
+  m.def("close_up", &close_up_batch);
+  m.def("tell", &tell_all);
 #define PYDEQSOLVE_NAME(name) #name,
-  constexpr const char* record[] = {PYDEQSOLVE_RECORD(PYDEQSOLVE_NAME)};
+  constexpr const char* sample[] = {PYDEQSOLVE_SAMPLE(PYDEQSOLVE_NAME)};
   constexpr const char* block[] = {PYDEQSOLVE_BLOCK(PYDEQSOLVE_NAME)};
 #undef PYDEQSOLVE_NAME
-  m.attr("SAMPLE") = tuple_of(record);
+  m.attr("SAMPLE") = tuple_of(sample);
   m.attr("BLOCK") = tuple_of(block);
   using free = py::call_guard<py::gil_scoped_release>;
   py::class_<KrylovSolve>(m, "Krylov")
@@ -228,11 +256,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_isa", &cpu_isa);
   m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
 #if defined(PYDEQSOLVE_WITH_CUDA)
-  m.def("measure_cuda", &measure_on_cuda);
-  m.def("advance_cuda", &advance_on_cuda);
-  m.def("judge_cuda", &judge_on_cuda);
-  m.def("keep_cuda", &keep_on_cuda);
-  m.def("workspace_doubles", &workspace_doubles);
+  m.def("keep", &keep);
+  m.def("workspace_doubles", [](const Solve& solve, std::int64_t n) { return workspace_doubles(solve.ring, n); });
   m.def("device_count", &cuda_device_count);
   m.attr("cuda_architectures") = PYDEQSOLVE_CUDA_ARCHITECTURES;
 #else

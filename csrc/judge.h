@@ -11,7 +11,7 @@ namespace pydeqsolve {
 // Columns of the records of samples and blocks, doubles; pydeqsolve/step/records.py says what each is, and the module
 // is not loaded where it has others.
 // clang-format off
-#define PYDEQSOLVE_RECORD(X)                                                                                       \
+#define PYDEQSOLVE_SAMPLE(X)                                                                                       \
   X(best) X(previous) X(flat) X(steps) X(status) X(evaluations) X(rejections) X(rank_losses) X(judged) X(improved) \
   X(fresh) X(left_behind) X(residual) X(rtol) X(atol) X(size) X(recent) X(recent_size) X(earlier) X(earlier_size)  \
   X(unknowns) X(floor)
@@ -19,15 +19,8 @@ namespace pydeqsolve {
 #define PYDEQSOLVE_BLOCK(X) X(previous) X(steps) X(residual) X(done) X(rtol) X(atol)
 #define PYDEQSOLVE_COLUMN(name) double name;
 
-struct Record {
-  PYDEQSOLVE_RECORD(PYDEQSOLVE_COLUMN)
-};
-
-struct Judgement {
-  double safeguard;  // growth of the residual at which an accelerated step is refused; 0 for solvers without any
-  double eps;        // of the state's dtype
-  double entries;    // of one sample, for the root mean square; 1 for other norms
-  bool is_max;       // norms are maxima, not sums of squares
+struct Sample {
+  PYDEQSOLVE_SAMPLE(PYDEQSOLVE_COLUMN)
 };
 
 enum Status : int { kRunning = -1, kConverged = 0, kMaxSteps = 1, kStalled = 2, kDiverged = 3, kNonfinite = 4 };
@@ -35,7 +28,7 @@ enum Status : int { kRunning = -1, kConverged = 0, kMaxSteps = 1, kStalled = 2, 
 constexpr int kFlatSteps = 10;
 constexpr double kGrowth = 20282409603651670423947251286016.0;  // 2^104, growth that float64 does not recover from
 
-PYDEQSOLVE_HD static inline Mode judge(Record& s, double residual, double size, bool lost_rank, const Judgement& rule) {
+PYDEQSOLVE_HD static inline Mode judge(Sample& s, double residual, double size, bool lost_rank, const Rule& rule) {
   s.residual = residual;
   s.rank_losses += lost_rank;
   s.judged = s.status == kRunning;
@@ -77,13 +70,9 @@ PYDEQSOLVE_HD static inline Mode judge(Record& s, double residual, double size, 
 // The larger one, or NaN where either is.
 PYDEQSOLVE_HD static inline double worse(double a, double b) { return a != a || a > b ? a : b; }
 
-struct Counts {
-  std::int64_t finished, left_behind;
-};
-
 // All n samples: norms (n, T, 2), dropped (n, T) of the step before or null, table (n,), mode (n, T).
-static inline Counts judge_all(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped,
-                               Record* table, const Judgement& rule, std::uint8_t* mode) {
+static inline Counts judge_samples(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped,
+                                   Sample* table, const Rule& rule, std::uint8_t* mode) {
   Counts counts{0, 0};
   for (std::int64_t i = 0; i < n; ++i) {
     double total[2] = {0, 0};
@@ -91,11 +80,11 @@ static inline Counts judge_all(std::int64_t n, std::int64_t T, const double* nor
     for (std::int64_t t = 0; t < T; ++t) {
       for (int which = 0; which < 2; ++which) {
         const double x = norms[(i * T + t) * 2 + which];
-        total[which] = rule.is_max ? worse(total[which], x) : total[which] + x;
+        total[which] = rule.norm == Norm::kMax ? worse(total[which], x) : total[which] + x;
       }
       lost_rank = lost_rank || (dropped && dropped[i * T + t] > 0);
     }
-    for (double& x : total) x = rule.is_max ? x : std::sqrt(x / rule.entries);
+    for (double& x : total) x = rule.norm == Norm::kMax ? x : std::sqrt(x / rule.divisor);
     const Mode what = judge(table[i], total[0], total[1], lost_rank, rule);
     for (std::int64_t t = 0; t < T; ++t) mode[i * T + t] = what;
     counts.finished += table[i].status != kRunning;
@@ -109,61 +98,58 @@ struct Block {
   PYDEQSOLVE_BLOCK(PYDEQSOLVE_COLUMN)
 };
 
-struct FrontRule {
-  double safeguard;     // growth of a block's residual at which its accelerated step is refused
+struct Front {
   double margin;        // of its tolerance, within which a leading block finishes
   bool latest;          // a block that finishes takes the value f
   std::int64_t window;  // blocks wanted at a time, at most
-  int norm;             // 0: root mean square, 1: l2, 2: maximum
-  double entries;       // of one block
 };
 
 // The residual of a whole sample, of its T blocks as last measured; infinite where one is not a number.
-static inline double total_of(const Block* blocks, std::int64_t T, int norm) {
+static inline double total_of(const Block* blocks, std::int64_t T, Norm norm) {
   double total = 0;
   for (std::int64_t t = 0; t < T; ++t) {
     const double x = blocks[t].residual;
-    total = norm == 2 ? worse(total, x) : total + x * x;
+    total = norm == Norm::kMax ? worse(total, x) : total + x * x;
   }
   if (!(total < INFINITY)) return INFINITY;
-  return norm == 2 ? total : std::sqrt(norm == 1 ? total : total / static_cast<double>(T));
+  return norm == Norm::kMax ? total : std::sqrt(norm == Norm::kL2 ? total : total / static_cast<double>(T));
 }
 
 // What becomes of the T blocks of one sample; `judge_blocks` of rules.py in words. norms (T, 2) are those of r and f
 // as measured, wanted (T,) said of which blocks; mode, broken and open (T,) are written, open being wanted of the next
 // step.
-static inline void judge_front(Record& s, Block* blocks, std::int64_t T, const double* norms, const bool* wanted,
-                               const FrontRule& rule, std::uint8_t* mode, bool* broken, bool* open) {
-  const auto root = [&](double x) { return rule.norm == 2 ? x : std::sqrt(rule.norm == 1 ? x : x / rule.entries); };
+static inline void judge_blocks(Sample& s, Block* blocks, std::int64_t T, const double* norms, const bool* wanted,
+                                const Rule& rule, const Front& front, std::uint8_t* mode, bool* broken, bool* open) {
+  const auto root = [&](double x) { return rule.norm == Norm::kMax ? x : std::sqrt(x / rule.divisor); };
   const auto sound = [&](std::int64_t t) { return root(norms[2 * t]) < INFINITY && root(norms[2 * t + 1]) < INFINITY; };
   const bool running = s.status == kRunning;
-  std::int64_t front = 0;
-  while (front < T && blocks[front].done != 0) ++front;
-  std::int64_t reach = front;  // blocks front … reach − 1 are small: a leading run
+  std::int64_t first = 0;
+  while (first < T && blocks[first].done != 0) ++first;
+  std::int64_t reach = first;  // blocks first … reach − 1 are small: a leading run
   bool leading = true, within = running;
-  for (std::int64_t t = front; t < T; ++t) {
+  for (std::int64_t t = first; t < T; ++t) {
     Block& b = blocks[t];
     const double r = root(norms[2 * t]), tolerance = b.atol + b.rtol * root(norms[2 * t + 1]);
     const bool measured = wanted[t] && sound(t);
     if (wanted[t]) b.residual = r;
-    leading = leading && measured && !(r > rule.margin * tolerance);
+    leading = leading && measured && !(r > front.margin * tolerance);
     if (leading) reach = t + 1;
-    within = within && measured && (!(r > tolerance) || (t == front && t + 1 == T));  // that one becomes exact
+    within = within && measured && (!(r > tolerance) || (t == first && t + 1 == T));  // that one becomes exact
   }
-  const bool exact = front < T && wanted[front] && sound(front) && reach - front <= 1;
-  const bool lost = front < T && wanted[front] && !sound(front);
-  const bool converged = within, whole = converged && front + 1 < T;
+  const bool exact = first < T && wanted[first] && sound(first) && reach - first <= 1;
+  const bool lost = first < T && wanted[first] && !sound(first);
+  const bool converged = within, whole = converged && first + 1 < T;
   const double before = total_of(blocks, T, rule.norm);
-  if (exact && (rule.latest || !whole)) blocks[front].residual = 0;
-  const std::int64_t end = whole ? T : exact ? front + 1 : running ? reach : front;
+  if (exact && (front.latest || !whole)) blocks[first].residual = 0;
+  const std::int64_t end = whole ? T : exact ? first + 1 : running ? reach : first;
   if (running) s.status = converged ? kConverged : lost ? kNonfinite : kRunning;
   bool refused = false;
-  std::int64_t left = s.status == kRunning ? rule.window : 0;
+  std::int64_t left = s.status == kRunning ? front.window : 0;
   for (std::int64_t t = 0; t < T; ++t) {
     Block& b = blocks[t];
     const double r = root(norms[2 * t]);
-    const bool finite = sound(t), finishes = t >= front && t < end;
-    const bool accepted = finishes && wanted[t] && (rule.latest || (t == front && exact && !whole));
+    const bool finite = sound(t), finishes = t >= first && t < end;
+    const bool accepted = finishes && wanted[t] && (front.latest || (t == first && exact && !whole));
     if (finishes) b.done = 1;
     const bool accelerated = rule.safeguard > 0 && b.steps >= 2;
     const bool blew_up = wanted[t] && accelerated && !(r <= rule.safeguard * b.previous) && b.previous < INFINITY &&
@@ -183,18 +169,18 @@ static inline void judge_front(Record& s, Block* blocks, std::int64_t T, const d
   if (running) s.best = s.residual = converged ? total_of(blocks, T, rule.norm) : before;
 }
 
-struct FrontCounts {
+struct BlockCounts {
   std::int64_t finished, broken;  // samples, blocks
 };
 
 // All n samples; blocks, wanted, mode, broken and open (n, T).
-static inline FrontCounts judge_fronts(std::int64_t n, std::int64_t T, const double* norms, const bool* wanted,
-                                       Record* table, Block* blocks, const FrontRule& rule, std::uint8_t* mode,
-                                       bool* broken, bool* open) {
-  FrontCounts counts{0, 0};
+static inline BlockCounts judge_all_blocks(std::int64_t n, std::int64_t T, const double* norms, const bool* wanted,
+                                           Sample* table, Block* blocks, const Rule& rule, const Front& front,
+                                           std::uint8_t* mode, bool* broken, bool* open) {
+  BlockCounts counts{0, 0};
   for (std::int64_t i = 0; i < n; ++i) {
     const std::int64_t at = i * T;
-    judge_front(table[i], blocks + at, T, norms + 2 * at, wanted + at, rule, mode + at, broken + at, open + at);
+    judge_blocks(table[i], blocks + at, T, norms + 2 * at, wanted + at, rule, front, mode + at, broken + at, open + at);
     counts.finished += table[i].status != kRunning;
     for (std::int64_t t = 0; t < T; ++t) counts.broken += broken[at + t];
   }
@@ -202,7 +188,7 @@ static inline FrontCounts judge_fronts(std::int64_t n, std::int64_t T, const dou
 }
 
 // Counts a step of T blocks that left differences out, dropped (T,), in its sample's record.
-static inline void count_losses(Record& s, std::int64_t T, const std::int32_t* dropped) {
+static inline void count_losses(Sample& s, std::int64_t T, const std::int32_t* dropped) {
   bool lost_rank = false;
   for (std::int64_t t = 0; t < T; ++t) lost_rank = lost_rank || dropped[t] > 0;
   s.rank_losses += lost_rank;

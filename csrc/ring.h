@@ -1,4 +1,4 @@
-// One solver's history as Python hands it over: addresses, checked before anything is read from them. Included by
+// One solver's ring as Python hands it over: addresses, checked before anything is read from them. Included by
 // bindings.cpp alone.
 #pragma once
 #include <cstdint>
@@ -31,96 +31,62 @@ struct NoMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline void check_address(Address first, std::int64_t entries, const char* name) {
-  if (first == 0 && entries > 0) throw NoMemory(std::string(name) + " must have memory of its own");
+inline void check_address(const void* first, std::int64_t entries, const char* name) {
+  if (first == nullptr && entries > 0) throw NoMemory(std::string(name) + " must have memory of its own");
 }
 
-// Handed over once; every call of the step then names only what changes.
-struct Ring {
-  Storage storage;
-  int slots;
-  Kind kind;
-  double eps;
-  Address R, F, gram, steps_gram, rhs, squares, count;
-  std::int64_t samples, blocks, features, sample_stride, slot_stride;
+inline Memory memory(const Ring& ring, const void* first, std::int64_t entries) {
+  const auto size = static_cast<std::uintptr_t>(bytes_of(ring.storage));
+  return {reinterpret_cast<Address>(first), static_cast<std::uintptr_t>(entries) * size};
+}
 
-  void check_addresses() const {
-    const std::int64_t systems = samples * blocks;
-    check_address(R, systems * features, "R");
-    check_address(F, systems * features, "F");
-    check_address(gram, systems, "gram");
-    check_address(steps_gram, kind == Kind::kBroydenGood ? systems : 0, "steps_gram");
-    check_address(rhs, systems, "rhs");
-    check_address(squares, systems, "squares");
-    check_address(count, systems, "count");
-  }
+// Of R or F.
+inline Memory rows_of(const Ring& ring, const void* first) {
+  if (ring.samples * ring.blocks * ring.features == 0) return {0, 0};
+  const std::int64_t last = (ring.samples - 1) * ring.sample_stride + (ring.slots - 1) * ring.slot_stride;
+  return memory(ring, first, last + ring.blocks * ring.features);
+}
 
-  Memory memory(Address first, std::int64_t entries) const {
-    const std::uintptr_t size = storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
-    return {first, static_cast<std::uintptr_t>(entries) * size};
+inline void check_ring(const Ring& ring) {
+  if (ring.slots < 1 || ring.slots > kMaxSlots) throw std::invalid_argument("slots out of range");
+  if (static_cast<int>(ring.storage) < 0 || ring.storage > Storage::kFloat16) {
+    throw std::invalid_argument("storage out of range");
   }
-  Memory rows_from(Address first) const {
-    if (samples * blocks * features == 0) return {first, 0};
-    return memory(first, (samples - 1) * sample_stride + (slots - 1) * slot_stride + blocks * features);
-  }
+  const std::int64_t systems = ring.samples * ring.blocks;
+  check_address(ring.R, systems * ring.features, "R");
+  check_address(ring.F, systems * ring.features, "F");
+  check_address(ring.gram, systems, "gram");
+  check_address(ring.steps_gram, ring.kind == Kind::kBroydenGood ? systems : 0, "steps_gram");
+  check_address(ring.rhs, systems, "rhs");
+  check_address(ring.squares, systems, "squares");
+  check_address(ring.count, systems, "count");
+}
 
-  // Throws unless no two of the state f, or the next iterate, and z, n samples each, and the history share memory.
-  // f may be z itself: both are read only.
-  void check_memory(std::int64_t n, Address other, Address z, bool written) const {
-    const std::int64_t entries = n * blocks * features;
-    check_address(other, entries, written ? "the next iterate" : "f");
-    check_address(z, entries, "z");
-    for (const Memory& state : {memory(other, entries), memory(z, entries)}) {
-      for (const Address first : {R, F}) {
-        if (state.overlaps(rows_from(first))) throw std::invalid_argument("a state must not lie in the history's rows");
+// Throws unless no two of z_next, f and z, n samples each and as far as the call has them, and the history share
+// memory. f may be z itself: both are read only.
+inline void check_states(const Call& call) {
+  const Ring& ring = call.ring;
+  const std::int64_t entries = call.n * ring.blocks * ring.features;
+  const Memory states[] = {memory(ring, call.z_next, entries), memory(ring, call.f, entries),
+                           memory(ring, call.z, entries)};
+  for (const Memory& state : states) {
+    for (const void* first : {ring.R, ring.F}) {
+      if (state.first && state.overlaps(rows_of(ring, first))) {
+        throw std::invalid_argument("a state must not lie in the history's rows");
       }
     }
-    if (written && memory(other, entries).overlaps(memory(z, entries))) {
-      throw std::invalid_argument("the next iterate must share no memory with f and z");
-    }
   }
-  // On the host alone: a device's indices cannot be read without waiting for it.
-  void check_rows(std::int64_t n, Address index) const {
-    check_address(index, n, "rows");
-    const auto* const rows = at<const std::int64_t>(index);
-    bool inside = true;
-    for (std::int64_t i = 0; i < n; ++i) inside = inside && rows[i] >= 0 && rows[i] < samples;
-    if (!inside) throw std::invalid_argument("rows must lie in 0 ... " + std::to_string(samples - 1));
+  if (states[0].first && (states[0].overlaps(states[1]) || states[0].overlaps(states[2]))) {
+    throw std::invalid_argument("the next iterate must share no memory with f and z");
   }
+}
 
-  template <class Scalar>
-  History<Scalar> history(int head) const {
-    return {slots,
-            head,
-            kind,
-            sample_stride,
-            slot_stride,
-            at<Scalar>(R),
-            at<Scalar>(F),
-            at<double>(gram),
-            at<double>(steps_gram),
-            at<double>(rhs),
-            at<double>(squares),
-            at<std::int32_t>(count),
-            eps};
-  }
-  Rows rows(std::int64_t n, Address index, Address wanted) const {
-    return {n, blocks, features, at<const std::int64_t>(index), at<const std::uint8_t>(wanted)};
-  }
-};
-
-template <class Body>
-void with_scalar(Storage storage, const Body& body) {
-  switch (storage) {
-    case Storage::kFloat64:
-      return body(double{});
-    case Storage::kFloat32:
-      return body(float{});
-    case Storage::kBFloat16:
-      return body(BFloat16{});
-    case Storage::kFloat16:
-      return body(Half{});
-  }
+// On the host alone: a device's indices cannot be read without waiting for it.
+inline void check_rows(const Call& call) {
+  bool inside = true;
+  for (std::int64_t i = 0; call.rows && i < call.n; ++i)
+    inside = inside && call.rows[i] >= 0 && call.rows[i] < call.ring.samples;
+  if (!inside) throw std::invalid_argument("rows must lie in 0 ... " + std::to_string(call.ring.samples - 1));
 }
 
 }  // namespace

@@ -91,6 +91,31 @@ struct Arithmetic<double> {
 template <class Scalar>
 using Wide = typename Arithmetic<Scalar>::type;
 
+template <class Scalar>
+constexpr Storage kStorage = std::is_same_v<Scalar, double>     ? Storage::kFloat64
+                             : std::is_same_v<Scalar, float>    ? Storage::kFloat32
+                             : std::is_same_v<Scalar, BFloat16> ? Storage::kBFloat16
+                                                                : Storage::kFloat16;
+
+PYDEQSOLVE_HD static inline int bytes_of(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
+// body(Scalar{}), the type in which `storage` keeps a state.
+template <class Body>
+static inline void with_scalar(Storage storage, const Body& body) {
+  switch (storage) {
+    case Storage::kFloat64:
+      return body(double{});
+    case Storage::kFloat32:
+      return body(float{});
+    case Storage::kBFloat16:
+      return body(BFloat16{});
+    case Storage::kFloat16:
+      return body(Half{});
+  }
+}
+
 // A residual as the ring keeps it, rounded to the storage type; one beyond the range of a 16-bit type is kept at its
 // largest: a difference of two of float16, or one of float that bfloat16 would round up to infinity. The residual of a
 // value that is itself infinite is kept so too, and its norm says what it was.

@@ -11,15 +11,14 @@ namespace pydeqsolve::PYDEQSOLVE_ISA {
 namespace {
 
 // Workspace of one thread, reused from sample to sample.
-template <class Scalar>
 class Systems {
  public:
-  Systems(const History<Scalar>& history, Coupling coupling, double ridge, std::int64_t blocks)
-      : h(history), T(blocks), coupling_(T == 1 ? Coupling::kJoint : coupling), ridge_(ridge), n(history.slots - 1) {}
+  explicit Systems(const Ring& r)
+      : ring(r), T(r.blocks), coupling_(T == 1 ? Coupling::kJoint : r.coupling), n(r.slots - 1) {}
 
   // How many samples `solve` takes at most.
   int group() const {
-    return h.kind == Kind::kAndersonII && coupling_ == Coupling::kJoint && n <= kSideBySide ? kLanes : 1;
+    return ring.kind == Kind::kAndersonII && coupling_ == Coupling::kJoint && n <= kSideBySide ? kLanes : 1;
   }
 
   // gamma (k, T, M), dropped (k, T) of `samples` (k,) from mode (k, T). Forgets the history of blocks that are
@@ -37,7 +36,7 @@ class Systems {
   int settle(std::int64_t sample, const std::uint8_t* mode) {
     int size = 0;
     for (std::int64_t t = 0; t < T; ++t) {
-      std::int32_t& count = h.count[sample * T + t];
+      std::int32_t& count = ring.count[sample * T + t];
       if (mode[t] == kReject) count = 0;  // mix reads the counts of kMix blocks alone
       if (mode[t] == kPlain) count = 1;
       if (mode[t] == kMix && count - 1 > size) size = count - 1;
@@ -60,29 +59,29 @@ class Systems {
         if (mode[lane * T + t] != kMix) continue;
         const std::int64_t block = samples[lane] * T + t;
         add_to_lane(block, lane, most);
-        rr[lane] += h.squares[2 * block];
-        ff[lane] += h.squares[2 * block + 1];
+        rr[lane] += ring.squares[2 * block];
+        ff[lane] += ring.squares[2 * block + 1];
       }
     }
-    const Lanes rank = solve_positive(most, A_lanes, b_lanes, scale_lanes, ridge_, kPivotCutoff, LanesRoot());
-    const auto sound = is_sound(most, b_lanes, rr, ff, h.eps);
+    const Lanes rank = solve_positive(most, A_lanes, b_lanes, scale_lanes, ring.ridge, kPivotCutoff, LanesRoot());
+    const auto sound = is_sound(most, b_lanes, rr, ff, ring.eps);
     for (int lane = 0; lane < k; ++lane) {
       const int size = sizes[lane];
       for (std::int64_t t = 0; t < T; ++t) {
         const bool mixes = mode[lane * T + t] == kMix;
         dropped[lane * T + t] = !mixes ? 0 : sound[lane] ? size - static_cast<int>(rank[lane]) : size;
-        double* const out = gamma + (lane * T + t) * h.slots;
-        for (int a = 0; mixes && a < h.slots; ++a) out[a] = a < size && sound[lane] ? b_lanes[a][lane] : 0;
+        double* const out = gamma + (lane * T + t) * ring.slots;
+        for (int a = 0; mixes && a < ring.slots; ++a) out[a] = a < size && sound[lane] ? b_lanes[a][lane] : 0;
       }
     }
   }
 
   void add_to_lane(std::int64_t block, int lane, int stride) {
-    const int M = h.slots, size = h.count[block] - 1;
-    const double *gram = h.gram + block * M * M, *rhs = h.rhs + block * M;
-    for (int i = 0, row = h.head; i < size; ++i, row = row > 0 ? row - 1 : M - 1) {
+    const int M = ring.slots, size = ring.count[block] - 1;
+    const double *gram = ring.gram + block * M * M, *rhs = ring.rhs + block * M;
+    for (int i = 0, row = ring.head; i < size; ++i, row = row > 0 ? row - 1 : M - 1) {
       b_lanes[i][lane] += rhs[i];
-      for (int j = 0, column = h.head; j <= i; ++j, column = column > 0 ? column - 1 : M - 1) {
+      for (int j = 0, column = ring.head; j <= i; ++j, column = column > 0 ? column - 1 : M - 1) {
         A_lanes[i * stride + j][lane] += gram[row * M + column];
       }
     }
@@ -98,15 +97,15 @@ class Systems {
       if (first < 0 || coupling_ == Coupling::kIndependent) restart();
       if (first < 0) first = t;
       add(sample * T + t);
-      const int differences = h.count[sample * T + t] > 1 ? h.count[sample * T + t] - 1 : 0;
+      const int differences = ring.count[sample * T + t] > 1 ? ring.count[sample * T + t] - 1 : 0;
       size = differences > size ? differences : size;
-      if (coupling_ != Coupling::kJoint) dropped[t] = weights(differences, gamma + t * h.slots);
+      if (coupling_ != Coupling::kJoint) dropped[t] = weights(differences, gamma + t * ring.slots);
     }
     if (coupling_ != Coupling::kJoint || first < 0) return;
-    dropped[first] = weights(size, gamma + first * h.slots);
+    dropped[first] = weights(size, gamma + first * ring.slots);
     for (std::int64_t t = first + 1; t < T; ++t) {
       if (mode[t] != kMix) continue;
-      std::memcpy(gamma + t * h.slots, gamma + first * h.slots, h.slots * sizeof(double));
+      std::memcpy(gamma + t * ring.slots, gamma + first * ring.slots, ring.slots * sizeof(double));
       dropped[t] = dropped[first];
     }
   }
@@ -118,11 +117,11 @@ class Systems {
   }
 
   void add(std::int64_t block) {
-    const int M = h.slots;
-    add_block(n, h.count[block] - 1, h.head, M, h.kind, h.gram + block * M * M,
-              h.steps_gram ? h.steps_gram + block * M * M : nullptr, h.rhs + block * M, sum, sum_rhs);
-    squares[0] += h.squares[2 * block];
-    squares[1] += h.squares[2 * block + 1];
+    const int M = ring.slots;
+    add_block(n, ring.count[block] - 1, ring.head, M, ring.kind, ring.gram + block * M * M,
+              ring.steps_gram ? ring.steps_gram + block * M * M : nullptr, ring.rhs + block * M, sum, sum_rhs);
+    squares[0] += ring.squares[2 * block];
+    squares[1] += ring.squares[2 * block + 1];
   }
 
   // The leading `size` weights of the sum so far, the rest zero; returns how many differences were left out.
@@ -131,14 +130,13 @@ class Systems {
       gamma[i] = sum_rhs[i];
       for (int j = 0; j < size; ++j) A[i * size + j] = sum[i * n + j];
     }
-    for (int a = size; a < h.slots; ++a) gamma[a] = 0;
-    return solve_system(h.kind, size, A, gamma, scale, order, ridge_, squares, h.eps);
+    for (int a = size; a < ring.slots; ++a) gamma[a] = 0;
+    return solve_system(ring.kind, size, A, gamma, scale, order, ring.ridge, squares, ring.eps);
   }
 
-  const History<Scalar>& h;
+  const Ring& ring;
   const std::int64_t T;
   const Coupling coupling_;
-  const double ridge_;
   const int n;  // differences there can be
   double sum[kMost * kMost], sum_rhs[kMost], A[kMost * kMost], scale[kMost], squares[2];
   int order[kMost];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .checks import check_count, check_damping, check_real
 from .step.ring import COUPLINGS, Method
@@ -49,4 +50,8 @@ class Anderson:
             raise ValueError(f"safeguard must exceed 1, got {self.safeguard}")
 
     def method(self) -> Method:
+        return self._method
+
+    @cached_property
+    def _method(self) -> Method:
         return Method(f"anderson {self.kind}", self.memory, self.damping, self.ridge or 0.0, self.coupling)

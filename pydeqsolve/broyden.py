@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .checks import check_count, check_real
 from .step.ring import Method
@@ -41,4 +42,8 @@ class Broyden:
             raise ValueError(f"safeguard must exceed 1, got {self.safeguard}")
 
     def method(self) -> Method:
+        return self._method
+
+    @cached_property
+    def _method(self) -> Method:
         return Method(f"broyden {self.kind}", self.memory)

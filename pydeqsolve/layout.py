@@ -13,6 +13,7 @@ from torch import Tensor
 from .memory import check_dense, is_plain
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_NOTHING = torch.empty(0, device="cpu")  # stands for a tensor in a structure
 
 
 def leaves_of(tree: Any, name: str) -> list[Tensor]:
@@ -75,7 +76,7 @@ def copied(tree: Any) -> Any:
 class Layout:
     """How a state of B samples lies in one tensor (B, T, D): T blocks (1 unless the solver couples blocks)."""
 
-    template: Any
+    template: Any  # the structure of z0 without its data, which so is not kept alive
     shapes: tuple[torch.Size, ...]  # of the leaves, without the batch dimension
     dtype: torch.dtype
     device: torch.device
@@ -84,7 +85,7 @@ class Layout:
     @staticmethod
     def of(z0: Any, by_blocks: bool) -> Layout:
         """The layout of z0; by_blocks takes dimension 1 of every leaf as the blocks. Raises for unusable states."""
-        leaves = leaves_of(z0, "z0")
+        leaves = [z0] if isinstance(z0, Tensor) else leaves_of(z0, "z0")
         if not leaves:
             raise ValueError("z0 must hold at least one tensor")
         first = leaves[0]
@@ -106,7 +107,8 @@ class Layout:
                     f"and {leaf.dtype} on {leaf.device}"
                 )
         shapes = tuple(leaf.shape[1:] for leaf in leaves)
-        return Layout(z0, shapes, first.dtype, first.device, first.shape[1] if by_blocks else 1)
+        template = rebuild(z0, lambda: _NOTHING)
+        return Layout(template, shapes, first.dtype, first.device, first.shape[1] if by_blocks else 1)
 
     def pack(self, tree: Any, name: str) -> Tensor:
         """Structure → (n, T, D), contiguous, not negated lazily, in this layout's dtype.

@@ -18,7 +18,10 @@ from .memory import address
 from .step import native
 from .step.backend import Backend
 from .step.ring import COUPLINGS, KINDS, STORAGES, Ring
+from .step.rules import Rule
 
+RULES = tuple(Rule(0.0, 0.0, norm, 1) for norm in ("rms", "max"))  # a call of a pass alone judges nothing
+RULED = tuple(native.ruled(rule, None, 0) for rule in RULES)
 # What a call takes besides R and F; it may take steps_gram too, and wanted.
 MEASURED = ("gram", "rhs", "squares", "count", "rows", "f", "z")
 ADVANCED = ("gram", "rhs", "squares", "count", "rows", "z", "modes")
@@ -151,12 +154,12 @@ def measure(
         names, others = (*names, "wanted"), (*others, wanted)
         _refuse_without_memory(("wanted",), (wanted,))  # to the kernels no address would be none given
     layout = _check(kind, R, F, steps_gram, rows.numel(), names, others)
-    handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
+    handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count, rule=RULED[is_max])
     if handle is None:
         _refuse_without_memory(("R", "F", *names), (R, F, *others))
         ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head - 1, kind)
-        return Backend(ring).measure(f, z, rows, wanted, "max" if is_max else "rms")
-    return native.measure_bound(handle, head % layout[1], f, z, rows, wanted, is_max, squares)
+        return Backend(ring, RULES[is_max]).measure(f, z, rows, wanted)
+    return native.measure_bound(handle, head % layout[1], f, z, rows, wanted, squares)
 
 
 def advance(
@@ -173,12 +176,12 @@ def advance(
     layout = _check(kind, R, F, steps_gram, rows.numel(), ADVANCED, others)
     if not 0 <= coupling < len(COUPLINGS):
         raise ValueError(f"coupling must be a place in {COUPLINGS}, got {coupling}")
-    handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count)
+    handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count, (coupling, ridge, damping))
     if handle is None:
         _refuse_without_memory(("R", "F", *ADVANCED), (R, F, *others))
         ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head, kind, coupling, ridge, damping)
-        return Backend(ring).advance(z, modes, rows)
-    return native.advance_bound(handle, head % layout[1], z, modes, rows, coupling, ridge, damping, rhs, count)
+        return Backend(ring, RULES[0]).advance(z, modes, rows)
+    return native.advance_bound(handle, head % layout[1], z, modes, rows, rhs, count)
 
 
 def _on_one_device(kernel: Callable[..., Any]) -> Callable[..., Any]:

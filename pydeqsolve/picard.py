@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .checks import check_damping
 from .step.ring import Method
@@ -23,4 +24,8 @@ class Picard:
         check_damping(self.damping)
 
     def method(self) -> Method:
+        return self._method
+
+    @cached_property
+    def _method(self) -> Method:
         return Method(damping=self.damping)

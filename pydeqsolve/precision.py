@@ -25,6 +25,8 @@ def is_autocast(kind: str) -> bool:
 
 def of_value(value: Any, dtype: torch.dtype) -> float:
     """The largest machine epsilon of `dtype` and of the tensors in `value`."""
+    if type(value) is Tensor and value.dtype == dtype:
+        return torch.finfo(dtype).eps
     found = [value] if isinstance(value, Tensor) else tree_leaves(value)
     return max(torch.finfo(t).eps for t in (dtype, *(x.dtype for x in found if _is_real(x))))
 

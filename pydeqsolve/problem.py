@@ -31,7 +31,8 @@ class Problem:
 
     def value(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Any:
         """The same as fn returns it, in the structure and dtype of its own."""
-        return self.fn(self.layout.unpack(z), *inputs, **({"wanted": wanted} if self.causal else {}))
+        named = {"wanted": wanted} if self.causal else {}
+        return self.fn(self.layout.unpack(z), *inputs, **named)
 
 
 class Solver(Protocol):

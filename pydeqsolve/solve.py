@@ -14,7 +14,7 @@ from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
-from .layout import Layout, detached, rebuild
+from .layout import Layout, detached
 from .loop.iterate import Outcome, check_together, iterate
 from .loop.kept import History
 from .loop.watches import Callback
@@ -118,12 +118,11 @@ def _prepare(
     B, T, D = flat.shape
     if B and not T * D:
         raise ValueError("z0 must have at least one entry per sample")
-    check_tolerances("stop", stop, [(B,), (), *([(B, T), (1, T)] if front is not None else [])])
+    check_tolerances("stop", stop, ((B,), (), (B, T), (1, T)) if front is not None else ((B,), ()))
     if isinstance(gradient, Implicit) and gradient.stop is not None:
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
     check_inputs(inputs, B, flat.device)
     compact = bool(inputs) if compact is None else compact
-    layout = replace(layout, template=_skeleton(z0))
     return Problem(fn, tuple(inputs), layout, compact, causal=front is not None), flat
 
 
@@ -178,8 +177,3 @@ def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: G
             z = phantom.attach(problem, start, replace(outcome, z=z, residual=residual), Recorder())
         found.append(problem.layout.unpack(z))
     return found
-
-
-def _skeleton(tree: Any) -> Any:
-    """The structure of z0 without its data, so that a Solution does not keep z0 alive."""
-    return rebuild(tree, lambda: torch.empty(0))

@@ -26,9 +26,9 @@ def main(path):
     R, F = ((ctypes.c_float * (B * M * D))() for _ in range(2))
     gram, rhs = (ctypes.c_double * (B * M * M))(), (ctypes.c_double * (B * M))()
     squares, count = (ctypes.c_double * (2 * B))(), (ctypes.c_int32 * B)()
-    ring = native.Ring(
-        FLOAT32, M, 0, 1e-7, B, 1, D, M * D, D, address(R), address(F), address(gram), 0, address(rhs),
-        address(squares), address(count),
+    solve = native.Solve(
+        FLOAT32, M, 0, 1e-7, B, 1, D, M * D, D, False, 0, 0.0, 1.0, address(R), address(F), address(gram), 0,
+        address(rhs), address(squares), address(count), 0.0, float(D), RMS, 0.0, False, 1,
     )  # fmt: skip
     rows, modes = (ctypes.c_int64 * B)(*range(B)), (ctypes.c_uint8 * B)(*[MIX] * B)
     dropped = (ctypes.c_int32 * B)()
@@ -37,11 +37,11 @@ def main(path):
         # f = A z + b with A = ½: integers and halves, which float32 holds exactly.
         f = (ctypes.c_float * (B * D))(*[0.5 * x + (i % 5 + 1) for i, x in enumerate(z)])
         norms, following = (ctypes.c_double * (2 * B))(), (ctypes.c_float * (B * D))()
-        shared = (ring, step % M, B, address(rows))
-        native.measure(*shared, 0, address(f), address(z), address(norms), RMS, 1)
+        shared = (solve, step % M, B, address(rows))
+        native.measure(*shared, 0, address(f), address(z), address(norms), 1, 0, 0)
         expected = [sum((f[i * D + k] - z[i * D + k]) ** 2 for k in range(D)) for i in range(B)]
         assert list(norms[::2]) == expected, (list(norms[::2]), expected)
-        native.advance(*shared, address(modes), address(dropped), 0, 0.0, 1.0, address(z), address(following), 1)
+        native.advance(*shared, address(modes), 0, address(dropped), address(z), address(following), 1, 0, 0)
         z = following
     # Residuals of f = ½ z + b lie on one line, so Anderson's second step is exact: z = 2 b.
     assert all(abs(x - 2 * (i % 5 + 1)) < 1e-5 for i, x in enumerate(z)), list(z)

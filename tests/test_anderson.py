@@ -148,7 +148,7 @@ def secants(solver, D: int, pairs: int, seed: int) -> tuple[Ring, list[Tensor], 
     Z, F = torch.randn(2, pairs + 1, D, dtype=f64, generator=g)
     ring = Ring(solver.method(), 1, 1, D, f64, torch.device("cpu"))
     for z, f in zip(Z, F, strict=True):
-        choose(ring).measure(f[None, None], z[None, None], torch.zeros(1, dtype=torch.int64), None, "l2")
+        choose(ring).measure(f[None, None], z[None, None], torch.zeros(1, dtype=torch.int64), None)
     R = F - Z
     return ring, list(Z[1:] - Z[:-1]), list(R[1:] - R[:-1])
 

@@ -54,8 +54,9 @@ def test_a_step_equals_the_reference(kind: str, coupling: str, shape: tuple[int,
         f, z = torch.randn(2, B, T, D, generator=generator, dtype=torch.float64).to(dtype)
         wanted = torch.rand(B, T, generator=generator) > 0.1
         oracle.head = (oracle.head + 1) % oracle.slots
-        norms = choose(ring).measure(f.cuda(), z.cuda(), rows.cuda(), wanted.cuda(), "max" if step % 2 else "rms")
-        expected = reference.measure(oracle, f, z, rows, wanted, "max" if step % 2 else "rms")
+        norm = "max" if step % 2 else "rms"
+        norms = choose(ring, Rule(0.0, 0.0, norm, 1)).measure(f.cuda(), z.cuda(), rows.cuda(), wanted.cuda())
+        expected = reference.measure(oracle, f, z, rows, wanted, norm)
         torch.testing.assert_close(norms.cpu(), expected, rtol=1e-12, atol=0)
         mode = torch.tensor([MIX, MIX, MIX, REJECT, PLAIN, ACCEPT])[torch.randint(6, (B, T), generator=generator)]
         mode = torch.where(wanted, mode, KEEP).to(torch.uint8)
@@ -78,7 +79,7 @@ def test_the_sums_have_the_bits_of_the_emulation(kind: str, shape: tuple[int, in
     rows, generator = torch.arange(shape[0]), torch.Generator().manual_seed(0)
     for _ in range(7):
         f, z = torch.randn(2, *shape, generator=generator)
-        choose(ring).measure(f.cuda(), z.cuda(), rows.cuda(), None, "rms")
+        choose(ring).measure(f.cuda(), z.cuda(), rows.cuda(), None)
         emulated.head = (emulated.head + 1) % emulated.slots
         emulator().measure(emulated, f, z, rows, None, "rms")
     for ours, theirs in zip(state(ring), state(emulated), strict=True):
@@ -91,7 +92,7 @@ def take_steps(ring: Ring, f: Tensor, z: Tensor, steps: int = 7) -> Tensor:
     mode = torch.full(f.shape[:2], MIX, dtype=torch.uint8, device=f.device)
     for _ in range(steps):
         f, z = f.roll(1, -1) * 0.9, z.roll(2, -1).contiguous()
-        choose(ring).measure(f, z, rows, None, "rms")
+        choose(ring).measure(f, z, rows, None)
         z, _ = choose(ring).advance(z, mode, rows)
     return z
 
@@ -169,15 +170,15 @@ def test_a_solve_waits_for_the_device_at_its_stop_tests_only() -> None:
 def test_judge_and_keep_equal_the_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
     rule = Rule(2.0, torch.finfo(torch.float32).eps, "rms", 65)
-    backends = [choose(ring_on(d, Method(memory=1), (40, 3, 65), torch.float32)) for d in ("cuda", "cpu")]
-    records = [SampleJudge(40, Stop(rtol=0.3), rule, backend).samples for backend in backends]
+    backends = [choose(ring_on(d, Method(memory=1), (40, 3, 65), torch.float32), rule) for d in ("cuda", "cpu")]
+    records = [SampleJudge(40, Stop(rtol=0.3), backend).samples for backend in backends]
     best, before = torch.randn(2, 40, 3, 65, generator=generator)
     here = best.cuda()
     rows = torch.randperm(40, generator=generator)
     for _ in range(6):
         norms = torch.rand(40, 3, 2, generator=generator, dtype=torch.float64)
         pairs = zip(backends, records, strict=True)
-        modes = [backend.judge(own, norms.to(own.table.device), None, rule)[0] for backend, own in pairs]
+        modes = [backend.judge(own, norms.to(own.table.device), None)[0] for backend, own in pairs]
         assert torch.equal(modes[0].cpu(), modes[1])
         backends[0].keep(here, rows.cuda(), before.cuda(), records[0])
         left = records[1]["left_behind"] != 0

@@ -225,7 +225,7 @@ def test_advance_is_weights_then_mix_to_the_bit(kernels: Emulator, case: Case, s
 
 def records(n: int, stop: Stop, rule: Rule) -> Records:
     """Those of n samples before their first step."""
-    return SampleJudge(n, stop, rule, choose(Ring(Method(), n, 1, 1, torch.float32, torch.device("cpu")))).samples
+    return SampleJudge(n, stop, choose(Ring(Method(), n, 1, 1, torch.float32, torch.device("cpu")), rule)).samples
 
 
 @given(

@@ -248,12 +248,12 @@ def judged(judge, norms, natively):
     """What a judge makes of norms (n, T, 2) natively or in PyTorch; unwanted blocks measure 0."""
     wanted = judge.wanted(norms.shape[1])
     norms = torch.where(wanted[..., None], norms, 0.0)
-    given = judge.samples, judge.blocks, norms, wanted, judge.rule, judge.front
+    given = judge.samples, judge.blocks, norms, wanted
     if natively:
         mode, broken, judge.open, finished = judge.backend.judge_blocks(*given)
         assert finished == int((~judge.samples.running).sum())
         return mode, torch.zeros_like(wanted) if broken is None else broken
-    mode, broken = judge_blocks(*given)
+    mode, broken = judge_blocks(*given, judge.rule, judge.front)
     judge.open = open_blocks(judge.samples, judge.blocks, judge.front)
     return mode, broken
 
@@ -267,9 +267,9 @@ def test_the_native_judgement_of_blocks_is_that_of_the_reference(front, norm, sa
     generator = torch.Generator().manual_seed(0)
     atol = torch.rand(n, T, generator=generator, dtype=torch.float64)
     stop = Stop(rtol=torch.full((n,), 0.1, dtype=torch.float64), atol=atol, norm=norm)
-    backend = choose(Ring(Method(), n, T, entries, f64, torch.device("cpu")))
     rule = Rule(safeguard, torch.finfo(f64).eps, norm, entries)
-    ours, theirs = (BlockJudge(n, T, front, stop, rule, backend) for _ in range(2))
+    backend = choose(Ring(Method(), n, T, entries, f64, torch.device("cpu")), rule, front)
+    ours, theirs = (BlockJudge(n, T, front, stop, backend) for _ in range(2))
     for step in range(12):
         norms = 10 ** (3 * torch.rand(n, T, 2, generator=generator, dtype=torch.float64) - step / 4)
         if step % 3:

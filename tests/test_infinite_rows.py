@@ -33,7 +33,7 @@ class Backend:
     def measure(self, ring: Ring, f: Tensor, z: Tensor) -> None:
         rows = torch.arange(len(f))
         if self.native:
-            choose(ring, fresh=False).measure(f, z, rows, None, "rms")
+            choose(ring, fresh=False).measure(f, z, rows, None)
             return
         ring.head = (ring.head + 1) % ring.slots
         (self.kernels or reference).measure(ring, f, z, rows, None, "rms")

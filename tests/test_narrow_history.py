@@ -51,8 +51,8 @@ class WideRing(Ring):
 class Wide(Backend):
     """Steps of states in 16 bits whose history is a `WideRing`."""
 
-    def measure(self, f, z, rows, wanted, norm):
-        return choose(self.ring).measure(f.float(), z.float(), rows, wanted, norm)
+    def measure(self, f, z, rows, wanted):
+        return choose(self.ring, self.rule).measure(f.float(), z.float(), rows, wanted)
 
     def advance(self, z, mode, rows, out=None):
         z_next, dropped = choose(self.ring).advance(z.float(), mode, rows)
@@ -86,8 +86,9 @@ def test_residuals_that_need_no_rounding_give_the_gram_matrices_of_a_float32_his
         mode = torch.full((B, T), MIX, dtype=torch.uint8)
         if wanted is not None:
             mode[~wanted] = KEEP
-        norms = choose(narrow).measure(f, z, rows, wanted, norm)
-        assert torch.equal(norms, choose(wide).measure(f.float(), z.float(), rows, wanted, norm))
+        rule = problems.measured_in(norm)
+        norms = choose(narrow, rule).measure(f, z, rows, wanted)
+        assert torch.equal(norms, choose(wide, rule).measure(f.float(), z.float(), rows, wanted))
         for name in ("gram", "steps_gram", "rhs", "squares", "count"):
             if getattr(narrow, name) is not None:
                 assert torch.equal(getattr(narrow, name), getattr(wide, name)), name
@@ -105,7 +106,7 @@ def test_the_ring_keeps_residuals_to_the_nearest_and_norms_without_rounding(back
     f, z = (s * torch.randn(2, 1, 777, generator=g) for s in (1.0, 1e-3))
     f, z = f.to(dtype), z.to(dtype)
     ring = ring_of(Method(kind, 2), (2, 1, 777), dtype)
-    norms = choose(ring).measure(f, z, torch.arange(2), None, "l2")
+    norms = choose(ring).measure(f, z, torch.arange(2), None)
     exact = f.double() - z.double()
     assert torch.equal(ring.R[:, ring.head], exact.to(dtype))
     assert torch.equal(ring.F[:, ring.head], f)
@@ -120,12 +121,15 @@ def test_a_residual_beyond_the_range_of_float16_is_kept_at_its_largest(backend, 
     f[..., 20:] = -60_000.0
     f[..., 7] = math.nan
     ring = ring_of(Method(kind, 1), (1, 1, 40), torch.float16)
-    choose(ring).measure(f, -f, torch.arange(1), None, "max")
+    choose(ring, problems.measured_in("max")).measure(f, -f, torch.arange(1), None)
     kept = ring.R[0, ring.head, 0]
     assert kept[7].isnan()
     assert set(kept[~kept.isnan()].tolist()) == {65_504.0, -65_504.0}
     f[..., 7] = 0
-    assert choose(ring).measure(f, -f, torch.arange(1), None, "max")[0, 0].tolist() == [120_000.0, 60_000.0]
+    assert choose(ring, problems.measured_in("max")).measure(f, -f, torch.arange(1), None)[0, 0].tolist() == [
+        120_000.0,
+        60_000.0,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["anderson II", "broyden good"])
@@ -135,7 +139,7 @@ def test_a_residual_that_bfloat16_would_round_to_infinity_is_kept_at_its_largest
     f = torch.full((1, 1, D), largest, dtype=torch.bfloat16)
     f[..., 1::2] = -largest
     ring = ring_of(Method(kind, 1), (1, 1, D), torch.bfloat16)
-    norms = choose(ring).measure(f, -(2.0**-8) * f, torch.arange(1), None, "max")
+    norms = choose(ring, problems.measured_in("max")).measure(f, -(2.0**-8) * f, torch.arange(1), None)
     assert norms[0, 0, 0] == (1 + 2.0**-8) * largest
     assert torch.equal(ring.R[0, ring.head], f[0])
 
@@ -156,7 +160,7 @@ def measured(kind, dtype, values, memory=3):
     """The ring after it has measured each (f, z) of `values`, both (B, 1, D)."""
     ring = ring_of(Method(kind, memory), values[0][0].shape, dtype)
     for f, z in values:
-        choose(ring).measure(f, z, torch.arange(len(f)), None, "l2")
+        choose(ring).measure(f, z, torch.arange(len(f)), None)
     return ring
 
 

@@ -93,7 +93,9 @@ def test_each_step_equals_the_reference(
             return mode
 
         norms, mode, expected, dropped, gamma = reference_step(rings[1], f, z, rows, wanted, norm, modes)
-        torch.testing.assert_close(choose(rings[0]).measure(f, z, rows, wanted, norm), norms, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            choose(rings[0], problems.measured_in(norm)).measure(f, z, rows, wanted), norms, rtol=1e-12, atol=0
+        )
         found, found_dropped = choose(rings[0]).advance(z, mode, rows)
         assert torch.equal(rings[0].count, rings[1].count)
         assert torch.equal(found_dropped, dropped)
@@ -117,7 +119,7 @@ def test_each_instruction_set_gives_the_reference_solution(isa, kind, dtype):
         _, mode, expected, _, _ = reference_step(
             rings[1], f, z, rows, None, "l2", lambda ring: torch.zeros(3, 1, dtype=torch.uint8) + MIX
         )
-        choose(rings[0]).measure(f, z, rows, None, "l2")
+        choose(rings[0]).measure(f, z, rows, None)
         found, _ = choose(rings[0]).advance(z, mode, rows)
         size = expected.abs().max()
         tolerance = {f64: 1e-8, torch.float32: 1e-5}.get(dtype, 1.01 * torch.finfo(dtype).eps)
@@ -149,11 +151,11 @@ def test_the_number_of_threads_changes_no_bit(solver, shape):
 def test_tails_of_every_length_are_summed(isa, length):
     ring = Ring(Method(memory=1), 1, 1, length, f64, torch.device("cpu"))
     f, z = torch.randn(2, 1, 1, length, dtype=f64, generator=problems.generator(length))
-    squares = choose(ring).measure(f, z, torch.zeros(1, dtype=torch.int64), None, "l2")
+    squares = choose(ring).measure(f, z, torch.zeros(1, dtype=torch.int64), None)
     torch.testing.assert_close(
         squares[0, 0], torch.stack([(f - z).square().sum(), f.square().sum()]), rtol=1e-12, atol=0
     )
-    largest = choose(ring).measure(f, z, torch.zeros(1, dtype=torch.int64), None, "max")
+    largest = choose(ring, problems.measured_in("max")).measure(f, z, torch.zeros(1, dtype=torch.int64), None)
     assert torch.equal(largest[0, 0], torch.stack([(f - z).abs().max(), f.abs().max()]))
 
 
@@ -165,7 +167,7 @@ def test_nan_and_infinity_anywhere_reach_the_norms(isa, bad, position):
     f, z = torch.ones(2, 2, 1, 40_001)
     f[0, 0, position] = bad
     for norm in ("l2", "max"):
-        norms = choose(ring).measure(f, z, torch.arange(2), None, norm)
+        norms = choose(ring, problems.measured_in(norm)).measure(f, z, torch.arange(2), None)
         assert not norms[0].isfinite().any()
         assert norms[1, 0].tolist() == [0.0, 40_001.0 if norm == "l2" else 1.0]
 
@@ -181,7 +183,7 @@ def test_a_repeated_difference_is_left_out_and_counted(kind, available, monkeypa
     step, rows = torch.tensor([1.0, 2.0, 0.5, 0, 0, 0], dtype=f64), torch.zeros(1, dtype=torch.int64)
     for k in range(4):  # all iterates and residuals on one line: three equal differences
         z = k * step[None, None]
-        choose(ring).measure(0.5 * z + 1, z, rows, None, "l2")
+        choose(ring).measure(0.5 * z + 1, z, rows, None)
     z_next, dropped = choose(ring).advance(z, torch.full((1, 1), MIX, dtype=torch.uint8), rows)
     # The "good" matrix SᵀY + striu(SᵀS) of parallel steps has full rank or loses one; the others keep one difference.
     assert dropped.item() == 2 if kind.startswith("anderson") else z_next.isfinite().all()
@@ -233,4 +235,4 @@ def test_tensors_the_kernel_cannot_read_are_refused():
         good[..., :3].contiguous(),
     ):
         with pytest.raises(ValueError, match="must"):
-            choose(ring).measure(f, good, rows, None, "l2")
+            choose(ring).measure(f, good, rows, None)

@@ -50,7 +50,7 @@ def test_three_steps_by_the_operators_equal_those_of_the_solver(coupling):
         f, z = states(seed=step)
         head = step % ours.slots
         norms = measure(f, z, *tensors(ours), rows, None, head, 0, False)
-        assert torch.equal(norms, choose(theirs).measure(f, z, rows, None, "rms"))
+        assert torch.equal(norms, choose(theirs).measure(f, z, rows, None))
         got = advance(z, mode, *tensors(ours), rows, head, 0, COUPLINGS.index(coupling), 0.0, 1.0)
         expected = choose(theirs).advance(z, mode, rows)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -282,7 +282,7 @@ def test_a_row_that_the_history_does_not_have_is_refused(row):
 
 def test_an_iterate_is_not_written_over_the_one_it_is_made_from():
     ring, (f, z) = history("anderson II"), states()
-    choose(ring).measure(f, z, torch.arange(3), None, "rms")
+    choose(ring).measure(f, z, torch.arange(3), None)
     mode = torch.full((3, 2), PLAIN, dtype=torch.uint8)
     with pytest.raises(ValueError, match="share no memory"):
         choose(ring).advance(z, mode, torch.arange(3), out=z)

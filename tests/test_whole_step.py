@@ -27,7 +27,7 @@ class Passes:
         self.ring.R.fill_(math.nan)  # what was never written must never be read
         self.ring.F.fill_(math.nan)
         self.rule = Rule(2.0, torch.finfo(dtype).eps, norm, shape[1] * shape[2])
-        judge = SampleJudge(shape[0], Stop(rtol=1e-3, norm=norm), self.rule, choose(self.ring))
+        judge = SampleJudge(shape[0], Stop(rtol=1e-3, norm=norm), choose(self.ring, self.rule))
         self.samples = judge.samples
         self.best = torch.full(shape, math.nan, dtype=dtype)
         self.before: torch.Tensor | None = None
@@ -35,14 +35,15 @@ class Passes:
     def whole(self, f, z, rows, wanted):
         out = torch.full_like(z, math.nan)
         before = z if self.before is None else self.before
-        step = choose(self.ring).step
-        mode, *counts = step(f, z, rows, wanted, self.samples, self.rule, before, self.best, out)
+        step = choose(self.ring, self.rule).step
+        mode = torch.full(f.shape[:2], 99, dtype=torch.uint8)
+        counts = list(step(f, z, rows, wanted, self.samples, before, self.best, mode, out))
         self.before = z
         return mode, counts, out
 
     def parts(self, f, z, rows, wanted):
-        norms = choose(self.ring).measure(f, z, rows, wanted, self.rule.norm)
-        mode, *counts = choose(self.ring).judge(self.samples, norms, None, self.rule)
+        norms = choose(self.ring, self.rule).measure(f, z, rows, wanted)
+        mode, *counts = choose(self.ring, self.rule).judge(self.samples, norms, None)
         out, dropped = choose(self.ring).advance(z, mode, rows)
         self.samples["rank_losses"] += (dropped > 0).any(1)
         left_behind = self.samples["left_behind"] != 0

@@ -5,29 +5,20 @@
 
 #include <initializer_list>
 
-#include "judge.h"
 #include "step.h"
 
 namespace pydeqsolve {
 
-#define PYDEQSOLVE_DECLARE(isa)                                                                                     \
-  namespace isa {                                                                                                   \
-  template <class Scalar>                                                                                           \
-  void measure(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm, int);              \
-  template <class Scalar>                                                                                           \
-  void weights(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*, double*, std::int32_t*,  \
-               int);                                                                                                \
-  template <class Scalar>                                                                                           \
-  void mix(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double, const Scalar*, Scalar*, \
-           int);                                                                                                    \
-  template <class Scalar>                                                                                           \
-  Counts step(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, const Judgement&, Record*,         \
-              const Update&, std::uint8_t*, Scalar*, int);                                                          \
-  }
-PYDEQSOLVE_DECLARE(portable)
+namespace portable {
+extern const Passes passes;
+}
 #if defined(PYDEQSOLVE_X86)
-PYDEQSOLVE_DECLARE(avx2)
-PYDEQSOLVE_DECLARE(avx512)
+namespace avx2 {
+extern const Passes passes;
+}
+namespace avx512 {
+extern const Passes passes;
+}
 #endif
 
 namespace {
@@ -71,52 +62,12 @@ bool choose_cpu_isa(const char* name) {
   return false;
 }
 
+const Passes& cpu_passes() {
 #if defined(PYDEQSOLVE_X86)
-#define PYDEQSOLVE_DISPATCH(call)                  \
-  if (chosen == Isa::kAvx512) return avx512::call; \
-  if (chosen == Isa::kAvx2) return avx2::call;     \
-  return portable::call
-#else
-#define PYDEQSOLVE_DISPATCH(call) return portable::call
+  if (chosen == Isa::kAvx512) return avx512::passes;
+  if (chosen == Isa::kAvx2) return avx2::passes;
 #endif
-
-template <class Scalar>
-void measure_cpu(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z, double* norms,
-                 Norm norm, int threads) {
-  PYDEQSOLVE_DISPATCH(measure(rows, history, f, z, norms, norm, threads));
+  return portable::passes;
 }
-
-template <class Scalar>
-void weights_cpu(const Rows& rows, const History<Scalar>& history, Coupling coupling, double ridge,
-                 const std::uint8_t* mode, double* gamma, std::int32_t* dropped, int threads) {
-  PYDEQSOLVE_DISPATCH(weights(rows, history, coupling, ridge, mode, gamma, dropped, threads));
-}
-
-template <class Scalar>
-void mix_cpu(const Rows& rows, const History<Scalar>& history, const double* gamma, const std::uint8_t* mode,
-             double beta, const Scalar* z, Scalar* z_next, int threads) {
-  PYDEQSOLVE_DISPATCH(mix(rows, history, gamma, mode, beta, z, z_next, threads));
-}
-
-template <class Scalar>
-Counts step_cpu(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z,
-                const Judgement& rule, Record* table, const Update& update, std::uint8_t* mode, Scalar* z_next,
-                int threads) {
-  PYDEQSOLVE_DISPATCH(step(rows, history, f, z, rule, table, update, mode, z_next, threads));
-}
-
-#define PYDEQSOLVE_INSTANTIATE(Scalar)                                                                                \
-  template void measure_cpu<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm, \
-                                    int);                                                                             \
-  template void weights_cpu<Scalar>(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*,       \
-                                    double*, std::int32_t*, int);                                                     \
-  template void mix_cpu<Scalar>(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double,      \
-                                const Scalar*, Scalar*, int);                                                         \
-  template Counts step_cpu<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*,                 \
-                                   const Judgement&, Record*, const Update&, std::uint8_t*, Scalar*, int);
-PYDEQSOLVE_INSTANTIATE(float)
-PYDEQSOLVE_INSTANTIATE(double)
-PYDEQSOLVE_INSTANTIATE(BFloat16)
-PYDEQSOLVE_INSTANTIATE(Half)
 
 }  // namespace pydeqsolve

@@ -38,92 +38,90 @@ struct Buffer {  // zeroed
   T* data;
 };
 
-}  // namespace
-
 template <class Scalar>
-void measure(const Rows& rows, const History<Scalar>& h, const Scalar* f, const Scalar* z, double* norms, Norm norm,
-             int threads) {
-  const Batch<Scalar> b{rows, h};
+void measure(const Call& call) {
+  const Batch<Scalar> b{call};
   const std::int64_t width = Dots::size(b.M);
   Buffer<double> partial(b.pieces > 1 ? b.blocks * b.pieces * width : 0);
-  parallel_for(b.blocks * b.pieces, b.bytes(b.M + 3), threads, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(b.blocks * b.pieces, b.bytes(b.M + 3), call.threads, [&](std::int64_t begin, std::int64_t end) {
     for_pieces(b, begin, end, [&](auto i, auto t, auto first, auto last, auto item) {
       if (b.pieces == 1) {
-        measure_block(b, i, t, f, z, norm, norms + 2 * item);
+        measure_block(b, i, t, call.norms + 2 * item);
       } else if (b.is_wanted(i, t)) {
-        measure_one(b, b.block(i, t), first, last, f, z, norm, {}, Dots{b.M, partial.data + item * width});
+        measure_one(b, b.place(i, t), first, last, {}, Dots{b.M, partial.data + item * width});
       }
     });
     fence();
   });
   for (std::int64_t block = 0; b.pieces > 1 && block < b.blocks; ++block) {
-    const Block at = b.block(block / b.T, block % b.T);
+    const Place at = b.place(block / b.T, block % b.T);
     if (!b.is_wanted(block / b.T, block % b.T)) {
-      h.count[at.at] = 0;
+      call.ring.count[at.at] = 0;
       continue;
     }
     const Dots dots{b.M, partial.data + block * b.pieces * width};
     for (std::int64_t p = 1; p < b.pieces; ++p) dots.add(Dots{b.M, dots.row + p * width});
-    finish_block(b, at, dots, norm, norms + 2 * block);
+    finish_block(b, at, dots, call.norms + 2 * block);
   }
 }
 
 template <class Scalar>
-void weights(const Rows& rows, const History<Scalar>& h, Coupling coupling, double ridge, const std::uint8_t* mode,
-             double* gamma, std::int32_t* dropped, int threads) {
-  const Batch<Scalar> b{rows, h};
-  parallel_for(rows.n, b.blocks * b.M * b.M * 16, threads, [&](std::int64_t begin, std::int64_t end) {
-    Systems<Scalar> systems(h, coupling, ridge, b.T);
+void weights(const Call& call) {
+  const Batch<Scalar> b{call};
+  parallel_for(call.n, b.blocks * b.M * b.M * 16, call.threads, [&](std::int64_t begin, std::int64_t end) {
+    Systems systems(call.ring);
     std::int64_t samples[kLanes];
     for (std::int64_t i = begin; i < end; i += systems.group()) {
       const int k = static_cast<int>(end - i < systems.group() ? end - i : systems.group());
       for (int j = 0; j < k; ++j) samples[j] = b.sample(i + j);
-      systems.solve(k, samples, mode + i * b.T, gamma + i * b.T * b.M, dropped + i * b.T);
+      systems.solve(k, samples, call.mode + i * b.T, call.gamma + i * b.T * b.M, call.dropped + i * b.T);
     }
   });
 }
 
 template <class Scalar>
-void mix(const Rows& rows, const History<Scalar>& h, const double* gamma, const std::uint8_t* mode, double beta,
-         const Scalar* z, Scalar* z_next, int threads) {
-  const Batch<Scalar> b{rows, h};
-  parallel_for(b.blocks * b.pieces, b.bytes(b.M + 1), threads, [&](std::int64_t begin, std::int64_t end) {
+void mix(const Call& call) {
+  const Batch<Scalar> b{call};
+  parallel_for(b.blocks * b.pieces, b.bytes(b.M + 1), call.threads, [&](std::int64_t begin, std::int64_t end) {
     for_pieces(b, begin, end, [&](auto i, auto t, auto first, auto last, auto) {
-      const Block at = b.block(i, t);
+      const Place at = b.place(i, t);
       const std::int64_t block = i * b.T + t;
-      mix_one(b, at, first, last, gamma + block * b.M, mode[block], beta, h.F + b.row(at, 0), b.ahead(i, t, 1), z,
-              z_next);
+      mix_one(b, at, first, last, call.gamma + block * b.M, call.mode[block], b.F + b.row(at, 0), b.ahead(i, t, 1));
     });
     fence();
   });
 }
 
+// The passes one after the other, for samples whose rows fit in no core's cache.
 template <class Scalar>
-Counts step(const Rows& rows, const History<Scalar>& h, const Scalar* f, const Scalar* z, const Judgement& rule,
-            Record* table, const Update& update, std::uint8_t* mode, Scalar* z_next, int threads) {
-  const Batch<Scalar> b{rows, h};
-  const Norm norm = rule.is_max ? Norm::kMax : Norm::kSquares;
+Counts step_by_passes(const Call& call) {
+  const Batch<Scalar> b{call};
+  Buffer<double> norms(2 * b.blocks), gamma(b.blocks * b.M);
+  Buffer<std::int32_t> dropped(b.blocks);
+  Call own = call;
+  own.norms = norms.data, own.gamma = gamma.data, own.dropped = dropped.data;
+  measure<Scalar>(own);
+  const Counts counts = judge_samples(call.n, b.T, norms.data, nullptr, call.table, call.rule, call.mode);
+  weights<Scalar>(own);
+  for (std::int64_t i = 0; i < call.n; ++i) count_losses(call.table[i], b.T, dropped.data + i * b.T);
+  mix<Scalar>(own);
+  if (counts.left_behind == 0) return counts;
+  parallel_for(b.blocks * b.pieces, b.bytes(2), call.threads, [&](std::int64_t begin, std::int64_t end) {
+    for_pieces(b, begin, end,
+               [&](auto i, auto t, auto first, auto last, auto) { keep_best(b, call.table[i], i, t, first, last); });
+  });
+  return counts;
+}
+
+template <class Scalar>
+Counts step(const Call& call) {
+  const Batch<Scalar> b{call};
   const std::int64_t T = b.T, M = b.M;
   const std::int64_t sample_bytes = 2 * M * T * b.D * static_cast<std::int64_t>(sizeof(Scalar));
-  if (b.pieces > 1 || sample_bytes > kSample || sample_bytes == 0) {
-    Buffer<double> norms(2 * b.blocks), gamma(b.blocks * M);
-    Buffer<std::int32_t> dropped(b.blocks);
-    measure<Scalar>(rows, h, f, z, norms.data, norm, threads);
-    const Counts counts = judge_all(rows.n, T, norms.data, nullptr, table, rule, mode);
-    weights<Scalar>(rows, h, update.coupling, update.ridge, mode, gamma.data, dropped.data, threads);
-    for (std::int64_t i = 0; i < rows.n; ++i) count_losses(table[i], T, dropped.data + i * T);
-    mix<Scalar>(rows, h, gamma.data, mode, update.beta, z, z_next, threads);
-    if (counts.left_behind == 0) return counts;
-    parallel_for(b.blocks * b.pieces, b.bytes(2), threads, [&](std::int64_t begin, std::int64_t end) {
-      for_pieces(b, begin, end, [&](auto i, auto t, auto first, auto last, auto) {
-        keep_best(b, table[i], update, i, t, first, last);
-      });
-    });
-    return counts;
-  }
+  if (b.pieces > 1 || sample_bytes > kSample || sample_bytes == 0) return step_by_passes<Scalar>(call);
   std::atomic<std::int64_t> finished{0}, left_behind{0};
-  parallel_for(rows.n, b.bytes(2 * M + 3), threads, [&](std::int64_t begin, std::int64_t end) {
-    Systems<Scalar> systems(h, update.coupling, update.ridge, T);
+  parallel_for(call.n, b.bytes(2 * M + 3), call.threads, [&](std::int64_t begin, std::int64_t end) {
+    Systems systems(call.ring);
     const std::int64_t fit = kSample / sample_bytes, group = fit < systems.group() ? fit : systems.group();
     Buffer<double> norms(2 * group * T), gamma(group * T * M);
     Buffer<std::int32_t> dropped(group * T);
@@ -134,19 +132,20 @@ Counts step(const Rows& rows, const History<Scalar>& h, const Scalar* f, const S
       std::memset(norms.data, 0, 2 * k * T * sizeof(double));
       for (std::int64_t j = 0; j < k; ++j) {
         samples[j] = b.sample(i + j);
-        for (std::int64_t t = 0; t < T; ++t) measure_block(b, i + j, t, f, z, norm, norms.data + 2 * (j * T + t));
+        for (std::int64_t t = 0; t < T; ++t) measure_block(b, i + j, t, norms.data + 2 * (j * T + t));
       }
-      const Counts some = judge_all(k, T, norms.data, nullptr, table + i, rule, mode + i * T);
+      std::uint8_t* const mode = call.mode + i * T;
+      const Counts some = judge_samples(k, T, norms.data, nullptr, call.table + i, call.rule, mode);
       own.finished += some.finished;
       own.left_behind += some.left_behind;
-      systems.solve(k, samples, mode + i * T, gamma.data, dropped.data);
+      systems.solve(k, samples, mode, gamma.data, dropped.data);
       for (std::int64_t j = 0; j < k; ++j) {
-        count_losses(table[i + j], T, dropped.data + j * T);
+        count_losses(call.table[i + j], T, dropped.data + j * T);
         for (std::int64_t t = 0; t < T; ++t) {
-          keep_best(b, table[i + j], update, i + j, t, 0, b.D);
-          const Block at = b.block(i + j, t);
-          mix_one(b, at, 0, b.D, gamma.data + (j * T + t) * M, mode[(i + j) * T + t], update.beta, f + at.state,
-                  b.ahead(i + j, t, group), z, z_next);
+          keep_best(b, call.table[i + j], i + j, t, 0, b.D);
+          const Place at = b.place(i + j, t);
+          mix_one(b, at, 0, b.D, gamma.data + (j * T + t) * M, mode[j * T + t], b.f + at.state,
+                  b.ahead(i + j, t, group));
         }
       }
     }
@@ -157,18 +156,33 @@ Counts step(const Rows& rows, const History<Scalar>& h, const Scalar* f, const S
   return {finished, left_behind};
 }
 
-#define PYDEQSOLVE_INSTANTIATE(Scalar)                                                                               \
-  template void measure<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, double*, Norm,    \
-                                int);                                                                                \
-  template void weights<Scalar>(const Rows&, const History<Scalar>&, Coupling, double, const std::uint8_t*, double*, \
-                                std::int32_t*, int);                                                                 \
-  template void mix<Scalar>(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, double,         \
-                            const Scalar*, Scalar*, int);                                                            \
-  template Counts step<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*, const Judgement&,  \
-                               Record*, const Update&, std::uint8_t*, Scalar*, int);
-PYDEQSOLVE_INSTANTIATE(float)
-PYDEQSOLVE_INSTANTIATE(double)
-PYDEQSOLVE_INSTANTIATE(BFloat16)
-PYDEQSOLVE_INSTANTIATE(Half)
+const char* measure_all(const Call& call) {
+  with_scalar(call.ring.storage, [&](auto scalar) { measure<decltype(scalar)>(call); });
+  return nullptr;
+}
+const char* weights_all(const Call& call) {
+  with_scalar(call.ring.storage, [&](auto scalar) { weights<decltype(scalar)>(call); });
+  return nullptr;
+}
+const char* mix_all(const Call& call) {
+  with_scalar(call.ring.storage, [&](auto scalar) { mix<decltype(scalar)>(call); });
+  return nullptr;
+}
+const char* advance_all(const Call& call) {
+  Buffer<double> gamma(call.gamma ? 0 : call.n * call.ring.blocks * call.ring.slots);
+  Call own = call;
+  if (!own.gamma) own.gamma = gamma.data;
+  weights_all(own);
+  return mix_all(own);
+}
+Counts step_all(const Call& call) {
+  Counts counts{0, 0};
+  with_scalar(call.ring.storage, [&](auto scalar) { counts = step<decltype(scalar)>(call); });
+  return counts;
+}
+
+}  // namespace
+
+extern const Passes passes{measure_all, weights_all, mix_all, advance_all, step_all};
 
 }  // namespace pydeqsolve::PYDEQSOLVE_ISA

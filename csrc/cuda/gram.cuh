@@ -7,42 +7,45 @@ namespace {
 
 // Moves the sums of one block into the history and the norms; a team does it together, after a barrier that follows
 // its last reading of the count.
-template <bool kSteps, class Scalar>
-__device__ inline void finish_block(const Team& team, const History<Scalar>& h, std::int64_t at, bool wanted, int older,
-                                    const Sums<kSteps>& sums, Norm norm, double* norms) {
-  const int M = h.slots;
-  double* const gram = h.gram + at * M * M;
+template <bool kSteps>
+__device__ inline void finish_block(const Team& team, const Piece& piece, const Call& call, bool wanted, int older,
+                                    const Sums<kSteps>& sums) {
+  const Ring& ring = call.ring;
+  const std::int64_t at = piece.at;
+  const int M = ring.slots;
+  double* const gram = ring.gram + at * M * M;
   for (int a = team.rank; a < older; a += team.size) {
-    const int slot = slot_of(h.head, a, M);
-    gram[h.head * M + slot] = sums.dot(a, kSteps ? 2 : 0);
-    gram[slot * M + h.head] = sums.dot(a, 0);
-    h.rhs[at * M + a] = sums.dot(a, 1);
-    if (kSteps && h.steps_gram) {
-      double* const steps_gram = h.steps_gram + at * M * M;
-      steps_gram[h.head * M + slot] = steps_gram[slot * M + h.head] = sums.dot(a, 3);
+    const int slot = slot_of(ring.head, a, M);
+    gram[ring.head * M + slot] = sums.dot(a, kSteps ? 2 : 0);
+    gram[slot * M + ring.head] = sums.dot(a, 0);
+    ring.rhs[at * M + a] = sums.dot(a, 1);
+    if (kSteps && ring.steps_gram) {
+      double* const steps_gram = ring.steps_gram + at * M * M;
+      steps_gram[ring.head * M + slot] = steps_gram[slot * M + ring.head] = sums.dot(a, 3);
     }
   }
   if (wanted && team.rank < 2) {
-    const double squares = h.squares[2 * at + team.rank] = sums.squares(team.rank);
+    const double squares = ring.squares[2 * at + team.rank] = sums.squares(team.rank);
     const bool finite = squares - squares == 0;
-    norms[team.rank] = norm == Norm::kSquares || !finite ? squares : sums.largest(team.rank);
+    call.norms[2 * piece.block + team.rank] =
+        call.rule.norm != Norm::kMax || !finite ? squares : sums.largest(team.rank);
   }
   // A block that was not wanted starts anew: its rows would no longer be consecutive.
-  if (team.rank == 0) h.count[at] = wanted ? older + 1 : 0;
+  if (team.rank == 0) ring.count[at] = wanted ? older + 1 : 0;
 }
 
 __device__ inline int older_rows(int count, int slots) { return count < slots - 1 ? count : slots - 1; }
 
 // The rows that a batch of ages starts from: the newest two, and the one before the batch.
 template <class Scalar>
-struct Front {
+struct Newest {
   Pack<Scalar> R0, R1, R_newer, F0, F1, F_newer;
 };
 
 // Adds the dots of the first `ages` of a batch of kBatch older rows R, and with steps F. One part of a pack at a time,
 // in a loop that is not unrolled: as doubles the whole would not fit in the registers.
 template <int kBatch, bool kSteps, class Scalar>
-__device__ inline void add_dots(const Front<Scalar>& front, const Pack<Scalar>* R, const Pack<Scalar>* F, int ages,
+__device__ inline void add_dots(const Newest<Scalar>& newest, const Pack<Scalar>* R, const Pack<Scalar>* F, int ages,
                                 double* dots) {
   constexpr int kPart = Pack<Scalar>::kPart;
 #pragma unroll 1
@@ -50,13 +53,13 @@ __device__ inline void add_dots(const Front<Scalar>& front, const Pack<Scalar>* 
     double r[kPart], y0[kPart], s0[kPart], newer[kPart], newer_z[kPart];
 #pragma unroll
     for (int k = 0; k < kPart; ++k) {
-      const double r1 = front.R1.value(part, k);
-      r[k] = front.R0.value(part, k);
+      const double r1 = newest.R1.value(part, k);
+      r[k] = newest.R0.value(part, k);
       y0[k] = r[k] - r1;
-      newer[k] = front.R_newer.value(part, k);
+      newer[k] = newest.R_newer.value(part, k);
       if constexpr (kSteps) {
-        s0[k] = (double{front.F0.value(part, k)} - r[k]) - (double{front.F1.value(part, k)} - r1);
-        newer_z[k] = double{front.F_newer.value(part, k)} - newer[k];
+        s0[k] = (double{newest.F0.value(part, k)} - r[k]) - (double{newest.F1.value(part, k)} - r1);
+        newer_z[k] = double{newest.F_newer.value(part, k)} - newer[k];
       }
     }
 #pragma unroll
@@ -87,29 +90,30 @@ __device__ inline void add_dots(const Front<Scalar>& front, const Pack<Scalar>* 
 // new rows and forms the norms. Rows come in batches of kBatch loads under way together, and no more: the registers
 // they would take are those of a second thread block on the multiprocessor. Rows of 16 bits take some for conversion.
 template <int kAges, bool kSteps, bool kVector, bool kNewest, class Scalar>
-__device__ inline void accumulate(const Team& team, const Piece& piece, const Rows& rows, const History<Scalar>& h,
-                                  RowTable table, const Scalar* f, const Scalar* z, Norm norm, int first, int ages,
-                                  Partial<kAges, kSteps>& sums) {
+__device__ inline void accumulate(const Team& team, const Piece& piece, const Call& call, RowTable table, int first,
+                                  int ages, Partial<kAges, kSteps>& sums) {
   using Pack = Pack<Scalar>;
   constexpr int kBatch = Pack::kParts > 1 && kAges == 8 ? 2 : 4;
-  const std::int64_t to_block = piece.block * rows.features;
+  Scalar *const of_R = static_cast<Scalar*>(call.ring.R), *const of_F = static_cast<Scalar*>(call.ring.F);
+  const Scalar* const f = static_cast<const Scalar*>(call.f) + piece.block * call.ring.features;
+  const Scalar* const z = static_cast<const Scalar*>(call.z) + piece.block * call.ring.features;
   for_each_pack<Scalar>(team, piece, [&](std::int64_t at, int length) {
     const auto row = [&](const Scalar* base, int age) { return load<kVector>(base + table[age] + at, length); };
-    const Pack z0 = load<kVector>(z + to_block + at, length);
-    Front<Scalar> front;
-    front.F0 = load<kVector>(f + to_block + at, length);
+    const Pack z0 = load<kVector>(z + at, length);
+    Newest<Scalar> newest;
+    newest.F0 = load<kVector>(f + at, length);
 #pragma unroll
     for (int k = 0; k < Pack::kSize; ++k) {
-      front.R0.set(k, kept<Scalar>(front.F0.value(k) - z0.value(k)));
+      newest.R0.set(k, kept<Scalar>(newest.F0.value(k) - z0.value(k)));
     }
-    front.R_newer = front.R0;
-    front.F_newer = front.F0;
+    newest.R_newer = newest.R0;
+    newest.F_newer = newest.F0;
     if constexpr (!kNewest) {
-      front.R1 = row(h.R, 1);
-      front.R_newer = row(h.R, first);
+      newest.R1 = row(of_R, 1);
+      newest.R_newer = row(of_R, first);
       if constexpr (kSteps) {
-        front.F1 = row(h.F, 1);
-        front.F_newer = row(h.F, first);
+        newest.F1 = row(of_F, 1);
+        newest.F_newer = row(of_F, first);
       }
     }
 #pragma unroll
@@ -119,21 +123,21 @@ __device__ inline void accumulate(const Team& team, const Piece& piece, const Ro
 #pragma unroll
       for (int a = 0; a < kBatch; ++a) {
         if (batch + a >= ages) continue;
-        R[a] = row(h.R, first + batch + a + 1);
-        if constexpr (kSteps) F[a] = row(h.F, first + batch + a + 1);
+        R[a] = row(of_R, first + batch + a + 1);
+        if constexpr (kSteps) F[a] = row(of_F, first + batch + a + 1);
       }
       if (kNewest && batch == 0) {
-        front.R1 = R[0];
-        if constexpr (kSteps) front.F1 = F[0];
+        newest.R1 = R[0];
+        if constexpr (kSteps) newest.F1 = F[0];
       }
-      add_dots<kBatch, kSteps>(front, R, F, ages - batch, sums.values + Sums<kSteps>::kDots * batch);
-      front.R_newer = R[kBatch - 1];
-      if constexpr (kSteps) front.F_newer = F[kBatch - 1];
+      add_dots<kBatch, kSteps>(newest, R, F, ages - batch, sums.values + Sums<kSteps>::kDots * batch);
+      newest.R_newer = R[kBatch - 1];
+      if constexpr (kSteps) newest.F_newer = F[kBatch - 1];
     }
     if constexpr (kNewest) {  // after all loads, which the compiler may not move ahead of a store
-      sums.add_squares(front.F0, z0, norm);
-      store<kVector>(h.R + table[0] + at, length, front.R0);
-      store<kVector>(h.F + table[0] + at, length, front.F0);
+      sums.add_squares(newest.F0, z0, call.rule.norm);
+      store<kVector>(of_R + table[0] + at, length, newest.R0);
+      store<kVector>(of_F + table[0] + at, length, newest.F0);
     }
   });
 }
@@ -144,42 +148,43 @@ __host__ __device__ inline int measure_shared_doubles(int slots, int team) {  //
 }
 
 // Pass 1. A team owns a piece: r = f - z and f into the ring, and the piece's sums, which go to the history at once
-// where a block is one piece, else to `partial` (n T, sums, chunks) for finish_kernel. The accumulators of kAges ages
-// stay in registers; kMany takes older ages in further groups, which read the newest rows again, from cache.
+// where a block is one piece, else to the workspace (n T, sums, chunks) for finish_kernel. The accumulators of kAges
+// ages stay in registers; kMany takes older ages in further groups, which read the newest rows again, from cache.
 template <class Scalar, int kAges, bool kMany, bool kSteps, bool kVector>
 __global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 || (kAges == 8 && !kVector) ? 1 : 2)
-    measure_kernel(Rows rows, History<Scalar> h, Plan plan, const Scalar* f, const Scalar* z, double* norms, Norm norm,
-                   double* partial) {
+    measure_kernel(Call call, Plan plan) {
   PYDEQSOLVE_SHARED(shared);
   const Team team(plan.team);
   if (team.piece < plan.pieces) {
-    const Piece piece(rows, plan, h.sample_stride, team.piece);
-    const bool wanted = !rows.wanted || rows.wanted[piece.block];
-    const int shared_doubles = measure_shared_doubles<kAges, kSteps>(h.slots, team.size);
+    const Ring& ring = call.ring;
+    const Piece piece(call, plan, team.piece);
+    const bool wanted = !call.wanted || call.wanted[piece.block];
+    const int shared_doubles = measure_shared_doubles<kAges, kSteps>(ring.slots, team.size);
     double* const mine = shared + team.index * shared_doubles;
-    const Sums<kSteps> sums{h.slots, mine};
-    const int older = wanted ? older_rows(h.count[piece.at], h.slots) : 0, width = Sums<kSteps>::size(h.slots);
-    fill_table(team, piece, h, h.slots, mine + shared_doubles - h.slots);
-    const RowTable table = reinterpret_cast<RowTable>(mine + shared_doubles - h.slots);
+    const Sums<kSteps> sums{ring.slots, mine};
+    const int older = wanted ? older_rows(ring.count[piece.at], ring.slots) : 0, width = Sums<kSteps>::size(ring.slots);
+    fill_table(team, piece, ring, ring.slots, mine + shared_doubles - ring.slots);
+    const RowTable table = reinterpret_cast<RowTable>(mine + shared_doubles - ring.slots);
     team.sync();
     if (wanted) {
       Partial<kAges, kSteps> dots = {};
-      accumulate<kAges, kSteps, kVector, true>(team, piece, rows, h, table, f, z, norm, 0, older, dots);
-      add_over_team(team, dots, norm, 0, older, mine + width, sums);
+      accumulate<kAges, kSteps, kVector, true, Scalar>(team, piece, call, table, 0, older, dots);
+      add_over_team(team, dots, call.rule.norm, 0, older, mine + width, sums);
     }
     if constexpr (kMany) {
 #pragma unroll 1
       for (int first = kAges; first < older; first += kAges) {
         Partial<kAges, kSteps> dots = {};
-        accumulate<kAges, kSteps, kVector, false>(team, piece, rows, h, table, f, z, norm, first, older - first, dots);
-        add_over_team(team, dots, norm, first, older - first, mine + width, sums);
+        accumulate<kAges, kSteps, kVector, false, Scalar>(team, piece, call, table, first, older - first, dots);
+        add_over_team(team, dots, call.rule.norm, first, older - first, mine + width, sums);
       }
     }
     if (plan.chunks == 1) {
-      finish_block(team, h, piece.at, wanted, older, sums, norm, norms + 2 * piece.block);
+      finish_block(team, piece, call, wanted, older, sums);
     } else if (wanted) {
       for (int v = team.rank; v < width; v += team.size) {
-        if (sums.formed(v, older, norm)) partial[(piece.block * width + v) * plan.chunks + piece.chunk] = mine[v];
+        if (sums.formed(v, older, call.rule.norm))
+          call.workspace[(piece.block * width + v) * plan.chunks + piece.chunk] = mine[v];
       }
     }
   }
@@ -187,19 +192,18 @@ __global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 || (kAges == 8 &
 
 // The end of pass 1 for blocks of several chunks. A thread block owns a block, each warp every eighth of its sums.
 template <bool kSteps>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(Rows rows, History<void> h, std::int64_t blocks, std::int64_t chunks, const double* partial,
-                  double* norms, Norm norm) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(Call call, std::int64_t blocks, std::int64_t chunks) {
   PYDEQSOLVE_SHARED(shared);
   const Team team(kThreads);
-  const Piece piece(rows, Plan{blocks, 1, rows.features, kThreads, false}, h.sample_stride, team.piece);
-  const Sums<kSteps> sums{h.slots, shared};
-  const int warp = team.rank / kWarp, lane = team.rank % kWarp, width = Sums<kSteps>::size(h.slots);
-  const bool wanted = !rows.wanted || rows.wanted[piece.block];
-  const int older = wanted ? older_rows(h.count[piece.at], h.slots) : 0;
+  const Ring& ring = call.ring;
+  const Piece piece(call, Plan{blocks, 1, ring.features, kThreads, false}, team.piece);
+  const Sums<kSteps> sums{ring.slots, shared};
+  const int warp = team.rank / kWarp, lane = team.rank % kWarp, width = Sums<kSteps>::size(ring.slots);
+  const bool wanted = !call.wanted || call.wanted[piece.block];
+  const int older = wanted ? older_rows(ring.count[piece.at], ring.slots) : 0;
   for (int v = warp; wanted && v < width; v += kThreads / kWarp) {
-    if (!sums.formed(v, older, norm)) continue;
-    const double* of_chunk = partial + (piece.block * width + v) * chunks;
+    if (!sums.formed(v, older, call.rule.norm)) continue;
+    const double* of_chunk = call.workspace + (piece.block * width + v) * chunks;
     double sum[1] = {0};
     if (sums.is_largest(v)) {
       for (std::int64_t c = lane; c < chunks; c += kWarp) sum[0] = larger(sum[0], of_chunk[c]);
@@ -211,7 +215,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   team.sync();
-  finish_block(team, h, piece.at, wanted, older, sums, norm, norms + 2 * piece.block);
+  finish_block(team, piece, call, wanted, older, sums);
 }
 
 }  // namespace

@@ -8,27 +8,27 @@ namespace {
 
 constexpr int kJudged = 3;  // doubles per sample: totals of r and of f, and whether any block dropped a difference
 
-// A warp owns a sample, whose T blocks it adds up; judge_all does the same on the host.
-__global__ void __launch_bounds__(kThreads)
-    judge_kernel(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped, Record* table,
-                 Judgement rule, std::uint8_t* mode) {
+// A warp owns a sample, whose T blocks it adds up; judge_samples does the same on the host.
+__global__ void __launch_bounds__(kThreads) judge_kernel(Call call) {
   PYDEQSOLVE_SHARED(shared);
   const Team team(kWarp);
   double* const totals = shared + team.index * kJudged;
-  if (team.piece < n) {
+  const std::int64_t T = call.ring.blocks;
+  if (team.piece < call.n) {
     const std::int64_t first = team.piece * T;
+    const bool is_max = call.rule.norm == Norm::kMax;
     double mine[kJudged] = {};
     for (std::int64_t t = first + team.rank; t < first + T; t += kWarp) {
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
-        const double x = norms[2 * t + which];
-        mine[which] = rule.is_max ? worse(mine[which], x) : mine[which] + x;
+        const double x = call.norms[2 * t + which];
+        mine[which] = is_max ? worse(mine[which], x) : mine[which] + x;
       }
-      mine[2] += dropped && dropped[t] > 0;
+      mine[2] += call.dropped && call.dropped[t] > 0;
     }
     add_over_warp(mine, team.rank, totals);
     team.sync();
-    if (rule.is_max) {
+    if (is_max) {
 #pragma unroll
       for (int distance = kWarp / 2; distance > 0; distance /= 2) {
         mine[0] = worse(mine[0], __shfl_xor_sync(kAllLanes, mine[0], distance));
@@ -36,19 +36,21 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (team.rank == 0) {
-      const double residual = rule.is_max ? mine[0] : square_root(totals[0] / rule.entries);
-      const double size = rule.is_max ? mine[1] : square_root(totals[1] / rule.entries);
-      totals[0] = judge(table[team.piece], residual, size, totals[2] > 0, rule);
+      const double residual = is_max ? mine[0] : square_root(totals[0] / call.rule.divisor);
+      const double size = is_max ? mine[1] : square_root(totals[1] / call.rule.divisor);
+      totals[0] = judge(call.table[team.piece], residual, size, totals[2] > 0, call.rule);
     }
     team.sync();
-    for (std::int64_t t = first + team.rank; t < first + T; t += kWarp) mode[t] = static_cast<std::uint8_t>(totals[0]);
+    for (std::int64_t t = first + team.rank; t < first + T; t += kWarp) {
+      call.mode[t] = static_cast<std::uint8_t>(totals[0]);
+    }
   }
 }
 
 // Copies rows of `words` of the samples that were left behind: from[i] to to[rows[i]]. A thread block owns a
 // chunk of one sample, and reads no more than its flag where there is nothing to copy.
 template <class Word>
-__global__ void __launch_bounds__(kThreads) keep_kernel(std::int64_t chunks, std::int64_t words, const Record* table,
+__global__ void __launch_bounds__(kThreads) keep_kernel(std::int64_t chunks, std::int64_t words, const Sample* table,
                                                         const std::int64_t* rows, const Word* from, Word* to) {
   const std::int64_t i = blockIdx.x / chunks, chunk = blockIdx.x % chunks, length = (words + chunks - 1) / chunks;
   if (table[i].left_behind == 0) return;

@@ -6,16 +6,16 @@
 namespace pydeqsolve {
 namespace {
 
-// z' of one piece: x = f - (1 - beta) r, less gamma_a times the differences of the same.
+// z' of one piece: x = f - (1 - damping) r, less gamma_a times the differences of the same.
 template <bool kDamped, bool kVector, class Scalar>
-__device__ inline void mix_piece(const Team& team, const Piece& piece, const Rows& rows, const Scalar* R,
-                                 const Scalar* F, RowTable table, std::uint8_t what, int newest, int differences,
-                                 const double* gamma, double beta, const Scalar* z, Scalar* z_next) {
+__device__ inline void mix_piece(const Team& team, const Piece& piece, const Call& call, RowTable table,
+                                 std::uint8_t what, int newest, int differences, const double* gamma) {
   using Pack = Pack<Scalar>;
   constexpr int kSize = Pack::kSize, kBatch = kDamped ? 4 : 8;  // packs of f, and of r, under way at once
-  const Scalar* z_block = z + piece.block * rows.features;
-  Scalar* out_block = z_next + piece.block * rows.features;
-  const double undamped = kDamped && what != kAccept ? 1 - beta : 0;
+  const Scalar *const R = static_cast<const Scalar*>(call.ring.R), *const F = static_cast<const Scalar*>(call.ring.F);
+  const Scalar* z_block = static_cast<const Scalar*>(call.z) + piece.block * call.ring.features;
+  Scalar* out_block = static_cast<Scalar*>(call.z_next) + piece.block * call.ring.features;
+  const double undamped = kDamped && what != kAccept ? 1 - call.ring.damping : 0;
   for_each_pack<Scalar>(team, piece, [&](std::int64_t at, int length) {
     const auto row = [&](const Scalar* base, int age) { return load<kVector>(base + table[age] + at, length); };
     Pack out;
@@ -70,37 +70,34 @@ __host__ __device__ inline int mix_shared_doubles(int slots, bool solve) {  // o
 // Pass 2. A team owns a piece of the next iterate. With `solve` it first solves its block's small system itself, every
 // chunk's team the same one: that costs less than a launch while systems are small. Without, gamma is given.
 template <class Scalar, bool kDamped>
-__global__ void __launch_bounds__(kThreads, 2)
-    mix_kernel(Rows rows, History<Scalar> h, Plan plan, bool solve, double ridge, const std::uint8_t* mode,
-               const double* given, double* gamma, std::int32_t* dropped, double beta, const Scalar* z,
-               Scalar* z_next) {
+__global__ void __launch_bounds__(kThreads, 2) mix_kernel(Call call, Plan plan, bool solve) {
   PYDEQSOLVE_SHARED(shared);
   const Team team(plan.team);
-  const int M = h.slots;
+  const Ring& ring = call.ring;
+  const int M = ring.slots;
   double* const work = shared + team.index * mix_shared_doubles(M, solve);
   if (team.piece < plan.pieces) {
-    const Piece piece(rows, plan, h.sample_stride, team.piece);
-    const std::uint8_t what = mode[piece.block];
-    const int differences = what == kMix ? larger(h.count[piece.at] - 1, 0) : 0;
+    const Piece piece(call, plan, team.piece);
+    const std::uint8_t what = call.mode[piece.block];
+    const int differences = what == kMix ? larger(ring.count[piece.at] - 1, 0) : 0;
     const int newest = what == kReject && M > 1 ? 1 : 0;  // a ring of one row has no other to go back to
     double* const places = work + mix_shared_doubles(M, solve) - M;
-    fill_table(team, piece, h, M, places);
+    fill_table(team, piece, ring, M, places);
     const RowTable table = reinterpret_cast<RowTable>(places);
     Solved solved{work, 0};
     if (solve) {
-      if (what == kMix) solved = solve_block(team, h, piece.at, differences, nullptr, ridge, work);
+      if (what == kMix) solved = solve_block(team, ring, piece.at, differences, nullptr, work);
       if (piece.chunk == 0)
-        settle(team, h, piece.at, what, differences, solved, gamma + piece.block * M, dropped + piece.block);
+        settle(team, ring, piece.at, what, differences, solved, call.gamma + piece.block * M,
+               call.dropped + piece.block);
     } else {
-      for (int a = team.rank; a < differences; a += team.size) work[a] = given[piece.block * M + a];
+      for (int a = team.rank; a < differences; a += team.size) work[a] = call.gamma[piece.block * M + a];
     }
     team.sync();
     if (plan.vector) {
-      mix_piece<kDamped, true>(team, piece, rows, h.R, h.F, table, what, newest, differences, solved.gamma, beta, z,
-                               z_next);
+      mix_piece<kDamped, true, Scalar>(team, piece, call, table, what, newest, differences, solved.gamma);
     } else {
-      mix_piece<kDamped, false>(team, piece, rows, h.R, h.F, table, what, newest, differences, solved.gamma, beta, z,
-                                z_next);
+      mix_piece<kDamped, false, Scalar>(team, piece, call, table, what, newest, differences, solved.gamma);
     }
   }
 }

@@ -80,11 +80,9 @@ __device__ inline void for_each_pack(const Team& team, const Piece& piece, const
 // them.
 using RowTable = const volatile std::int64_t*;
 
-template <class Scalar>
-__device__ inline void fill_table(const Team& team, const Piece& piece, const History<Scalar>& h, int ages,
-                                  double* table) {
+__device__ inline void fill_table(const Team& team, const Piece& piece, const Ring& ring, int ages, double* table) {
   for (int a = team.rank; a < ages; a += team.size) {
-    reinterpret_cast<std::int64_t*>(table)[a] = piece.row + slot_of(h.head, a, h.slots) * h.slot_stride;
+    reinterpret_cast<std::int64_t*>(table)[a] = piece.row + slot_of(ring.head, a, ring.slots) * ring.slot_stride;
   }
 }
 

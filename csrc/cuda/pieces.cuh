@@ -59,13 +59,13 @@ struct Piece {
   std::int64_t chunk;       // of the block
   std::int64_t begin, end;  // features
 
-  __device__ Piece(const Rows& rows, const Plan& plan, std::int64_t sample_stride, std::int64_t piece) {
-    const std::int64_t T = rows.blocks, D = rows.features;
+  __device__ Piece(const Call& call, const Plan& plan, std::int64_t piece) {
+    const std::int64_t T = call.ring.blocks, D = call.ring.features;
     block = plan.chunks == 1 ? piece : piece / plan.chunks;
     const std::int64_t i = T == 1 ? block : block / T, t = block - i * T;
-    const std::int64_t sample = rows.rows ? rows.rows[i] : i;
+    const std::int64_t sample = call.rows ? call.rows[i] : i;
     at = sample * T + t;
-    row = sample * sample_stride + t * D;
+    row = sample * call.ring.sample_stride + t * D;
     chunk = piece - block * plan.chunks;
     begin = chunk * plan.length;
     end = begin + plan.length < D ? begin + plan.length : D;

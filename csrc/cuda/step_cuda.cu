@@ -37,14 +37,16 @@ bool aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
-// strides: all that there are besides D, or-ed together.
+// pointers: to what the pass reads and writes besides R and F.
 template <class Scalar>
-Plan plan_of(const Rows& rows, std::int64_t strides, std::initializer_list<const void*> pointers) {
+Plan plan_of(const Call& call, std::initializer_list<const void*> pointers) {
   constexpr int kSize = Pack<Scalar>::kSize;
-  const std::int64_t D = rows.features, chunks = chunks_of(D);
+  const Ring& ring = call.ring;
+  const std::int64_t D = ring.features, chunks = chunks_of(D);
   const std::int64_t length = divide_up(divide_up(D, chunks), kSize) * kSize;
-  const bool vector = (D | strides) % kSize == 0 && aligned(pointers);
-  return {rows.n * rows.blocks * chunks, chunks, length, D <= kWarpFeatures ? kWarp : kThreads, vector};
+  const bool vector =
+      (D | ring.sample_stride | ring.slot_stride) % kSize == 0 && aligned({ring.R, ring.F}) && aligned(pointers);
+  return {call.n * ring.blocks * chunks, chunks, length, D <= kWarpFeatures ? kWarp : kThreads, vector};
 }
 
 struct Shape {
@@ -70,120 +72,110 @@ const char* launched() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// What the kernels that read no rows take of a history: they are compiled once for all storage types.
-template <class Scalar>
-History<void> matrices_of(const History<Scalar>& h) {
-  return {h.slots, h.head, h.kind, 0, 0, nullptr, nullptr, h.gram, h.steps_gram, h.rhs, h.squares, h.count, h.eps};
-}
+cudaStream_t stream_of(const Call& call) { return static_cast<cudaStream_t>(call.stream); }
 
 template <class Scalar, int kAges, bool kMany, bool kSteps>
-const char* launch_measure(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z,
-                           double* norms, Norm norm, double* partial, cudaStream_t stream) {
-  const Plan plan = plan_of<Scalar>(rows, history.sample_stride | history.slot_stride, {history.R, history.F, f, z});
-  const Shape shape = shape_of(plan.pieces, plan.team, measure_shared_doubles<kAges, kSteps>(history.slots, plan.team));
+const char* launch_measure(const Call& call) {
+  const int slots = call.ring.slots;
+  const Plan plan = plan_of<Scalar>(call, {call.f, call.z});
+  const Shape shape = shape_of(plan.pieces, plan.team, measure_shared_doubles<kAges, kSteps>(slots, plan.team));
   const auto measure = plan.vector ? measure_kernel<Scalar, kAges, kMany, kSteps, true>
                                    : measure_kernel<Scalar, kAges, kMany, kSteps, false>;
-  PYDEQSOLVE_LAUNCH(measure, shape.grid, shape.threads, shape.shared, stream, rows, history, plan, f, z, norms, norm,
-                    partial);
+  PYDEQSOLVE_LAUNCH(measure, shape.grid, shape.threads, shape.shared, stream_of(call), call, plan);
   const char* error = launched();
   if (error || plan.chunks == 1) return error;
-  const std::int64_t blocks = rows.n * rows.blocks;
-  const Shape last = shape_of(blocks, kThreads, Sums<kSteps>::size(history.slots));
+  const std::int64_t blocks = call.n * call.ring.blocks;
+  const Shape last = shape_of(blocks, kThreads, Sums<kSteps>::size(slots));
   const auto finish = finish_kernel<kSteps>;
-  PYDEQSOLVE_LAUNCH(finish, last.grid, last.threads, last.shared, stream, rows, matrices_of(history), blocks,
-                    plan.chunks, partial, norms, norm);
+  PYDEQSOLVE_LAUNCH(finish, last.grid, last.threads, last.shared, stream_of(call), call, blocks, plan.chunks);
+  return launched();
+}
+
+template <class Scalar>
+const char* measure(const Call& call) {
+  const Kind kind = call.ring.kind;
+  const bool steps = kind == Kind::kAndersonI || kind == Kind::kBroydenGood;
+  const int memory = call.ring.slots - 1;
+  if (steps) {
+    return memory <= 4 ? launch_measure<Scalar, 4, false, true>(call) : launch_measure<Scalar, 8, true, true>(call);
+  }
+  return memory <= 4    ? launch_measure<Scalar, 4, false, false>(call)
+         : memory <= 8  ? launch_measure<Scalar, 8, false, false>(call)
+         : memory <= 16 ? launch_measure<Scalar, 16, false, false>(call)
+                        : launch_measure<Scalar, 16, true, false>(call);
+}
+
+// With `solve` each block's team solves its small system itself; else gamma is given.
+template <class Scalar>
+const char* launch_mix(const Call& call, bool solve) {
+  const Plan plan = plan_of<Scalar>(call, {call.z, call.z_next});
+  if (plan.pieces == 0) return nullptr;
+  const Shape shape = shape_of(plan.pieces, plan.team, mix_shared_doubles(call.ring.slots, solve));
+  const auto mix = call.ring.damping == 1 ? mix_kernel<Scalar, false> : mix_kernel<Scalar, true>;
+  PYDEQSOLVE_LAUNCH(mix, shape.grid, shape.threads, shape.shared, stream_of(call), call, plan, solve);
   return launched();
 }
 
 // Whether every block has a system of its own.
-bool separate(const Rows& rows, Coupling coupling) { return coupling == Coupling::kIndependent || rows.blocks == 1; }
+bool separate(const Ring& ring) { return ring.coupling == Coupling::kIndependent || ring.blocks == 1; }
 
-template <class Scalar>
-const char* launch_mix(const Rows& rows, const History<Scalar>& history, bool solve, double ridge,
-                       const std::uint8_t* mode, const double* given, double* gamma, std::int32_t* dropped, double beta,
-                       const Scalar* z, Scalar* z_next, cudaStream_t stream) {
-  const Plan plan =
-      plan_of<Scalar>(rows, history.sample_stride | history.slot_stride, {history.R, history.F, z, z_next});
-  if (plan.pieces == 0) return nullptr;
-  const Shape shape = shape_of(plan.pieces, plan.team, mix_shared_doubles(history.slots, solve));
-  const auto mix = beta == 1 ? mix_kernel<Scalar, false> : mix_kernel<Scalar, true>;
-  PYDEQSOLVE_LAUNCH(mix, shape.grid, shape.threads, shape.shared, stream, rows, history, plan, solve, ridge, mode,
-                    given, gamma, dropped, beta, z, z_next);
+const char* measure_all(const Call& call) {
+  if (call.n * call.ring.blocks == 0) return nullptr;
+  const char* error = nullptr;
+  with_scalar(call.ring.storage, [&](auto scalar) { error = measure<decltype(scalar)>(call); });
+  return error;
+}
+
+const char* weights_all(const Call& call) {
+  const Ring& ring = call.ring;
+  const std::int64_t blocks = call.n * ring.blocks;
+  if (blocks == 0) return nullptr;
+  const int m = ring.slots - 1;
+  const bool summed = !separate(ring) && m > 0, totals = summed && ring.coupling == Coupling::kJoint;
+  if (summed) {
+    const std::int64_t pieces = call.n * divide_up(summed_doubles(m), kWarp);
+    const Shape shape = shape_of(pieces, kThreads, 0);
+    PYDEQSOLVE_LAUNCH(sum_kernel, shape.grid, kSumThreads, kSumThreads * sizeof(double), stream_of(call), call,
+                      !totals);
+    if (const char* error = launched()) return error;
+  }
+  const Shape shape = shape_of(totals ? call.n : blocks, kWarp, system_doubles(m));
+  const double* const nothing = nullptr;
+  PYDEQSOLVE_LAUNCH(weights_kernel, shape.grid, shape.threads, shape.shared, stream_of(call), call,
+                    summed && !totals ? call.workspace : nothing, totals ? call.workspace : nothing);
   return launched();
+}
+
+const char* mix_any(const Call& call, bool solve) {
+  const char* error = nullptr;
+  with_scalar(call.ring.storage, [&](auto scalar) { error = launch_mix<decltype(scalar)>(call, solve); });
+  return error;
+}
+
+const char* mix_all(const Call& call) { return mix_any(call, false); }
+
+const char* advance_all(const Call& call) {
+  const int most = chunks_of(call.ring.features) == 1 ? kSolveInMixAlone : kSolveInMix;
+  if (separate(call.ring) && call.ring.slots - 1 <= most) return mix_any(call, true);
+  const char* error = weights_all(call);
+  return error ? error : mix_all(call);
 }
 
 }  // namespace
 
-template <class Scalar>
-const char* measure_cuda(const Rows& rows, const History<Scalar>& history, const Scalar* f, const Scalar* z,
-                         double* norms, Norm norm, double* partial, void* stream) {
-  if (rows.n * rows.blocks == 0) return nullptr;
-  const bool steps = history.kind == Kind::kAndersonI || history.kind == Kind::kBroydenGood;
-  const int memory = history.slots - 1;
-  auto* launch = launch_measure<Scalar, 16, true, false>;
-  if (steps) {
-    launch = memory <= 4 ? launch_measure<Scalar, 4, false, true> : launch_measure<Scalar, 8, true, true>;
-  } else if (memory <= 16) {
-    launch = memory <= 4   ? launch_measure<Scalar, 4, false, false>
-             : memory <= 8 ? launch_measure<Scalar, 8, false, false>
-                           : launch_measure<Scalar, 16, false, false>;
-  }
-  return launch(rows, history, f, z, norms, norm, partial, static_cast<cudaStream_t>(stream));
+const Passes& cuda_passes() {
+  static constexpr Passes passes{measure_all, weights_all, mix_all, advance_all, nullptr};
+  return passes;
 }
 
-template <class Scalar>
-const char* weights_cuda(const Rows& rows, const History<Scalar>& history, Coupling coupling, double ridge,
-                         const std::uint8_t* mode, double* gamma, std::int32_t* dropped, double* workspace,
-                         void* stream) {
-  const std::int64_t blocks = rows.n * rows.blocks;
-  if (blocks == 0) return nullptr;
-  const auto on = static_cast<cudaStream_t>(stream);
-  const int m = history.slots - 1;
-  const History<void> matrices = matrices_of(history);
-  const bool summed = !separate(rows, coupling) && m > 0, totals = summed && coupling == Coupling::kJoint;
-  if (summed) {
-    const std::int64_t pieces = rows.n * divide_up(summed_doubles(m), kWarp);
-    const Shape shape = shape_of(pieces, kThreads, 0);
-    PYDEQSOLVE_LAUNCH(sum_kernel, shape.grid, kSumThreads, kSumThreads * sizeof(double), on, rows, matrices, !totals,
-                      mode, workspace);
-    if (const char* error = launched()) return error;
-  }
-  const Shape shape = shape_of(totals ? rows.n : blocks, kWarp, system_doubles(m));
-  PYDEQSOLVE_LAUNCH(weights_kernel, shape.grid, shape.threads, shape.shared, on, rows, matrices,
-                    summed && !totals ? workspace : nullptr, totals ? workspace : nullptr, ridge, mode, gamma, dropped);
+const char* judge_cuda(const Call& call) {
+  if (call.n * call.ring.blocks == 0) return nullptr;
+  const Shape shape = shape_of(call.n, kWarp, kJudged);
+  PYDEQSOLVE_LAUNCH(judge_kernel, shape.grid, shape.threads, shape.shared, stream_of(call), call);
   return launched();
 }
 
-template <class Scalar>
-const char* mix_cuda(const Rows& rows, const History<Scalar>& history, const double* gamma, const std::uint8_t* mode,
-                     double beta, const Scalar* z, Scalar* z_next, void* stream) {
-  return launch_mix<Scalar>(rows, history, false, 0, mode, gamma, nullptr, nullptr, beta, z, z_next,
-                            static_cast<cudaStream_t>(stream));
-}
-
-template <class Scalar>
-const char* advance_cuda(const Rows& rows, const History<Scalar>& history, Coupling coupling, double ridge,
-                         const std::uint8_t* mode, double* gamma, std::int32_t* dropped, double beta, const Scalar* z,
-                         Scalar* z_next, double* workspace, void* stream) {
-  const int most = chunks_of(rows.features) == 1 ? kSolveInMixAlone : kSolveInMix;
-  if (separate(rows, coupling) && history.slots - 1 <= most) {
-    return launch_mix<Scalar>(rows, history, true, ridge, mode, nullptr, gamma, dropped, beta, z, z_next,
-                              static_cast<cudaStream_t>(stream));
-  }
-  const char* error = weights_cuda<Scalar>(rows, history, coupling, ridge, mode, gamma, dropped, workspace, stream);
-  return error ? error : mix_cuda<Scalar>(rows, history, gamma, mode, beta, z, z_next, stream);
-}
-
-const char* judge_cuda(std::int64_t n, std::int64_t T, const double* norms, const std::int32_t* dropped, Record* table,
-                       const Judgement& rule, std::uint8_t* mode, void* stream) {
-  if (n * T == 0) return nullptr;
-  const Shape shape = shape_of(n, kWarp, kJudged);
-  PYDEQSOLVE_LAUNCH(judge_kernel, shape.grid, shape.threads, shape.shared, static_cast<cudaStream_t>(stream), n, T,
-                    norms, dropped, table, rule, mode);
-  return launched();
-}
-
-const char* keep_cuda(std::int64_t n, std::int64_t bytes, const Record* table, const std::int64_t* rows,
+const char* keep_cuda(std::int64_t n, std::int64_t bytes, const Sample* table, const std::int64_t* rows,
                       const void* from, void* to, void* stream) {
   if (n * bytes == 0) return nullptr;
   const auto run = [&](auto word) {
@@ -198,10 +190,10 @@ const char* keep_cuda(std::int64_t n, std::int64_t bytes, const Record* table, c
 }
 
 // What the larger of the two passes needs: the sums of every chunk, or the systems summed over time.
-std::int64_t partial_doubles(const Rows& rows, int slots) {
-  const std::int64_t blocks = rows.n * rows.blocks, chunks = chunks_of(rows.features);
-  const std::int64_t sums = chunks == 1 ? 0 : blocks * chunks * Sums<true>::size(slots);
-  const std::int64_t systems = rows.blocks == 1 ? 0 : blocks * summed_doubles(slots - 1);
+std::int64_t workspace_doubles(const Ring& ring, std::int64_t n) {
+  const std::int64_t blocks = n * ring.blocks, chunks = chunks_of(ring.features);
+  const std::int64_t sums = chunks == 1 ? 0 : blocks * chunks * Sums<true>::size(ring.slots);
+  const std::int64_t systems = ring.blocks == 1 ? 0 : blocks * summed_doubles(ring.slots - 1);
   return sums > systems ? sums : systems;
 }
 
@@ -211,20 +203,5 @@ int cuda_device_count() {
   cudaGetLastError();  // "no driver" is an answer here, not an error for the next launch to find
   return 0;
 }
-
-#define PYDEQSOLVE_INSTANTIATE(Scalar)                                                                           \
-  template const char* measure_cuda<Scalar>(const Rows&, const History<Scalar>&, const Scalar*, const Scalar*,   \
-                                            double*, Norm, double*, void*);                                      \
-  template const char* weights_cuda<Scalar>(const Rows&, const History<Scalar>&, Coupling, double,               \
-                                            const std::uint8_t*, double*, std::int32_t*, double*, void*);        \
-  template const char* mix_cuda<Scalar>(const Rows&, const History<Scalar>&, const double*, const std::uint8_t*, \
-                                        double, const Scalar*, Scalar*, void*);                                  \
-  template const char* advance_cuda<Scalar>(const Rows&, const History<Scalar>&, Coupling, double,               \
-                                            const std::uint8_t*, double*, std::int32_t*, double, const Scalar*,  \
-                                            Scalar*, double*, void*);
-PYDEQSOLVE_INSTANTIATE(float)
-PYDEQSOLVE_INSTANTIATE(double)
-PYDEQSOLVE_INSTANTIATE(BFloat16)
-PYDEQSOLVE_INSTANTIATE(Half)
 
 }  // namespace pydeqsolve

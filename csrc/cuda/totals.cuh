@@ -11,16 +11,18 @@ constexpr int kSumSegments = kSumThreads / kWarp;
 __host__ __device__ inline int summed_doubles(int m) { return m * m + m + 2; }
 
 // Sums the small systems over time. A thread block owns 32 entries of one sample's systems, a warp a segment of time,
-// a lane one entry. systems (n, T, E) holds prefix sums for a causal coupling, (n, E) totals for a joint one, where
-// E = m² + m + 2: A by rows, b, the squares of r and f. Reads the counts of mixing blocks only.
-__global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(Rows rows, History<void> h, bool prefix, const std::uint8_t* mode, double* systems) {
+// a lane one entry. The workspace (n, T, E) holds prefix sums for a causal coupling, (n, E) totals for a joint one,
+// where E = m² + m + 2: A by rows, b, the squares of r and f. Reads the counts of mixing blocks only.
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(Call call, bool prefix) {
   PYDEQSOLVE_SHARED(totals);  // (segments, 32)
-  const int m = h.slots - 1, entries = summed_doubles(m), groups = (entries + kWarp - 1) / kWarp;
+  const Ring& ring = call.ring;
+  const std::uint8_t* const mode = call.mode;
+  double* const systems = call.workspace;
+  const int m = ring.slots - 1, entries = summed_doubles(m), groups = (entries + kWarp - 1) / kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const std::int64_t T = rows.blocks, segment = (T + kSumSegments - 1) / kSumSegments;
+  const std::int64_t T = ring.blocks, segment = (T + kSumSegments - 1) / kSumSegments;
   const std::int64_t begin = warp * segment < T ? warp * segment : T, end = begin + segment < T ? begin + segment : T;
-  const std::int64_t i = blockIdx.x / groups, sample = rows.rows ? rows.rows[i] : i;
+  const std::int64_t i = blockIdx.x / groups, sample = call.rows ? call.rows[i] : i;
   const int entry = static_cast<int>(blockIdx.x % groups) * kWarp + lane;
   const bool in_rhs = entry >= m * m, inside = entry < entries;
   const int square = entry - m * m - m;  // which of the two, or negative
@@ -28,13 +30,13 @@ __global__ void __launch_bounds__(kSumThreads)
   const auto term = [&](std::int64_t t) {
     const std::int64_t at = sample * T + t;
     if (!inside || mode[i * T + t] != kMix) return 0.0;
-    if (square >= 0) return h.squares[2 * at + square];
-    const int differences = h.count[at] - 1;
+    if (square >= 0) return ring.squares[2 * at + square];
+    const int differences = ring.count[at] - 1;
     if (row >= differences || column >= differences) return 0.0;
-    if (in_rhs) return h.rhs[at * h.slots + row];
-    const std::int64_t gram = at * h.slots * h.slots;
-    return system_entry(h.kind, row, column, h.head, h.slots, h.gram + gram,
-                        h.steps_gram ? h.steps_gram + gram : nullptr);
+    if (in_rhs) return ring.rhs[at * ring.slots + row];
+    const std::int64_t gram = at * ring.slots * ring.slots;
+    return system_entry(ring.kind, row, column, ring.head, ring.slots, ring.gram + gram,
+                        ring.steps_gram ? ring.steps_gram + gram : nullptr);
   };
   double total = 0;
 #pragma unroll 4

@@ -8,7 +8,6 @@ from torch import Tensor
 from ..status import Status
 from ..step.backend import Backend
 from ..step.records import MIX, REJECT, RUNNING
-from ..step.rules import Rule
 from ..stop import Stop
 from .batch import Batch
 from .judge import SampleJudge, Verdict
@@ -29,9 +28,9 @@ class Backtracking(SampleJudge):
     that is not finite must go, and the history with it. Takes two words per entry of the state.
     """
 
-    def __init__(self, most: int, growth: float, z: Tensor, stop: Stop, rule: Rule, backend: Backend) -> None:
+    def __init__(self, most: int, growth: float, z: Tensor, stop: Stop, backend: Backend) -> None:
         n = z.shape[0]
-        super().__init__(n, stop, rule, backend)
+        super().__init__(n, stop, backend)
         self.most, self.growth = most, growth
         self.base = self.value = z  # (n, T, D) the last iterate taken, and f there
         self.residual = torch.full((n,), torch.inf, dtype=torch.float64, device=z.device)  # (n,) of base

@@ -10,14 +10,16 @@ from torch import Tensor
 from .. import precision
 from ..memory import address, is_let_go
 from ..problem import Problem
+from ..step import native
 from ..step.backend import Backend
+from ..step.records import Records
 from .untouched import Untouched
 
 
 class Batch:
     """n samples still running, which `rows` maps to the B of all.
 
-    size: n. rows: (n,) int64. inputs: (n, …) each, when the problem is compact. z: (n, T, D), the current iterate.
+    size: n. inputs: (n, …) each, when the problem is compact. z: (n, T, D), the current iterate.
     before: the one before it. full: (B, T, D), finished samples; of the others the iterate of least residual that has
     been left behind, else z0. eps: the largest machine epsilon that fn was seen to compute with.
     """
@@ -25,23 +27,33 @@ class Batch:
     def __init__(self, problem: Problem, z0: Tensor, z: Tensor, backend: Backend) -> None:
         self.problem, self.backend = problem, backend
         self.size = z0.shape[0]
-        self.rows = torch.arange(self.size, device=z0.device)
+        self.mapped: Tensor | None = None  # (n,) int64, `rows`; None as long as nobody has left
         self.inputs = list(problem.inputs)
         # In memory of its own, so that fn cannot reach what it comes from.
-        self.z = self.before = backend.buffer_like(z).copy_(z)
-        self.full = backend.buffer_like(z0).copy_(z0)
+        self.z = self.before = backend.copy_of(z)
+        self.full = backend.copy_of(z0)
         self._buffers = [self.z]
         self._calls = 0  # of fn
         self.eps = torch.finfo(z.dtype).eps
 
+    @property
+    def rows(self) -> Tensor:
+        """(n,) int64, where the samples still running are among the B of all."""
+        if self.mapped is None:
+            self.mapped = torch.arange(self.size, device=self.z.device)
+        return self.mapped
+
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f (n, T, D), contiguous, at the current iterates; wanted (n, T) bool: the blocks that are needed of it."""
-        z, partial = self.z, not self.problem.compact and self.size != self.full.shape[0]
+        z, asked = self.z, None
+        partial = not self.problem.compact and self.size != self.full.shape[0]
         if partial:
             z = self.full.index_copy(0, self.rows, z)
-        asked = None if wanted is None or not self.problem.causal else wanted.clone()  # a copy: fn may write into it
-        if partial and asked is not None:
-            asked = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device).index_copy(0, self.rows, asked)
+        if wanted is not None and self.problem.causal:
+            asked = wanted.clone()  # a copy: fn may write into it
+            if partial:
+                none = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device)
+                asked = none.index_copy(0, self.rows, asked)
         given = Untouched(z, self.inputs, self._calls)
         value = self._value(z, asked)
         given.check()
@@ -70,10 +82,20 @@ class Batch:
 
     def select(self, keep: Tensor) -> None:
         """Keeps the samples whose positions are in `keep` (k,)."""
-        self.rows, self.z, self.size = self.rows[keep], self.z[keep], keep.numel()
+        self.mapped, self.z, self.size = self.rows[keep], self.z[keep], keep.numel()
         self.before = self.z
         if self.problem.compact:
             self.inputs = [x[keep] for x in self.inputs]
+
+    def close_up(self, k: int, samples: Records, z_next: Tensor) -> Tensor:
+        """`select` of the k samples that still run, on the host, their records included; their z_next (k, T, D)."""
+        if self.problem.compact and self.inputs:
+            stay = samples.running.nonzero()[:, 0]
+            self.inputs = [x[stay] for x in self.inputs]
+        parts = [self.rows, self.z, z_next, samples.table]
+        self.mapped, self.z, z_next, samples.table = native.close_up(samples, k, parts)
+        self.before, self.size = self.z, k
+        return z_next
 
     def move(self, z: Tensor) -> None:
         """Goes to the next iterates z (n, T, D)."""

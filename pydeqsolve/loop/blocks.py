@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..step.backend import Backend
 from ..step.records import BLOCK, Records
-from ..step.rules import Rule, open_blocks
+from ..step.rules import open_blocks
 from ..stop import Front, Stop
 from .batch import Batch
 from .judge import SampleJudge, Verdict
@@ -20,8 +20,8 @@ class BlockJudge(SampleJudge):
     returned; a block that is the first unfinished one and finishes alone takes f, which is then exact.
     """
 
-    def __init__(self, B: int, T: int, front: Front, stop: Stop, rule: Rule, backend: Backend) -> None:
-        super().__init__(B, stop, rule, backend)
+    def __init__(self, B: int, T: int, front: Front, stop: Stop, backend: Backend) -> None:
+        super().__init__(B, stop, backend)
         self.front = front
         device = self.samples.table.device
         self.blocks = Records(BLOCK, torch.zeros(B, T, len(BLOCK), dtype=torch.float64, device=device))
@@ -49,9 +49,7 @@ class BlockJudge(SampleJudge):
 
     def judge(self, batch: Batch, f: Tensor, norms: Tensor, dropped: Tensor | None, wanted: Tensor | None) -> Verdict:
         assert wanted is not None
-        mode, broken, self.open, finished = self.backend.judge_blocks(
-            self.samples, self.blocks, norms, wanted, self.rule, self.front
-        )
+        mode, broken, self.open, finished = self.backend.judge_blocks(self.samples, self.blocks, norms, wanted)
         if broken is not None:  # rows of broken blocks would spoil the sums of later ones
             count = self.backend.ring.count
             count[batch.rows] = torch.where(broken, 0, count[batch.rows])

@@ -98,7 +98,7 @@ def loop(
     watches: list[Watch] = [*([watching] if watching else []), *([seen] if snapshots else [])]
     watches += [calling(callback)] if callback is not None else []
     batch, step = assemble(problem, z0, solver, stop, front, history, keep_history)
-    verdict = Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device))
+    verdict: Verdict | None = None
     interval, steps, eps, stopped = stop.interval(z0.device), 0, batch.eps, False
     while steps < stop.max_steps and batch.size:
         wanted = step.judge.wanted(z0.shape[1])
@@ -118,20 +118,18 @@ def loop(
             verdict = step.retire(batch, verdict)
         if not last and batch.size:
             step.advance(batch, verdict)
-    step.finish(batch, verdict)
+    step.finish(batch, verdict or Verdict(torch.full(z0.shape[:2], KEEP, dtype=torch.uint8, device=z0.device)))
     step.judge.settle(batch.eps)
     kept = None
     if isinstance(step, KeepingStep):  # a solve without steps has learnt nothing beyond what it was given
         kept = step.history.seal() if steps or history is None else history
     left = step.judge.left
-    evaluations, status, rejections, rank_losses = (
-        left[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")
-    )
+    (residual, evaluations, status, rejections, rank_losses), failed = step.backend.tell(left)
     return Outcome(
-        batch.full, left["best"].clone(), evaluations, status, steps, rejections, rank_losses,
+        batch.full, residual, evaluations, status, steps, rejections, rank_losses,
         None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
         # It explains failures; a device is not waited for to save some memory.
-        Course(left.table, SAMPLE, z0.dtype, stopped) if not status.is_cpu or bool(status.any()) else None,
+        None if failed == 0 else Course(left.table, SAMPLE, z0.dtype, stopped),
         solver, stop,
     )  # fmt: skip
 
@@ -146,7 +144,8 @@ def assemble(
     method = solver.method()
     B, T, D = z0.shape
     ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
-    backend = choose(ring)
+    rule = _rule(solver, stop, z0, by_blocks=front is not None)
+    backend = choose(ring, rule, front)
     batch = Batch(problem, z0, z0 if history is None else history.z, backend)
     judge = _judge(batch, stop, front, solver)
     judge.computes_in(batch.eps)
@@ -167,14 +166,24 @@ def check_together(solver: Solver, front: Front | None, with_history: bool) -> N
         raise ValueError("line_search must be 0 with a front or a history")
 
 
+def _rule(solver: Solver, stop: Stop, z0: Tensor, by_blocks: bool) -> Rule:
+    """How samples, or blocks, of z0 (B, T, D) are judged; a line search goes back along a step at which the safeguard
+    would throw history away."""
+    _, T, D = z0.shape
+    safeguard = torch.inf if getattr(solver, "line_search", 0) else solver.safeguard
+    entries = D if by_blocks else T * D
+    return Rule(
+        safeguard if solver.method().memory else 0.0, torch.finfo(z0.dtype).eps, stop.norm, entries,
+        0 if by_blocks else entries,
+    )  # fmt: skip
+
+
 def _judge(batch: Batch, stop: Stop, front: Front | None, solver: Solver) -> SampleJudge:
-    """The judge of a batch; a line search goes back along a step at which the safeguard would throw history away."""
-    B, T, D = batch.z.shape
+    """The judge of a batch."""
+    B, T, _ = batch.z.shape
     line_search, backend = getattr(solver, "line_search", 0), batch.backend
-    safeguard = (torch.inf if line_search else solver.safeguard) if solver.method().memory else 0.0
-    rule = Rule(safeguard, torch.finfo(batch.z.dtype).eps, stop.norm, T * D, T * D)
     if front is not None:
-        return BlockJudge(B, T, front, stop, replace(rule, entries=D, unknowns=0), backend)
+        return BlockJudge(B, T, front, stop, backend)
     if line_search:
-        return Backtracking(line_search, solver.safeguard, batch.z, stop, rule, backend)
-    return SampleJudge(B, stop, rule, backend)
+        return Backtracking(line_search, solver.safeguard, batch.z, stop, backend)
+    return SampleJudge(B, stop, backend)

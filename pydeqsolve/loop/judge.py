@@ -13,26 +13,18 @@ import torch
 from torch import Tensor
 
 from ..status import Status
+from ..step import native
 from ..step.backend import Backend
 from ..step.records import RUNNING, SAMPLE, Records
-from ..step.rules import Rule
 from ..stop import RTOL, Stop, is_left_open
 from .batch import Batch
 
 UNSEEN = 1e-160  # root of a sum of squares that float64 rounds coarsely, or to zero
 SMALL = 1e-140  # ‖f‖ of states of which less than `UNSEEN` is more than rounding
+FIRST = dict.fromkeys(SAMPLE, 0.0)  # of a sample before its first step
+FIRST |= dict.fromkeys(("best", "previous", "residual", "recent", "earlier"), math.inf)
+FIRST["status"] = float(RUNNING)
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
-
-
-def _rows(n: int, row: list[float], device: torch.device) -> Tensor:
-    """n times the same row, (n, len(row)) float64; nothing is copied to a device, which might wait for it."""
-    if device.type == "cpu":
-        return torch.tensor(row, dtype=torch.float64, device=device).repeat(n, 1)
-    table = torch.zeros(n, len(row), dtype=torch.float64, device=device)
-    for i, value in enumerate(row):
-        if value:
-            table[:, i] = value
-    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +42,19 @@ class SampleJudge:
     samples: the records of those still running. left: those of finished ones, where they had them, (B,).
     """
 
-    def __init__(self, B: int, stop: Stop, rule: Rule, backend: Backend) -> None:
-        self.stop, self.rule, self.backend = stop, rule, backend
+    def __init__(self, B: int, stop: Stop, backend: Backend) -> None:
+        self.stop, self.rule, self.backend = stop, backend.rule, backend
+        rule = backend.rule
         device = backend.ring.R.device
-        first = dict.fromkeys(("best", "previous", "residual", "recent", "earlier"), math.inf)
-        first |= {"status": RUNNING, "unknowns": rule.unknowns, "floor": ROUNDING * rule.eps}
-        first |= {name: t for name in ("rtol", "atol") if not isinstance(t := getattr(stop, name), Tensor)}
-        self.samples = Records(SAMPLE, _rows(B, [float(first.get(name, 0.0)) for name in SAMPLE], device))
-        for name in ("rtol", "atol"):
-            tolerance = getattr(stop, name)
-            if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
+        chosen = {name: t for name in ("rtol", "atol") if isinstance(t := getattr(stop, name), Tensor)}
+        first = {**FIRST, "unknowns": float(rule.unknowns), "floor": ROUNDING * rule.eps}
+        first |= {name: float(t) for name in ("rtol", "atol") if not isinstance(t := getattr(stop, name), Tensor)}
+        self.samples = Records(SAMPLE, native.table_of(B, list(first.values()), device))
+        for name, tolerance in chosen.items():
+            if tolerance.dim() < 2:
                 self.samples[name] = tolerance.to(device, torch.float64)
         self.left = Records(SAMPLE, torch.empty_like(self.samples.table))
+        self._eps = rule.eps  # that fn computes with, as far as was seen
         self._at_once = stop.interval(device) == 1  # finished samples leave before the next step
 
     @property
@@ -73,7 +66,9 @@ class SampleJudge:
         """Takes note that fn computes with machine epsilon `eps`, of the state's dtype or coarser."""
         if is_left_open(self.stop) and eps > RTOL:
             self.tolerances["rtol"] = self.tolerances["rtol"].clamp_min(eps)
-        self.samples["floor"] = ROUNDING * eps
+        if eps != self._eps:
+            self._eps = eps
+            self.samples["floor"] = ROUNDING * eps
 
     def wanted(self, T: int) -> Tensor | None:
         """(n, T) bool: blocks to evaluate; None means all."""
@@ -86,7 +81,7 @@ class SampleJudge:
 
         dropped (n, T): differences that the step before dropped.
         """
-        mode, finished, left_behind = self.backend.judge(self.samples, norms, dropped, self.rule)
+        mode, finished, left_behind = self.backend.judge(self.samples, norms, dropped)
         if left_behind is None or left_behind > 0:
             self.backend.keep(batch.full, batch.rows, batch.before, self.samples)
         return Verdict(mode, finished)

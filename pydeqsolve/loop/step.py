@@ -24,7 +24,7 @@ class Step:
 
     def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
         """Takes in f (n, T, D), the value at batch.z, of the blocks `wanted` (n, T). last: no step will follow."""
-        norms = self.backend.measure(f, batch.z, batch.rows, wanted, self.judge.rule.norm)
+        norms = self.backend.measure(f, batch.z, batch.rows, wanted)
         dropped, self._dropped = self._dropped, None
         return self.judge.judge(batch, f, norms, dropped, wanted)
 
@@ -68,15 +68,33 @@ class FusedStep(Step):
     def __init__(self, backend: NativeCPU, judge: SampleJudge) -> None:
         super().__init__(backend, judge)
         self.native = backend
+        self._mode: Tensor | None = None  # (n, T), written anew at each step
 
     def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
         if last:
+            self._mode = None
             return super().measure(batch, f, wanted, last)
-        judge, z_next = self.judge, batch.spare()
-        mode, finished, _ = self.native.step(
-            f, batch.z, batch.rows, wanted, judge.samples, judge.rule, batch.before, batch.full, z_next
+        z_next, mode = batch.spare(), self._mode
+        if mode is None or len(mode) != batch.size:
+            mode = self._mode = torch.empty(f.shape[:2], dtype=torch.uint8, device=f.device)
+        finished, _ = self.native.step(
+            f, batch.z, batch.mapped, wanted, self.judge.samples, batch.before, batch.full, mode, z_next
         )
         return Verdict(mode, finished, z_next)
+
+    def retire(self, batch: Batch, verdict: Verdict) -> Verdict:
+        if not verdict.finished or verdict.z_next is None:  # those of the last step leave with the others
+            return verdict
+        samples = self.judge.samples
+        self.native.leave(batch.mapped, batch.z, samples, batch.full, self.judge.left, ended=False)
+        if verdict.finished == batch.size:
+            batch.size = 0
+            return verdict
+        return Verdict(verdict.mode, 0, batch.close_up(batch.size - verdict.finished, samples, verdict.z_next))
+
+    def finish(self, batch: Batch, verdict: Verdict) -> None:
+        if batch.size:
+            self.native.leave(batch.mapped, batch.z, self.judge.samples, batch.full, self.judge.left, ended=True)
 
 
 class KeepingStep(Step):

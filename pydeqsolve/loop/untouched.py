@@ -36,7 +36,8 @@ class Untouched:
         self.z, self.version, self.inputs = z, z._version, inputs
         self.versions = [None if x.is_inference() else x._version for x in inputs]
         early = call < SOUGHT
-        self.copies = {i: _first(x).clone() for i, x in enumerate(inputs) if early and self.versions[i] is None}
+        unseen = [i for i, version in enumerate(self.versions) if version is None] if early else ()
+        self.copies = {i: _first(inputs[i]).clone() for i in unseen}
         self.copy = _leading(z).clone() if early and z.is_cpu else None
 
     def check(self) -> None:

@@ -20,65 +20,70 @@ from .ring import COUPLINGS, KINDS, Ring
 from .rules import Rule, judge_blocks, judge_samples, open_blocks
 
 
-def choose(ring: Ring, fresh: bool = True) -> Backend:
+def choose(ring: Ring, rule: Rule | None = None, front: Front | None = None, fresh: bool = True) -> Backend:
     """The backend of a ring: native where device, size and build allow it, else `Backend`, the PyTorch reference.
 
-    fresh: nothing was written to its rows yet, so what lies under them may still be chosen. Warns once in a process
+    rule, front: how its measurements are judged; None is the root mean square, without a safeguard or a front. fresh:
+    nothing was written to its rows yet, so what lies under them may still be chosen. Warns once in a process
     when an installation lacks the native module.
     """
     native.warn_once()
     R = ring.R
+    rule = Rule(0.0, ring.eps, "rms", R.shape[2] * R.shape[3]) if rule is None else rule
     for name, x in ring.tensors().items():
         if not fresh or type(x) is not Tensor:
             address(x, f"{name} of the history")
     numbers = native.layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
-    handle = native.bind(numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
+    handle = native.bind(
+        numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count,
+        (COUPLINGS.index(ring.coupling), ring.ridge, ring.damping), native.ruled(rule, front, R.shape[2]),
+    )  # fmt: skip
     if handle is None:
-        return Backend(ring)
+        return Backend(ring, rule, front)
     if not R.is_cpu:
-        return NativeCUDA(ring, handle)
+        return NativeCUDA(ring, rule, front, handle)
     if fresh:
         for rows in (R, ring.F):
             native.use_large_pages(rows)
-    return NativeCPU(ring, handle)
+    return NativeCPU(ring, rule, front, handle)
 
 
 class Backend:
     """The reference: every pass in PyTorch, on any device."""
 
-    def __init__(self, ring: Ring) -> None:
-        self.ring = ring
+    def __init__(self, ring: Ring, rule: Rule, front: Front | None = None) -> None:
+        self.ring, self.rule, self.front = ring, rule, front
 
     def _turn(self) -> None:
         """The oldest row makes way for the newest."""
         self.ring.head = (self.ring.head + 1) % self.ring.slots
 
-    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
+    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None) -> Tensor:
         """Pass 1. f, z (n, T, D) in the ring's dtype, contiguous; rows (n,) int64; wanted (n, T) bool or None.
 
-        Returns norms (n, T, 2) float64, of r and of f: sums of squares, or maxima when norm is "max"; NaN or infinity
-        in a block makes its norm NaN or infinite. Blocks that are not wanted return 0 and lose their history.
+        Returns norms (n, T, 2) float64, of r and of f: sums of squares, or maxima when the norm of the rule is "max";
+        NaN or infinity in a block makes its norm NaN or infinite. Blocks that are not wanted return 0 and lose their
+        history.
         """
         self._turn()
-        return reference.measure(self.ring, f, z, rows, wanted, norm)
+        return reference.measure(self.ring, f, z, rows, wanted, self.rule.norm)
 
-    def judge(
-        self, samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule
-    ) -> tuple[Tensor, int | None, int | None]:
+    def judge(self, samples: Records, norms: Tensor, dropped: Tensor | None) -> tuple[Tensor, int | None, int | None]:
         """Mode (n, T): MIX, REJECT, or KEEP when finished; samples finished, samples left behind.
 
         The counts are None where counting would wait for the device. norms (n, T, 2) are those of `measure`, dropped
         (n, T) what the step before dropped.
         """
-        return judge_samples(samples, norms, dropped, rule), None, None
+        return judge_samples(samples, norms, dropped, self.rule), None, None
 
     def judge_blocks(
-        self, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor, rule: Rule, front: Front
+        self, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
         """Mode (n, T); the blocks (n, T) whose value is not finite, None where there is none; those to evaluate next
         (n, T); samples finished, None where counting would wait for the device."""
-        mode, broken = judge_blocks(samples, blocks, norms, wanted, rule, front)
-        return mode, broken, open_blocks(samples, blocks, front), None
+        assert self.front is not None
+        mode, broken = judge_blocks(samples, blocks, norms, wanted, self.rule, self.front)
+        return mode, broken, open_blocks(samples, blocks, self.front), None
 
     def keep(self, best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
         """best[rows] = before, for the samples that were left behind: a monotone solve copies nothing.
@@ -103,67 +108,81 @@ class Backend:
         gamma, dropped = reference.weights(self.ring, mode, rows)
         return reference.mix(self.ring, gamma, mode, z, rows, count), dropped
 
+    def tell(self, left: Records) -> tuple[list[Tensor], int | None]:
+        """best float64, then evaluations, status, rejections and rank_losses int64, (B,) each; how many samples did not
+        converge, None where counting would wait for the device. left: the records of all samples."""
+        counts = [left[name].long() for name in ("evaluations", "status", "rejections", "rank_losses")]
+        return [left["best"].clone(), *counts], int((counts[1] != 0).sum()) if left.table.is_cpu else None
+
     def buffer_like(self, x: Tensor) -> Tensor:
         """An uninitialised tensor like x."""
         return torch.empty_like(x)
+
+    def copy_of(self, x: Tensor) -> Tensor:
+        """x in memory of its own."""
+        return x.clone()
 
 
 class Native(Backend):
     """What the kernels of both devices share."""
 
-    def __init__(self, ring: Ring, handle: Any) -> None:
-        super().__init__(ring)
-        self.handle = handle  # the ring as the native module takes it: addresses alone
+    def __init__(self, ring: Ring, rule: Rule, front: Front | None, handle: Any) -> None:
+        super().__init__(ring, rule, front)
+        self.handle = handle  # ring, rule and front as the native module takes them: numbers and addresses alone
 
-    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
+    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None) -> Tensor:
         self._turn()
         _check(self.ring, f, z)
         wanted = None if wanted is None else wanted.contiguous()
-        return native.measure_bound(
-            self.handle, self.ring.head, f, z, rows, wanted, norm == "max", self.ring.squares
-        )  # fmt: skip
+        return native.measure_bound(self.handle, self.ring.head, f, z, rows, wanted, self.ring.squares)
 
-    def judge(
-        self, samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule
-    ) -> tuple[Tensor, int | None, int | None]:
-        return native.judge(samples, norms, dropped, rule)
+    def judge(self, samples: Records, norms: Tensor, dropped: Tensor | None) -> tuple[Tensor, int | None, int | None]:
+        return native.judge(self.handle, samples, norms, dropped)
 
     def advance(self, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ring = self.ring
-        return native.advance_bound(
-            self.handle, ring.head, z, mode, rows, COUPLINGS.index(ring.coupling), ring.ridge, ring.damping, ring.rhs,
-            ring.count, out,
-        )  # fmt: skip
+        return native.advance_bound(self.handle, ring.head, z, mode, rows, ring.rhs, ring.count, out)
 
 
 class NativeCPU(Native):
     """The C++ kernels, on torch's threads."""
 
     def judge_blocks(
-        self, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor, rule: Rule, front: Front
+        self, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
-        mode, broken, open_, finished, some = native.judge_blocks(samples, blocks, norms, wanted, rule, front)
+        mode, broken, open_, finished, some = native.judge_blocks(self.handle, samples, blocks, norms, wanted)
         return mode, broken if some else None, open_, finished
 
     def step(
-        self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, samples: Records, rule: Rule, before: Tensor,
-        best: Tensor, out: Tensor,
-    ) -> tuple[Tensor, int, int]:  # fmt: skip
+        self, f: Tensor, z: Tensor, rows: Tensor | None, wanted: Tensor | None, samples: Records, before: Tensor,
+        best: Tensor, mode: Tensor, out: Tensor,
+    ) -> tuple[int, int]:  # fmt: skip
         """`measure`, `judge` and `advance` at once: each sample passes through all three while in a core's cache.
 
         Writes the next iterate to out (n, T, D), which must share no memory with f and z; counts in `samples` what it
         drops. Copies the samples that are left behind from before (n, T, D), the iterate before z, to best (B, T, D):
-        like f and z, contiguous and in the ring's dtype. Returns mode (n, T), samples finished, samples left behind.
+        like f and z, contiguous and in the ring's dtype, which nobody checks. rows None: all samples, in order. Writes
+        mode (n, T) uint8. Returns samples finished, samples left behind.
         """
         ring = self.ring
-        _check(ring, f, z)
         ring.head = (ring.head + 1) % ring.slots
         wanted = None if wanted is None else wanted.contiguous()
-        return native.step(self.handle, ring, f, z, rows, wanted, samples, rule, before, best, out)
+        return native.step(self.handle, ring.head, f, z, rows, wanted, samples, before, best, mode, out)
+
+    def leave(self, rows: Tensor | None, z: Tensor, samples: Records, best: Tensor, left: Records, ended: bool) -> None:
+        """Stores what finished samples leave, with `ended` all: their records, to left, and z (n, T, D), where that is
+        their best iterate, to best (B, T, D). What still runs at the end is given up for want of budget."""
+        native.leave(self.handle, rows, z, samples, best, left.table, ended)
+
+    def tell(self, left: Records) -> tuple[list[Tensor], int | None]:
+        return native.tell(left.table)
 
     def buffer_like(self, x: Tensor) -> Tensor:
         """An uninitialised tensor like x, on large pages where it is that long."""
         return native.buffer_like(x)
+
+    def copy_of(self, x: Tensor) -> Tensor:
+        return x.clone() if x.nbytes < native.LARGE_PAGE else native.buffer_like(x).copy_(x)
 
 
 class NativeCUDA(Native):

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import stop
 from ..memory import address
 from .records import BLOCK, SAMPLE, Records
-from .ring import COUPLINGS, STORAGES, Ring
+from .ring import STORAGES
 from .rules import Rule
 
 
@@ -32,7 +32,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 LARGE_PAGE = 1 << 21  # bytes
-INTERFACE = 11  # csrc/bindings.cpp
+INTERFACE = 13  # csrc/bindings.cpp
 
 
 _native: Any
@@ -83,28 +83,38 @@ def layout(
 
 def bind(
     numbers: tuple[Any, ...], R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
-    squares: Tensor, count: Tensor,
+    squares: Tensor, count: Tensor, use: tuple[int, float, float] = (0, 0.0, 1.0),
+    rule: tuple[Any, ...] = (0.0, 1.0, 0, 0.0, False, 0),
 ) -> Any:  # fmt: skip
-    """A history of that `layout` as the native module takes it, or None where there are no kernels for it.
+    """What is constant in a solve as the native module takes it, or None where there are no kernels for it.
 
-    It is addresses alone: nothing is checked, and no tensor is kept alive.
+    numbers: the `layout` of R. use: the place of the coupling in `COUPLINGS`, ridge and damping. rule: as `ruled`. It
+    is numbers and addresses alone: nothing is checked, and no tensor is kept alive.
     """
     if _native is None or numbers[1] > _native.MAX_SLOTS or not (R.is_cpu or is_native(R)):
         return None
-    return _history(
-        *numbers, R.data_ptr(), F.data_ptr(), gram.data_ptr(), 0 if steps_gram is None else steps_gram.data_ptr(),
-        rhs.data_ptr(), squares.data_ptr(), count.data_ptr(),
+    return _solve(
+        *numbers, not R.is_cpu, *use, R.data_ptr(), F.data_ptr(), gram.data_ptr(),
+        0 if steps_gram is None else steps_gram.data_ptr(), rhs.data_ptr(), squares.data_ptr(), count.data_ptr(), *rule,
     )  # fmt: skip
 
 
+def ruled(rule: Rule, front: stop.Front | None, T: int) -> tuple[Any, ...]:
+    """What the native module must know of the judgement of T blocks."""
+    shared = (rule.safeguard, rule.divisor, stop.NORMS.index(rule.norm))
+    if front is None:
+        return (*shared, 0.0, False, T)
+    return (*shared, front.margin, front.latest, T if front.window is None else front.window)
+
+
 @functools.lru_cache(maxsize=64)
-def _history(*numbers: Any) -> Any:
+def _solve(*numbers: Any) -> Any:
     """Numbers and addresses, copied once for all calls that name the same ones, whatever lies there by then."""
-    return _native.Ring(*numbers)
+    return _native.Solve(*numbers)
 
 
 def measure_bound(
-    handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, is_max: bool, squares: Tensor
+    handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, squares: Tensor
 ) -> Tensor:
     """`measure` of a history that `bind` returned, whose newest row goes to slot `head`. Nothing is checked."""
     n, T, _ = f.shape
@@ -113,15 +123,15 @@ def measure_bound(
         # Norms of blocks that are not wanted are not written.
         norms = squares.new_empty(n, T, 2) if wanted is None else squares.new_zeros(n, T, 2)
         _native.measure(
-            handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(), is_max,
-            torch.get_num_threads(),
+            handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(),
+            torch.get_num_threads(), 0, 0,
         )  # fmt: skip
         return norms
     norms, partial = squares.new_zeros(n, T, 2), _workspace(handle, f)
     with torch.cuda.device(f.device):
-        _native.measure_cuda(
-            handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(), is_max,
-            partial.data_ptr(), torch.cuda.current_stream(f.device).cuda_stream,
+        _native.measure(
+            handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(), 0,
+            partial.data_ptr(), _stream(f),
         )  # fmt: skip
     return norms
 
@@ -131,7 +141,14 @@ def _workspace(handle: Any, x: Tensor) -> Tensor:
     return torch.empty(max(1, _native.workspace_doubles(handle, x.shape[0])), dtype=torch.float64, device=x.device)
 
 
-def judge(samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule) -> tuple[Tensor, int | None, int | None]:
+def _stream(x: Tensor) -> int:
+    """The current stream of the device of x."""
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def judge(
+    handle: Any, samples: Records, norms: Tensor, dropped: Tensor | None
+) -> tuple[Tensor, int | None, int | None]:
     """`rules.judge_samples`: mode (n, T), samples finished, samples left behind.
 
     The counts are None on a device: reading them would wait for it.
@@ -140,27 +157,25 @@ def judge(samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule) -
     table = samples.table
     mode = torch.empty(n, T, dtype=torch.uint8, device=table.device)  # whatever the default device
     shared = (
-        n, T, norms.data_ptr(), 0 if dropped is None else dropped.data_ptr(), table.data_ptr(), rule.safeguard,
-        rule.eps, rule.divisor, rule.norm == "max", mode.data_ptr(),
+        handle, n, norms.data_ptr(), 0 if dropped is None else dropped.data_ptr(), table.data_ptr(), mode.data_ptr(),
     )  # fmt: skip
     if table.is_cpu:
-        return (mode, *_native.judge(*shared))
+        return (mode, *_native.judge_samples(*shared, 0))
     with torch.cuda.device(table.device):
-        _native.judge_cuda(*shared, torch.cuda.current_stream(table.device).cuda_stream)
+        _native.judge_samples(*shared, _stream(table))
     return mode, None, None
 
 
 def judge_blocks(
-    samples: Records, blocks: Records, norms: Tensor, wanted: Tensor, rule: Rule, front: stop.Front
+    handle: Any, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """`rules.judge_blocks` on the host: mode, broken, open (n, T), samples finished, blocks broken."""
     n, T, _ = norms.shape
     mode = torch.empty(n, T, dtype=torch.uint8, device=norms.device)  # whatever the default device
     broken, open_ = torch.empty_like(mode, dtype=torch.bool), torch.empty_like(mode, dtype=torch.bool)
-    counts = _native.judge_front(
-        n, T, norms.data_ptr(), wanted.data_ptr(), samples.table.data_ptr(), blocks.table.data_ptr(), rule.safeguard,
-        front.margin, front.latest, T if front.window is None else front.window, stop.NORMS.index(rule.norm),
-        rule.entries, mode.data_ptr(), broken.data_ptr(), open_.data_ptr(),
+    counts = _native.judge_blocks(
+        handle, n, norms.data_ptr(), wanted.data_ptr(), samples.table.data_ptr(), blocks.table.data_ptr(),
+        mode.data_ptr(), broken.data_ptr(), open_.data_ptr(),
     )  # fmt: skip
     return (mode, broken, open_, *counts)
 
@@ -171,31 +186,72 @@ def keep(best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
     best (B, T, D), before (n, T, D), rows (n,) int64.
     """
     with torch.cuda.device(best.device):
-        _native.keep_cuda(
+        _native.keep(
             len(rows), best[0].nbytes, samples.table.data_ptr(), rows.data_ptr(), before.data_ptr(), best.data_ptr(),
-            torch.cuda.current_stream(best.device).cuda_stream,
+            _stream(best),
         )  # fmt: skip
 
 
 def step(
-    handle: Any, ring: Ring, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, samples: Records, rule: Rule,
-    before: Tensor, best: Tensor, out: Tensor,
-) -> tuple[Tensor, int, int]:  # fmt: skip
+    handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor | None, wanted: Tensor | None, samples: Records,
+    before: Tensor, best: Tensor, mode: Tensor, out: Tensor,
+) -> tuple[int, int]:  # fmt: skip
     """`measure_bound`, `judge` and `advance_bound` at once on the host; see `NativeCPU.step`."""
-    n, T, _ = f.shape
-    mode = torch.empty(n, T, dtype=torch.uint8, device=f.device)  # whatever the default device
-    counts = _native.step(
-        handle, ring.head, n, rows.data_ptr(), 0 if wanted is None else wanted.data_ptr(), f.data_ptr(), z.data_ptr(),
-        samples.table.data_ptr(), rule.safeguard, rule.divisor, rule.norm == "max", COUPLINGS.index(ring.coupling),
-        ring.ridge, ring.damping, before.data_ptr(), best.data_ptr(), mode.data_ptr(), out.data_ptr(),
-        torch.get_num_threads(),
+    counts: tuple[int, int] = _native.step(
+        handle, head, len(f), 0 if rows is None else rows.data_ptr(), 0 if wanted is None else wanted.data_ptr(),
+        f.data_ptr(), z.data_ptr(), samples.table.data_ptr(), before.data_ptr(), best.data_ptr(), mode.data_ptr(),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return (mode, *counts)
+    return counts
+
+
+def table_of(n: int, row: list[float], device: torch.device) -> Tensor:
+    """n times the same row of a sample's records, (n, len(row)) float64; nothing is copied to a device, which might
+    wait for it."""
+    if device.type == "cpu" and _native is not None:
+        table = torch.empty(n, len(row), dtype=torch.float64, device=device)
+        _native.fill(table.data_ptr(), n, row)
+        return table
+    if device.type == "cpu":
+        return torch.tensor(row, dtype=torch.float64, device=device).repeat(n, 1)
+    table = torch.zeros(n, len(row), dtype=torch.float64, device=device)
+    for i, value in enumerate(row):
+        if value:
+            table[:, i] = value
+    return table
+
+
+def leave(
+    handle: Any, rows: Tensor | None, z: Tensor, samples: Records, best: Tensor, left: Tensor, ended: bool
+) -> None:
+    """Stores iterates and records of finished samples on the host; see `NativeCPU.leave`."""
+    _native.leave(
+        handle, len(z), 0 if rows is None else rows.data_ptr(), z.data_ptr(), samples.table.data_ptr(),
+        best.data_ptr(), left.data_ptr(), ended, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def close_up(samples: Records, k: int, tensors: list[Tensor]) -> list[Tensor]:
+    """The k samples of contiguous `tensors` (n, …) on the host that are still running, one after the other."""
+    n, found = len(samples.table), [buffer_like(x[:k]) for x in tensors]
+    pairs = zip(tensors, found, strict=True)
+    parts = [(x.data_ptr(), y.data_ptr(), x.nbytes // n) for x, y in pairs]
+    _native.close_up(n, samples.table.data_ptr(), torch.get_num_threads(), parts)
+    return found
+
+
+def tell(left: Tensor) -> tuple[list[Tensor], int]:
+    """best float64, then evaluations, status, rejections and rank_losses int64, (B,) each, of records left (B, …) on
+    the host; and how many did not converge."""
+    B = len(left)
+    best, counts = left.new_empty(B), [left.new_empty(B, dtype=torch.int64) for _ in range(4)]
+    failed: int = _native.tell(B, left.data_ptr(), best.data_ptr(), *(x.data_ptr() for x in counts))
+    return [best, *counts], failed
 
 
 def advance_bound(
-    handle: Any, head: int, z: Tensor, mode: Tensor, rows: Tensor, coupling: int, ridge: float, damping: float,
-    rhs: Tensor, count: Tensor, out: Tensor | None = None,
+    handle: Any, head: int, z: Tensor, mode: Tensor, rows: Tensor, rhs: Tensor, count: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`advance` of a history that `bind` returned, whose newest row is in slot `head`. Nothing is checked."""
     n, T, _ = z.shape
@@ -203,16 +259,15 @@ def advance_bound(
     z_next = torch.empty_like(z) if out is None else out
     if z.is_cpu:
         _native.advance(
-            handle, head, n, rows.data_ptr(), mode.data_ptr(), dropped.data_ptr(), coupling, ridge, damping,
-            z.data_ptr(), z_next.data_ptr(), torch.get_num_threads(),
+            handle, head, n, rows.data_ptr(), mode.data_ptr(), 0, dropped.data_ptr(), z.data_ptr(), z_next.data_ptr(),
+            torch.get_num_threads(), 0, 0,
         )  # fmt: skip
         return z_next, dropped
     gamma, workspace = rhs.new_empty(n, T, rhs.shape[2]), _workspace(handle, z)
     with torch.cuda.device(z.device):
-        _native.advance_cuda(
-            handle, head, n, rows.data_ptr(), mode.data_ptr(), gamma.data_ptr(), dropped.data_ptr(), coupling, ridge,
-            damping, z.data_ptr(), z_next.data_ptr(), workspace.data_ptr(),
-            torch.cuda.current_stream(z.device).cuda_stream,
+        _native.advance(
+            handle, head, n, rows.data_ptr(), mode.data_ptr(), gamma.data_ptr(), dropped.data_ptr(), z.data_ptr(),
+            z_next.data_ptr(), 0, workspace.data_ptr(), _stream(z),
         )  # fmt: skip
     return z_next, dropped
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 KEEP, MIX, REJECT, PLAIN, ACCEPT = range(5)  # what becomes of a block; csrc/step.h, Mode
 RUNNING = -1  # a status beside those of `Status`
-SAMPLE = (  # csrc/judge.h, Record
+SAMPLE = (  # csrc/judge.h, Sample
     "best", "previous", "flat", "steps", "status", "evaluations", "rejections", "rank_losses", "judged", "improved",
     "fresh", "left_behind", "residual", "rtol", "atol", "size", "recent", "recent_size", "earlier", "earlier_size",
     "unknowns", "floor",

@@ -24,6 +24,7 @@ from pydeqsolve.step.backend import Backend
 from pydeqsolve.step.records import Records
 from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Ring
 from pydeqsolve.step.rules import Rule
+from pydeqsolve.stop import NORMS, Front
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -32,17 +33,33 @@ MAX_SLOTS = 65  # csrc/step.h, kMaxSlots
 FLAGS = ("-std=gnu++17", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 
 
-class Call(ctypes.Structure):
-    """Rows and History of one call; `Call` of emulated.cpp."""
+class CRing(ctypes.Structure):
+    """`Ring` of csrc/step.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n", "blocks", "features")),
-        *((name, ctypes.c_void_p) for name in ("rows", "wanted")),
-        *((name, ctypes.c_int64) for name in ("sample_stride", "slot_stride")),
-        *((name, ctypes.c_int32) for name in ("storage", "slots", "head", "kind")),
+        *((name, ctypes.c_int32) for name in ("storage", "slots", "head", "kind", "coupling")),
+        *((name, ctypes.c_double) for name in ("ridge", "damping", "eps")),
+        *((name, ctypes.c_int64) for name in ("samples", "blocks", "features", "sample_stride", "slot_stride")),
         *((name, ctypes.c_void_p) for name in ("R", "F", "gram", "steps_gram", "rhs", "squares", "count")),
-        ("eps", ctypes.c_double),
     )
+
+
+class CRule(ctypes.Structure):
+    """`Rule` of csrc/step.h."""
+
+    _fields_ = (*((name, ctypes.c_double) for name in ("safeguard", "eps", "divisor")), ("norm", ctypes.c_int32))
+
+
+class Call(ctypes.Structure):
+    """`Call` of csrc/step.h."""
+
+    _fields_ = (
+        ("ring", CRing), ("rule", CRule), ("n", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in (
+            "rows", "wanted", "f", "z", "norms", "mode", "gamma", "dropped", "z_next", "table", "before", "best",
+            "workspace", "stream",
+        )), ("threads", ctypes.c_int32),
+    )  # fmt: skip
 
 
 def compiler() -> str:
@@ -65,6 +82,8 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         for name in ("measure", "weights", "mix", "advance", "judge", "keep"):
             getattr(self._library, f"emulated_{name}").restype = ctypes.c_char_p
+        self._library.emulated_call_bytes.restype = ctypes.c_int64
+        assert self._library.emulated_call_bytes() == ctypes.sizeof(Call), "Call is not that of csrc/step.h"
         self._library.emulated_workspace_doubles.restype = ctypes.c_int64
         self._library.emulated_launches.restype = ctypes.c_int64
 
@@ -82,25 +101,19 @@ class Emulator:
     ) -> Tensor:
         """Pass 1: norms (n, T, 2) of f, z (n, T, D)."""
         norms = torch.zeros(*f.shape[:2], 2, dtype=torch.float64)
-        call = _call(ring, len(f), rows, wanted)
-        partial = self._workspace(call)
-        self._run("measure", call, _at(f), _at(z), _at(norms), int(norm == "max"), _at(partial))
+        self._run("measure", _call(ring, rows, norm), wanted=wanted, f=f, z=z, norms=norms)
         return norms
 
     def weights(self, ring: Ring, mode: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """gamma (n, T, M) and dropped (n, T) of mode (n, T)."""
         gamma, dropped = _outputs(ring, mode)
-        call = _call(ring, len(mode), rows, None)
-        workspace = self._workspace(call)
-        self._run("weights", call, COUPLINGS.index(ring.coupling), ctypes.c_double(ring.ridge), _at(mode), _at(gamma),
-                  _at(dropped), _at(workspace))  # fmt: skip
+        self._run("weights", _call(ring, rows), mode=mode, gamma=gamma, dropped=dropped)
         return gamma, dropped
 
     def mix(self, ring: Ring, gamma: Tensor, mode: Tensor, z: Tensor, rows: Tensor | None) -> Tensor:
         """The next iterate (n, T, D)."""
         z_next = torch.full_like(z, torch.nan)
-        call = _call(ring, len(z), rows, None)
-        self._run("mix", call, _at(gamma), _at(mode), ctypes.c_double(ring.damping), _at(z), _at(z_next))
+        self._run("mix", _call(ring, rows), gamma=gamma, mode=mode, z=z, z_next=z_next)
         return z_next
 
     def advance(
@@ -109,19 +122,16 @@ class Emulator:
         """Pass 2: the next iterate (n, T, D), in `out` if given, dropped (n, T) and gamma (n, T, M)."""
         gamma, dropped = _outputs(ring, mode)
         z_next = torch.full_like(z, torch.nan) if out is None else out
-        call = _call(ring, len(z), rows, None)
-        workspace = self._workspace(call)
-        self._run("advance", call, COUPLINGS.index(ring.coupling), ctypes.c_double(ring.ridge), _at(mode), _at(gamma),
-                  _at(dropped), ctypes.c_double(ring.damping), _at(z), _at(z_next), _at(workspace))  # fmt: skip
+        self._run("advance", _call(ring, rows), mode=mode, gamma=gamma, dropped=dropped, z=z, z_next=z_next)
         return z_next, dropped, gamma
 
     def judge(self, samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule) -> Tensor:
         """Mode (n, T) of norms (n, T, 2); see `Backend.judge`."""
         n, T, _ = norms.shape
         mode = torch.full((n, T), 99, dtype=torch.uint8)
-        self._call("judge", ctypes.c_int64(n), ctypes.c_int64(T), _at(norms), _at(dropped), _at(samples.table),
-                   *map(ctypes.c_double, (rule.safeguard, rule.eps, rule.divisor)), int(rule.norm == "max"),
-                   _at(mode))  # fmt: skip
+        call = Call(rule=CRule(rule.safeguard, rule.eps, rule.divisor, NORMS.index(rule.norm)))
+        call.ring.blocks = T
+        self._run("judge", call, norms=norms, dropped=dropped, table=samples.table, mode=mode)
         return mode
 
     def keep(self, best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
@@ -134,17 +144,21 @@ class Emulator:
 
         Of rows that lie sample by sample.
         """
-        call = Call(n=n, blocks=T, features=D, sample_stride=slots * T * D, slot_stride=T * D, slots=slots)
+        ring = CRing(blocks=T, features=D, sample_stride=slots * T * D, slot_stride=T * D, slots=slots)
+        call = Call(ring=ring, n=n)
         out = (ctypes.c_int64 * 7)()
         self._library.emulated_piece(ctypes.byref(call), ctypes.c_int64(index), out)
         return tuple(out)
 
-    def _workspace(self, call: Call) -> Tensor:
-        doubles = self._library.emulated_workspace_doubles(ctypes.byref(call))
-        return torch.full((max(1, doubles),), torch.nan, dtype=torch.float64)
-
-    def _run(self, name: str, call: Call, *arguments: object) -> None:
-        self._call(name, ctypes.byref(call), *arguments)
+    def _run(self, name: str, call: Call, **tensors: Tensor | None) -> None:
+        """A pass of n samples, n being the length of the tensors that it takes, with a workspace of the size asked."""
+        call.n = next(len(x) for x in tensors.values() if x is not None)
+        for field, tensor in tensors.items():
+            setattr(call, field, _at(tensor))
+        doubles = self._library.emulated_workspace_doubles(ctypes.byref(call)) if name != "judge" else 0
+        workspace = torch.full((max(1, doubles),), torch.nan, dtype=torch.float64)
+        call.workspace = _at(workspace)
+        self._call(name, ctypes.byref(call))
 
     def _call(self, name: str, *arguments: object) -> None:
         error = getattr(self._library, f"emulated_{name}")(*arguments)
@@ -162,12 +176,17 @@ def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _call(ring: Ring, n: int, rows: Tensor | None, wanted: Tensor | None) -> Call:
+def _call(ring: Ring, rows: Tensor | None, norm: str = "rms") -> Call:
+    """What a pass over the ring takes besides the tensors it reads and writes."""
     assert ring.R.stride() == ring.F.stride()
+    B, _, T, D = ring.R.shape
     small = (ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count)
-    return Call(n, *ring.R.shape[2:], _at(rows), _at(wanted), *ring.R.stride()[:2], STORAGES.index(ring.dtype),
-                ring.slots, ring.head, KINDS.index(ring.kind), ring.R.data_ptr(), ring.F.data_ptr(), *map(_at, small),
-                ring.eps)  # fmt: skip
+    own = CRing(
+        STORAGES.index(ring.dtype), ring.slots, ring.head, KINDS.index(ring.kind), COUPLINGS.index(ring.coupling),
+        ring.ridge, ring.damping, ring.eps, B, T, D, *ring.R.stride()[:2], ring.R.data_ptr(), ring.F.data_ptr(),
+        *map(_at, small),
+    )  # fmt: skip
+    return Call(ring=own, rule=CRule(norm=NORMS.index(norm)), rows=_at(rows))
 
 
 @functools.cache
@@ -181,19 +200,17 @@ def emulator() -> Emulator:
 class EmulatedBackend(Backend):
     """The emulated kernels as the backend of a ring."""
 
-    def __init__(self, ring: Ring, kernels: Emulator) -> None:
-        super().__init__(ring)
+    def __init__(self, ring: Ring, rule: Rule, front: Front | None, kernels: Emulator) -> None:
+        super().__init__(ring, rule, front)
         self.kernels = kernels
 
-    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, norm: str) -> Tensor:
+    def measure(self, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None) -> Tensor:
         self._turn()
         wanted = None if wanted is None else wanted.contiguous()
-        return self.kernels.measure(self.ring, f, z, rows, wanted, norm)
+        return self.kernels.measure(self.ring, f, z, rows, wanted, self.rule.norm)
 
-    def judge(
-        self, samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule
-    ) -> tuple[Tensor, int | None, int | None]:
-        return self.kernels.judge(samples, norms, dropped, rule), None, None
+    def judge(self, samples: Records, norms: Tensor, dropped: Tensor | None) -> tuple[Tensor, int | None, int | None]:
+        return self.kernels.judge(samples, norms, dropped, self.rule), None, None
 
     def keep(self, best: Tensor, rows: Tensor, before: Tensor, samples: Records) -> None:
         self.kernels.keep(best, rows, before, samples)
@@ -209,8 +226,8 @@ def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
     kernels = emulator()
     kernels.choose_schedule(schedule)
 
-    def choose(ring: Ring) -> Backend:
-        return Backend(ring) if ring.slots > MAX_SLOTS else EmulatedBackend(ring, kernels)
+    def choose(ring: Ring, rule: Rule, front: Front | None = None) -> Backend:
+        return Backend(ring, rule, front) if ring.slots > MAX_SLOTS else EmulatedBackend(ring, rule, front, kernels)
 
     with mock.patch.object(iterate, "choose", choose):
         yield kernels

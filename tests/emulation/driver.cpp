@@ -24,18 +24,18 @@ struct Case {
 // A warp owns a block up to 1024 features, a thread block a chunk of 4096 beyond; memory 4, 8 and 16 are the sizes of
 // the groups of ages; small systems are solved in the mix kernel up to memory 8 or 16; sums over time take 32 segments.
 const Case kCases[] = {
-    {3, 1, 40, 3, Kind::kAndersonII, Coupling::kJoint, Norm::kSquares, 1, false},
+    {3, 1, 40, 3, Kind::kAndersonII, Coupling::kJoint, Norm::kRms, 1, false},
     {9, 1, 41, 5, Kind::kAndersonII, Coupling::kIndependent, Norm::kMax, 0.8, false},
     {2, 1, 96, 5, Kind::kAndersonII, Coupling::kJoint, Norm::kMax, 1, true},
-    {2, 3, 64, 4, Kind::kAndersonI, Coupling::kIndependent, Norm::kSquares, 0.5, false},
-    {2, 35, 24, 3, Kind::kAndersonII, Coupling::kCausal, Norm::kSquares, 1, false},
+    {2, 3, 64, 4, Kind::kAndersonI, Coupling::kIndependent, Norm::kRms, 0.5, false},
+    {2, 35, 24, 3, Kind::kAndersonII, Coupling::kCausal, Norm::kRms, 1, false},
     {2, 4, 30, 9, Kind::kBroydenGood, Coupling::kCausal, Norm::kMax, 1, false},
-    {2, 3, 60, 6, Kind::kBroydenBad, Coupling::kJoint, Norm::kSquares, 1, true},
-    {2, 1, 2048, 10, Kind::kBroydenGood, Coupling::kJoint, Norm::kSquares, 1, false},
+    {2, 3, 60, 6, Kind::kBroydenBad, Coupling::kJoint, Norm::kRms, 1, true},
+    {2, 1, 2048, 10, Kind::kBroydenGood, Coupling::kJoint, Norm::kRms, 1, false},
     {2, 1, 1030, 12, Kind::kAndersonII, Coupling::kJoint, Norm::kMax, 0.7, true},
     {1, 2, 4104, 5, Kind::kAndersonII, Coupling::kIndependent, Norm::kMax, 1, false},
-    {2, 1, 4099, 3, Kind::kAndersonI, Coupling::kJoint, Norm::kSquares, 1, false},
-    {1, 1, 150, 20, Kind::kAndersonII, Coupling::kJoint, Norm::kSquares, 1, false},
+    {2, 1, 4099, 3, Kind::kAndersonI, Coupling::kJoint, Norm::kRms, 1, false},
+    {1, 1, 150, 20, Kind::kAndersonII, Coupling::kJoint, Norm::kRms, 1, false},
 };
 
 std::uint64_t state = 1;
@@ -76,23 +76,18 @@ struct Store {
         rhs(c.B * c.T * M),
         squares(c.B * c.T * 2),
         count(c.B * c.T) {}
-  History<Scalar> history(const Case& c, int head, double eps) {
-    double* const steps = c.kind == Kind::kBroydenGood ? steps_gram.data() : nullptr;
+  Ring ring(const Case& c, int head, double eps) {
     const std::int64_t row = c.T * c.D, M = c.memory + 1;
     const bool by_slots = c.memory % 2 == 1;
-    return {c.memory + 1,
-            head,
-            c.kind,
-            by_slots ? row : M * row,
-            by_slots ? c.B * row : row,
-            R.data(),
-            F.data(),
-            gram.data(),
-            steps,
-            rhs.data(),
-            squares.data(),
-            count.data(),
-            eps};
+    Ring ring{};
+    ring.storage = kStorage<Scalar>, ring.slots = c.memory + 1, ring.head = head;
+    ring.kind = c.kind, ring.coupling = c.coupling, ring.ridge = 1e-3, ring.damping = c.beta, ring.eps = eps;
+    ring.samples = c.B, ring.blocks = c.T, ring.features = c.D;
+    ring.sample_stride = by_slots ? row : M * row, ring.slot_stride = by_slots ? c.B * row : row;
+    ring.R = R.data(), ring.F = F.data(), ring.gram = gram.data();
+    ring.steps_gram = c.kind == Kind::kBroydenGood ? steps_gram.data() : nullptr;
+    ring.rhs = rhs.data(), ring.squares = squares.data(), ring.count = count.data();
+    return ring;
   }
 };
 
@@ -137,21 +132,28 @@ void run(const Case& c, double unit) {
       if (uniform() > 0.8) wanted.data()[b] = 0, mode.data()[b] = kKeep;
       if (wanted.data()[b] && uniform() > 0.7) mode.data()[b] = step % 2 ? kAccept : step > 1 ? kPlain : kReject;
     }
-    const Rows rows{c.B, c.T, c.D, step % 2 ? index.data() : nullptr, wanted.data()};
-    const History<Scalar> on_cuda = cuda.history(c, step % M, unit), on_cpu = cpu.history(c, step % M, unit);
-    Array<double> workspace(partial_doubles(rows, M), false, NAN);
-    expect_launched(
-        measure_cuda<Scalar>(rows, on_cuda, f.data(), z.data(), norms.data(), c.norm, workspace.data(), nullptr));
-    measure_cpu<Scalar>(rows, on_cpu, f.data(), z.data(), norms_cpu.data(), c.norm, 1);
+    Call on_cuda{}, on_cpu{};
+    on_cuda.ring = cuda.ring(c, step % M, unit), on_cpu.ring = cpu.ring(c, step % M, unit);
+    Array<double> workspace(workspace_doubles(on_cuda.ring, c.B), false, NAN);
+    on_cuda.workspace = workspace.data(), on_cpu.threads = 1;
+    on_cuda.norms = norms.data(), on_cpu.norms = norms_cpu.data();
+    on_cuda.gamma = gamma.data(), on_cpu.gamma = gamma_cpu.data();
+    on_cuda.dropped = dropped.data(), on_cpu.dropped = dropped_cpu.data();
+    on_cuda.z_next = next.data(), on_cpu.z_next = next_cpu.data();
+    for (Call* call : {&on_cuda, &on_cpu}) {
+      call->rule.norm = c.norm, call->n = c.B, call->rows = step % 2 ? index.data() : nullptr;
+      call->wanted = wanted.data(), call->f = f.data(), call->z = z.data(), call->mode = mode.data();
+    }
+    expect_launched(cuda_passes().measure(on_cuda));
+    cpu_passes().measure(on_cpu);
     expect_equal("norms", c, norms, norms_cpu, 1e-12);
     expect_equal("R", c, cuda.R, cpu.R, 0);
     expect_equal("F", c, cuda.F, cpu.F, 0);
     expect_equal("squares", c, cuda.squares, cpu.squares, 1e-12);
     expect_equal("gram", c, cuda.gram, cpu.gram, narrow ? 1e-5 : 1e-12 * static_cast<double>(c.D));
-    expect_launched(advance_cuda<Scalar>(rows, on_cuda, c.coupling, 1e-3, mode.data(), gamma.data(), dropped.data(),
-                                         c.beta, z.data(), next.data(), workspace.data(), nullptr));
-    weights_cpu<Scalar>(rows, on_cpu, c.coupling, 1e-3, mode.data(), gamma_cpu.data(), dropped_cpu.data(), 1);
-    mix_cpu<Scalar>(rows, on_cpu, gamma_cpu.data(), mode.data(), c.beta, z.data(), next_cpu.data(), 1);
+    expect_launched(cuda_passes().advance(on_cuda));
+    cpu_passes().weights(on_cpu);
+    cpu_passes().mix(on_cpu);
     expect_equal("gamma", c, gamma, gamma_cpu, narrow ? 1e-3 : 1e-8);
     expect_equal("dropped", c, dropped, dropped_cpu, 0);
     expect_equal("count", c, cuda.count, cpu.count, 0);

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "cpu/dispatch.cpp"
-#undef PYDEQSOLVE_INSTANTIATE
 #include "cpu/step_cpu.cpp"
 
 using namespace pydeqsolve;
@@ -59,7 +58,7 @@ struct Side {  // one of two equal histories
   std::vector<Scalar> R, F, out;
   std::vector<double> gram, steps_gram, rhs, squares;
   std::vector<std::int32_t> count;
-  std::vector<Record> table;
+  std::vector<Sample> table;
   std::vector<std::uint8_t> mode;
 };
 
@@ -94,9 +93,10 @@ bool run(std::uint64_t seed) {
   const int size = below(kLongRows), M = 1 + below(chance(10) ? kMaxSlots : 12), shift = below(3);
   const std::int64_t D = sizes[size == 0 ? 2 : size < 10 ? 1 : 0], history = B * M * T * D + shift;
   const Kind kind = static_cast<Kind>(below(4));
-  const Norm norm = static_cast<Norm>(below(2));
-  const Update update{static_cast<Coupling>(below(3)), chance(50) ? 0 : 1e-6, chance(50) ? 1.0 : 0.7};
-  const Judgement rule{chance(50) ? 2.0 : 0, 1e-7, double(T * D), norm == Norm::kMax};
+  const Norm norm = below(2) ? Norm::kMax : Norm::kRms;
+  const Coupling coupling = static_cast<Coupling>(below(3));
+  const double ridge = chance(50) ? 0 : 1e-6, damping = chance(50) ? 1.0 : 0.7;
+  const Rule rule{chance(50) ? 2.0 : 0, 1e-7, double(T * D), norm};
   const int odd = chance(50) ? 0 : 3;
   const bool by_slots = chance(50);
   Side<Scalar> sides[2];
@@ -109,8 +109,8 @@ bool run(std::uint64_t seed) {
     s.rhs.assign(B * T * M, 0);
     s.squares.assign(B * T * 2, 0);
     s.count.assign(B * T, 0);
-    s.table.assign(B, Record{});
-    for (Record& r : s.table) r.best = r.previous = r.residual = INFINITY, r.status = kRunning, r.rtol = 1e-4;
+    s.table.assign(B, Sample{});
+    for (Sample& r : s.table) r.best = r.previous = r.residual = INFINITY, r.status = kRunning, r.rtol = 1e-4;
   }
   std::vector<std::int64_t> index(B);
   for (std::int64_t i = 0; i < B; ++i) index[i] = B - 1 - i;
@@ -121,36 +121,34 @@ bool run(std::uint64_t seed) {
     for (std::int64_t i = 0; i < B; ++i) {
       if (chance(10)) std::memset(wanted.data() + i * T, 0, T);
     }
-    const Rows rows{B, T, D, chance(50) ? index.data() : nullptr, wanted.data()};
+    const bool mapped = chance(50);
     for (int k = 0; k < 2; ++k) {
       Side<Scalar>& s = sides[k];
       s.out.assign(B * T * D, Scalar(0.0f));
       s.mode.assign(B * T, 0);
-      const History<Scalar> h{M,
-                              step % M,
-                              kind,
-                              by_slots ? T * D : M * T * D,
-                              by_slots ? B * T * D : T * D,
-                              s.R.data() + shift,
-                              s.F.data() + shift,
-                              s.gram.data(),
-                              kind == Kind::kBroydenGood ? s.steps_gram.data() : nullptr,
-                              s.rhs.data(),
-                              s.squares.data(),
-                              s.count.data(),
-                              1e-7};
-      const int threads = 1 + below(3);
+      Call call{};
+      Ring& ring = call.ring;
+      ring.storage = kStorage<Scalar>, ring.slots = M, ring.head = step % M, ring.kind = kind, ring.coupling = coupling;
+      ring.ridge = ridge, ring.damping = damping, ring.eps = 1e-7;
+      ring.samples = B, ring.blocks = T, ring.features = D;
+      ring.sample_stride = by_slots ? T * D : M * T * D, ring.slot_stride = by_slots ? B * T * D : T * D;
+      ring.R = s.R.data() + shift, ring.F = s.F.data() + shift, ring.gram = s.gram.data();
+      ring.steps_gram = kind == Kind::kBroydenGood ? s.steps_gram.data() : nullptr;
+      ring.rhs = s.rhs.data(), ring.squares = s.squares.data(), ring.count = s.count.data();
+      call.rule = rule, call.n = B, call.rows = mapped ? index.data() : nullptr, call.wanted = wanted.data();
+      call.f = f.data(), call.z = z.data(), call.z_next = s.out.data();
+      call.table = s.table.data(), call.mode = s.mode.data(), call.threads = 1 + below(3);
       if (k == 0) {
-        step_cpu<Scalar>(rows, h, f.data(), z.data(), rule, s.table.data(), update, s.mode.data(), s.out.data(),
-                         threads);
+        cpu_passes().step(call);
         continue;
       }
       std::vector<double> norms(2 * B * T), gamma(B * T * M);
       std::vector<std::int32_t> dropped(B * T);
-      measure_cpu<Scalar>(rows, h, f.data(), z.data(), norms.data(), norm, threads);
-      judge_all(B, T, norms.data(), nullptr, s.table.data(), rule, s.mode.data());
-      weights_cpu<Scalar>(rows, h, update.coupling, update.ridge, s.mode.data(), gamma.data(), dropped.data(), threads);
-      mix_cpu<Scalar>(rows, h, gamma.data(), s.mode.data(), update.beta, z.data(), s.out.data(), threads);
+      call.norms = norms.data(), call.gamma = gamma.data(), call.dropped = dropped.data();
+      cpu_passes().measure(call);
+      judge_samples(B, T, norms.data(), nullptr, s.table.data(), rule, s.mode.data());
+      cpu_passes().weights(call);
+      cpu_passes().mix(call);
     }
     if (!same(sides[0].mode, sides[1].mode) || !same(sides[0].count, sides[1].count) ||
         !same(sides[0].gram, sides[1].gram))

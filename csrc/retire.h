@@ -57,6 +57,29 @@ struct Kept {
   std::int64_t bytes;
 };
 
+// memcpy of a length that the compiler knows, where it is a usual one.
+inline void copy(char* to, const char* from, std::int64_t bytes) {
+  switch (bytes) {
+    case 4:
+      std::memcpy(to, from, 4);
+      return;
+    case 8:
+      std::memcpy(to, from, 8);
+      return;
+    case 12:
+      std::memcpy(to, from, 12);
+      return;
+    case 16:
+      std::memcpy(to, from, 16);
+      return;
+    case sizeof(Sample):
+      std::memcpy(to, from, sizeof(Sample));
+      return;
+    default:
+      std::memcpy(to, from, static_cast<std::size_t>(bytes));
+  }
+}
+
 // Copies the samples that run on, one after the other. Returns how many there are.
 inline std::int64_t close_up(std::int64_t n, const Sample* table, int threads, const std::vector<Kept>& parts) {
   std::vector<std::int64_t> places;
@@ -70,24 +93,24 @@ inline std::int64_t close_up(std::int64_t n, const Sample* table, int threads, c
     auto* const to = static_cast<char*>(part.to);
     parallel_for(k, k * part.bytes, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t j = begin; j < end; ++j) {
-        std::memcpy(to + j * part.bytes, from + places[static_cast<std::size_t>(j)] * part.bytes, part.bytes);
+        copy(to + j * part.bytes, from + places[static_cast<std::size_t>(j)] * part.bytes, part.bytes);
       }
     });
   }
   return k;
 }
 
-// What a solve returns of its B samples. Returns how many did not converge.
-inline std::int64_t tell(std::int64_t B, const Sample* left, double* residual, std::int64_t* evaluations,
-                         std::int64_t* status, std::int64_t* rejections, std::int64_t* rank_losses) {
+// What a solve returns of its B samples: residual (B,), and counts (4, B): evaluations, status, rejections, rank
+// losses. Returns how many did not converge.
+inline std::int64_t tell(std::int64_t B, const Sample* left, double* residual, std::int64_t* counts) {
   std::int64_t failed = 0;
   for (std::int64_t i = 0; i < B; ++i) {
     const Sample& s = left[i];
     residual[i] = s.best;
-    evaluations[i] = static_cast<std::int64_t>(s.evaluations);
-    status[i] = static_cast<std::int64_t>(s.status);
-    rejections[i] = static_cast<std::int64_t>(s.rejections);
-    rank_losses[i] = static_cast<std::int64_t>(s.rank_losses);
+    counts[i] = static_cast<std::int64_t>(s.evaluations);
+    counts[B + i] = static_cast<std::int64_t>(s.status);
+    counts[2 * B + i] = static_cast<std::int64_t>(s.rejections);
+    counts[3 * B + i] = static_cast<std::int64_t>(s.rank_losses);
     failed += s.status != kConverged;
   }
   return failed;

@@ -183,8 +183,10 @@ std::int64_t close_up_batch(std::int64_t n, Address table, int threads, const st
   return close_up(n, at<const Sample>(table), threads, kept);
 }
 
-std::int64_t tell_all(std::int64_t B, Address left, Address residual, Address counts) {
-  return tell(B, at<const Sample>(left), at<double>(residual), at<std::int64_t>(counts));
+std::int64_t tell_all(std::int64_t B, Address left, Address residual, Address evaluations, Address status,
+                      Address rejections, Address rank_losses) {
+  return tell(B, at<const Sample>(left), at<double>(residual), at<std::int64_t>(evaluations), at<std::int64_t>(status),
+              at<std::int64_t>(rejections), at<std::int64_t>(rank_losses));
 }
 
 #if defined(PYDEQSOLVE_WITH_CUDA)

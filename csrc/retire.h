@@ -100,17 +100,17 @@ inline std::int64_t close_up(std::int64_t n, const Sample* table, int threads, c
   return k;
 }
 
-// What a solve returns of its B samples: residual (B,), and counts (4, B): evaluations, status, rejections, rank
-// losses. Returns how many did not converge.
-inline std::int64_t tell(std::int64_t B, const Sample* left, double* residual, std::int64_t* counts) {
+// What a solve returns of its B samples. Returns how many did not converge.
+inline std::int64_t tell(std::int64_t B, const Sample* left, double* residual, std::int64_t* evaluations,
+                         std::int64_t* status, std::int64_t* rejections, std::int64_t* rank_losses) {
   std::int64_t failed = 0;
   for (std::int64_t i = 0; i < B; ++i) {
     const Sample& s = left[i];
     residual[i] = s.best;
-    counts[i] = static_cast<std::int64_t>(s.evaluations);
-    counts[B + i] = static_cast<std::int64_t>(s.status);
-    counts[2 * B + i] = static_cast<std::int64_t>(s.rejections);
-    counts[3 * B + i] = static_cast<std::int64_t>(s.rank_losses);
+    evaluations[i] = static_cast<std::int64_t>(s.evaluations);
+    status[i] = static_cast<std::int64_t>(s.status);
+    rejections[i] = static_cast<std::int64_t>(s.rejections);
+    rank_losses[i] = static_cast<std::int64_t>(s.rank_losses);
     failed += s.status != kConverged;
   }
   return failed;

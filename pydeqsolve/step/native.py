@@ -246,9 +246,9 @@ def tell(left: Tensor) -> tuple[list[Tensor], int]:
     the host; and how many did not converge."""
     B, device = left.shape[0], left.device
     best = torch.empty(B, dtype=torch.float64, device=device)
-    counts = torch.empty(4, B, dtype=torch.int64, device=device)
-    failed: int = _native.tell(B, left.data_ptr(), best.data_ptr(), counts.data_ptr())
-    return [best, *counts.unbind()], failed
+    counts = [torch.empty(B, dtype=torch.int64, device=device) for _ in range(4)]
+    failed: int = _native.tell(B, left.data_ptr(), best.data_ptr(), *[x.data_ptr() for x in counts])
+    return [best, *counts], failed
 
 
 def advance_bound(

@@ -13,6 +13,7 @@ from torch import Tensor
 from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
+from .derivative.auxiliary import auxiliary
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .layout import Layout, detached
 from .loop.iterate import Outcome, check_together, iterate
@@ -39,6 +40,7 @@ def solve(
     front: Front | None = None,
     keep_history: bool = False,
     snapshots: Sequence[int] = (),
+    has_aux: bool = False,
 ) -> Solution:
     """Solves z = fn(z, *inputs) for each of B samples by itself and returns a `Solution`.
 
@@ -63,6 +65,9 @@ def solve(
         snapshots: steps, from 1, whose iterates are kept in `Solution.snapshots`, for losses along the trajectory; a
             sample that has finished before has its final z there. Their gradient is that of `Phantom`, with the steps
             and damping of `gradient` if that is one: off the fixed point there is no implicit gradient.
+        has_aux: fn returns a pair (z', aux). aux, a tensor (n, …) or a nested structure of such, takes no part in the
+            solve; `Solution.aux` is that of the z returned, (B, …), differentiable like it. Costs one more evaluation
+            of fn at the end, not counted in `Solution.evaluations`, and another where samples have failed.
         front: the map is causal over dimension 1 of the state, (B, T, …), and its blocks finish one by one (`Front`).
 
     Returns:
@@ -80,7 +85,7 @@ def solve(
     history = None
     if isinstance(z0, Solution):
         z0, history = detached(z0.z), z0.history
-    problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front)
+    problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front, has_aux)
     if not any(problem.layout.shapes):
         _warn_of_one_dimension(z0, flat.shape[0])
     if history is not None:
@@ -93,15 +98,16 @@ def solve(
     )  # fmt: skip
     seen, recorder = _with_phantom(problem, flat, found, gradient), Recorder()
     z = found.z if gradient is None or not flat.shape[0] else gradient.attach(problem, flat, found, recorder)
+    aux = auxiliary(problem, found.residual.isfinite(), z, gradient is not None) if has_aux else None
     return Solution(
         problem.layout.unpack(z), found.residual, found.evaluations, found.status, found.steps, found.rejections,
-        found.rank_losses, found.trace, seen, found.history, found.course, recorder,
+        found.rank_losses, found.trace, seen, found.history, found.course, recorder, aux,
     )  # fmt: skip
 
 
 def _prepare(
     fn: Callable[..., Any], z0: Any, inputs: Sequence[Tensor], solver: Solver, stop: Stop,
-    gradient: Gradient | None, compact: bool | None, front: Front | None,
+    gradient: Gradient | None, compact: bool | None, front: Front | None, has_aux: bool,
 ) -> tuple[Problem, Tensor]:  # fmt: skip
     """The problem and the flat first guess, after checking every argument."""
     if not callable(fn):
@@ -113,6 +119,7 @@ def _prepare(
         raise TypeError(f"front must be a Front or None, got {type(front).__name__}")
     if compact is not None and not isinstance(compact, bool):
         raise TypeError(f"compact must be True, False or None, got {type(compact).__name__}")
+    check_flag("has_aux", has_aux)
     layout = Layout.of(z0, by_blocks=front is not None or solver.method().coupling != "joint")
     flat = layout.pack(z0, "z0")
     B, T, D = flat.shape
@@ -123,7 +130,7 @@ def _prepare(
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
     check_inputs(inputs, B, flat.device)
     compact = bool(inputs) if compact is None else compact
-    return Problem(fn, tuple(inputs), layout, compact, causal=front is not None), flat
+    return Problem(fn, tuple(inputs), layout, compact, front is not None, has_aux), flat
 
 
 def _warn_of_one_dimension(z0: Any, n: int) -> None:
@@ -169,6 +176,8 @@ def refuse_pairs(
 
 def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: Gradient | None) -> list[Any]:
     """The snapshots in the user's structure, with a phantom gradient when there is to be any."""
+    if not outcome.snapshots:
+        return []
     phantom = gradient if isinstance(gradient, Phantom) else Phantom()
     found = []
     for z in outcome.snapshots:

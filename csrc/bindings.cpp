@@ -208,7 +208,7 @@ py::tuple tuple_of(const char* const (&names)[N]) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/step/native.py has the same number and refuses another.
-constexpr int kInterface = 12;
+constexpr int kInterface = 13;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.step.native alone.";

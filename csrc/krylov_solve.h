@@ -99,7 +99,7 @@ class KrylovSolve {
 
  private:
   void check(Address first, const char* name, bool needed = true) const {
-    check_address(at<const void>(first), needed ? B_ * N_ : 0, name);
+    check_address(at<void>(first), needed ? B_ * N_ : 0, name);
   }
 
   template <class Scalar>

@@ -57,6 +57,29 @@ struct Kept {
   std::int64_t bytes;
 };
 
+// memcpy of a length that the compiler knows, where it is a usual one.
+inline void copy(char* to, const char* from, std::int64_t bytes) {
+  switch (bytes) {
+    case 4:
+      std::memcpy(to, from, 4);
+      return;
+    case 8:
+      std::memcpy(to, from, 8);
+      return;
+    case 12:
+      std::memcpy(to, from, 12);
+      return;
+    case 16:
+      std::memcpy(to, from, 16);
+      return;
+    case sizeof(Sample):
+      std::memcpy(to, from, sizeof(Sample));
+      return;
+    default:
+      std::memcpy(to, from, static_cast<std::size_t>(bytes));
+  }
+}
+
 // Copies the samples that run on, one after the other. Returns how many there are.
 inline std::int64_t close_up(std::int64_t n, const Sample* table, int threads, const std::vector<Kept>& parts) {
   std::vector<std::int64_t> places;
@@ -70,7 +93,7 @@ inline std::int64_t close_up(std::int64_t n, const Sample* table, int threads, c
     auto* const to = static_cast<char*>(part.to);
     parallel_for(k, k * part.bytes, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t j = begin; j < end; ++j) {
-        std::memcpy(to + j * part.bytes, from + places[static_cast<std::size_t>(j)] * part.bytes, part.bytes);
+        copy(to + j * part.bytes, from + places[static_cast<std::size_t>(j)] * part.bytes, part.bytes);
       }
     });
   }

@@ -84,7 +84,7 @@ class SmallSolve {
   }
 
  private:
-  void check(Address first, int entries, const char* name) const { check_address(at<const void>(first), B_ * entries, name); }
+  void check(Address first, int entries, const char* name) const { check_address(at<void>(first), B_ * entries, name); }
   template <class Body>
   std::int64_t with(const Body& body) const {
     const auto* const mask = at<const std::uint8_t>(mask_);

@@ -28,7 +28,8 @@ class DEQ(nn.Module):
 
     warm_start: without z0, start from the last solution if that is one tensor of the shape of the first input, as for
     frames of a video or a training set seen in the same order; `reset` forgets it. keep_history: the solver's history
-    goes with it (`solve`), which takes memory and pays for long memories.
+    goes with it (`solve`), which takes memory and pays for long memories. has_aux: the cell returns a pair (z, aux)
+    (`solve`), and the layer (z*, aux at z*).
 
     Raises TypeError, and ValueError or NotImplementedError for options that do not go together, when it is made.
     """
@@ -38,6 +39,7 @@ class DEQ(nn.Module):
     def __init__(
         self, cell: Callable[..., Any], *, solver: Solver = ANDERSON, stop: Stop = STOP,
         gradient: Gradient | None = IMPLICIT, warm_start: bool = False, keep_history: bool = False,
+        has_aux: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         check_cell(cell)
@@ -46,15 +48,16 @@ class DEQ(nn.Module):
         check_gradient(gradient)
         check_flag("warm_start", warm_start)
         check_flag("keep_history", keep_history)
+        check_flag("has_aux", has_aux)
         refuse_pairs(solver, gradient, None, None, keep_history, (), empty=False)
         self.cell = cell
         self.solver, self.stop, self.gradient = solver, stop, gradient
-        self.warm_start, self.keep_history = warm_start, keep_history
+        self.warm_start, self.keep_history, self.has_aux = warm_start, keep_history, has_aux
         self.solution = None
 
     def extra_repr(self) -> str:
         """Solver, tolerance and gradient, a line each, and what is switched on."""
-        on = [f"{name}=True" for name in ("warm_start", "keep_history") if getattr(self, name)]
+        on = [f"{name}=True" for name in ("warm_start", "keep_history", "has_aux") if getattr(self, name)]
         return "\n".join([*(f"{name}={getattr(self, name)!r}" for name in ("solver", "stop", "gradient")), *on])
 
     def reset(self) -> None:
@@ -62,7 +65,7 @@ class DEQ(nn.Module):
         self.solution = None
 
     def forward(self, *inputs: Any, z0: Any = None, segments: Tensor | None = None) -> Any:
-        """z* for inputs (B, …) each.
+        """z* for inputs (B, …) each; with `has_aux` a pair, z* and aux.
 
         z0, by name: the first guess in the structure of the state, or a `Solution`; by default zeros like the first
         input. segments, by name: which rows belong to which sample (`solve`). Raises as `solve` does.
@@ -73,10 +76,11 @@ class DEQ(nn.Module):
         start = self._start(inputs) if z0 is None else z0
         solution = solve(
             self.cell, start, inputs, solver=self.solver, stop=self.stop, gradient=self.gradient,
-            keep_history=self.keep_history, segments=segments,
+            keep_history=self.keep_history, segments=segments, has_aux=self.has_aux,
         )  # fmt: skip
-        self.solution = replace(solution, z=copied(solution.z))
-        return solution.z
+        aux = copied(solution.aux) if self.has_aux else None
+        self.solution = replace(solution, z=copied(solution.z), aux=aux)
+        return (solution.z, solution.aux) if self.has_aux else solution.z
 
     def _start(self, inputs: tuple[Any, ...]) -> Any:
         """The first guess where none is given: the last solution where it fits, else zeros like the first input."""

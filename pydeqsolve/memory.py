@@ -23,6 +23,11 @@ def check_dense(name: str, x: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    try:
+        if _whole(x):
+            return
+    except (RuntimeError, NotImplementedError):
+        pass  # it stands for a value inside a transform, or has no storage
     what = _instead_of_dense(x)
     if what:
         raise TypeError(f"{name} must be a dense tensor with memory of its own, got {what}")
@@ -35,12 +40,10 @@ def address(x: Tensor, name: str = "a tensor") -> int:
     NotImplementedError inside a transform of torch.func.
     """
     try:
-        start = x.data_ptr()
-        if (
-            type(x) is Tensor and start and x.is_contiguous() and not x.is_neg() and not x.is_nested
-            and x.untyped_storage().nbytes() >= x.nbytes + x.storage_offset() * x.itemsize
-        ):  # fmt: skip
+        start = _whole(x)
+        if start:
             return start
+        start = x.data_ptr()
     except RuntimeError as error:
         check_dense(name, x)
         raise NotImplementedError(f"solve inside a torch.func transform is not supported ({name})") from error
@@ -48,6 +51,19 @@ def address(x: Tensor, name: str = "a tensor") -> int:
     if x.is_neg():
         raise TypeError(f"{name} must not be negated lazily: take its resolve_neg()")
     return start
+
+
+def _whole(x: Tensor) -> int:
+    """The address of a plain tensor whose entries lie there one after the other as they are; else, or if empty, 0."""
+    if type(x) is not Tensor:
+        return 0
+    start = x.data_ptr()
+    if (
+        start and x.is_contiguous() and not x.is_neg() and not x.is_nested and not x.is_quantized
+        and x.untyped_storage().nbytes() >= x.nbytes + x.storage_offset() * x.itemsize
+    ):  # fmt: skip
+        return start
+    return 0
 
 
 def _instead_of_dense(x: Tensor) -> str:

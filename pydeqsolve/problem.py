@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .layout import Layout
@@ -16,7 +17,8 @@ from .step.ring import Method
 class Problem:
     """z = fn(z, *inputs) for B samples. Calling it is the only way in which the library calls the user's function.
 
-    compact: fn may be given the unfinished samples alone. causal: fn takes the keyword `wanted` (`Front`).
+    compact: fn may be given the unfinished samples alone. causal: fn takes the keyword `wanted` (`Front`). has_aux: fn
+    returns a pair, its value and what is wanted at the solution alone.
     """
 
     fn: Callable[..., Any]
@@ -24,6 +26,7 @@ class Problem:
     layout: Layout
     compact: bool
     causal: bool = False
+    has_aux: bool = False
 
     def __call__(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
         """f (n, T, D) at the flat state z (n, T, D) and its inputs (n, …); wanted (n, T) bool goes with `causal`."""
@@ -31,8 +34,20 @@ class Problem:
 
     def value(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Any:
         """The same as fn returns it, in the structure and dtype of its own."""
+        found = self._call(z, inputs, wanted)
+        return found[0] if self.has_aux else found
+
+    def aux(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
+        """The second of what fn returns with `has_aux`, at the flat state z (n, T, D) and its inputs (n, …)."""
+        wanted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if self.causal else None
+        return self._call(z, inputs, wanted)[1]
+
+    def _call(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None) -> Any:
         named = {"wanted": wanted} if self.causal else {}
-        return self.fn(self.layout.unpack(z), *inputs, **named)
+        found = self.fn(self.layout.unpack(z), *inputs, **named)
+        if self.has_aux and not (isinstance(found, tuple) and len(found) == 2):
+            raise TypeError(f"fn must return (z, aux) with has_aux=True, got {type(found).__name__}")
+        return found
 
 
 class Solver(Protocol):

@@ -63,6 +63,7 @@ class Solution:
     history: History | None = None  # when asked for: what a later solve may go on from
     course: Course | None = None  # how it went: what `check` reads the likely causes from
     recorder: Recorder = field(default_factory=Recorder)  # of backward passes through z
+    aux: Any = None  # what fn returns beside the state at z, leading dimension B, when asked for
 
     @property
     def adjoint(self) -> Adjoint | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
+from .derivative.auxiliary import auxiliary
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .layout import Layout, detached, nested
 from .loop.iterate import Outcome, check_together, iterate
@@ -44,6 +45,7 @@ def solve(
     admissible: Callable[..., Tensor] | None = None,
     merit: Callable[..., Tensor] | None = None,
     segments: Tensor | None = None,
+    has_aux: bool = False,
 ) -> Solution:
     """Solves z = fn(z, *inputs) for each of B samples by itself and returns a `Solution`.
 
@@ -70,6 +72,9 @@ def solve(
         snapshots: steps, from 1, whose iterates are kept in `Solution.snapshots`, for losses along the trajectory; a
             sample that has finished before has its final z there. Their gradient is that of `Phantom`, with the steps
             and damping of `gradient` if that is one: off the fixed point there is no implicit gradient.
+        has_aux: fn returns a pair (z', aux). aux, a tensor (n, …) or a nested structure of such, takes no part in the
+            solve; `Solution.aux` is that of the z returned, (B, …), differentiable like it. Costs one more evaluation
+            of fn at the end, not counted in `Solution.evaluations`, and another where samples have failed.
         front: the map is causal over dimension 1 of the state, (B, T, …), and its blocks finish one by one (`Front`).
         admissible: admissible(z, *inputs) → (n,) bool, asked of accelerated iterates before fn sees them, in the
             structure of the state. Where it is false the sample takes the plain (damped) step instead, counts a
@@ -101,7 +106,7 @@ def solve(
     if isinstance(z0, Solution):
         z0, history = detached(z0.z), z0.history
     where = None if segments is None else Segments.of(segments)
-    problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front, where)
+    problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front, where, has_aux)
     if where is not None:
         callback, stop = where.told(callback, stop.norm), where.tolerance(stop)
     elif not any(problem.layout.shapes):
@@ -111,7 +116,7 @@ def solve(
     _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
     gated = admissible is not None or merit is not None
     refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0], gated=gated)
-    options = (front, trace, callback, history, keep_history, snapshots, gated, where)
+    options = (front, trace, callback, history, keep_history, snapshots, gated, where, has_aux)
     in_graph = torch.compiler.is_compiling() and _is_one_graph(solver, gradient, options)
     if in_graph:
         found = traced(problem, flat.detach(), solver=solver, stop=stop)
@@ -123,17 +128,19 @@ def solve(
     seen, recorder = _with_phantom(problem, flat, found, gradient), Recorder()
     attached = gradient is not None and flat.shape[0] and not in_graph
     z = gradient.attach(problem, flat, found, recorder) if gradient is not None and attached else found.z
+    aux = auxiliary(problem, found.residual.isfinite(), z, gradient is not None) if has_aux else None
     if where is not None:
         found = where.measured(found)
     return Solution(
         problem.layout.unpack(z), found.residual, found.evaluations, found.status, found.steps, found.rejections,
-        found.rank_losses, found.trace, seen, found.history, found.course, recorder,
+        found.rank_losses, found.trace, seen, found.history, found.course, recorder, aux,
     )  # fmt: skip
 
 
 def _prepare(
     fn: Callable[..., Any], z0: Any, inputs: Sequence[Tensor], solver: Solver, stop: Stop,
     gradient: Gradient | None, compact: bool | None, front: Front | None, where: Segments | None,
+    has_aux: bool,
 ) -> tuple[Problem, Tensor]:  # fmt: skip
     """The problem and the flat first guess, after checking every argument."""
     if not callable(fn):
@@ -145,9 +152,10 @@ def _prepare(
         raise TypeError(f"front must be a Front or None, got {type(front).__name__}")
     if compact is not None and not isinstance(compact, bool):
         raise TypeError(f"compact must be True, False or None, got {type(compact).__name__}")
+    check_flag("has_aux", has_aux)
     by_blocks = front is not None or solver.method().coupling != "joint"
-    if where is not None and (by_blocks or compact):
-        raise ValueError('segments go with neither a front, nor a coupling other than "joint", nor compact=True')
+    if where is not None and (by_blocks or compact or has_aux):
+        raise ValueError('segments go with none of: front, coupling other than "joint", compact=True, has_aux=True')
     layout = Layout.of(z0, by_blocks)
     if where is not None:
         layout = SegmentLayout.over(layout, where)
@@ -162,7 +170,7 @@ def _prepare(
     if len(given) != len(inputs) or not all(isinstance(x, Tensor) for x in inputs):
         fn = nested(fn, inputs)
     compact = bool(given) and where is None if compact is None else compact
-    return Problem(fn, tuple(given), layout, compact, causal=front is not None), flat
+    return Problem(fn, tuple(given), layout, compact, front is not None, has_aux), flat
 
 
 def _warn_of_one_dimension(z0: Any, n: int) -> None:
@@ -217,6 +225,8 @@ def _is_one_graph(solver: Solver, gradient: Gradient | None, options: tuple[Any,
 
 def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: Gradient | None) -> list[Any]:
     """The snapshots in the user's structure, with a phantom gradient when there is to be any."""
+    if not outcome.snapshots:
+        return []
     phantom = gradient if isinstance(gradient, Phantom) else Phantom()
     found = []
     for z in outcome.snapshots:

@@ -73,7 +73,7 @@ DEFECTS = [
            'batch.full, residual, evaluations, status', 'batch.full, residual, evaluations + 1, status',
            "test_laws.py::test_evaluations_count_the_rows_passed_to_fn"),
     Defect("samples are frozen too early", "pydeqsolve/loop/judge.py",
-           "name: float(t) for name in", "name: float(2 * t) for name in",
+           "name: float(t) for name, t", "name: float(2 * t) for name, t",
            "test_solve.py::test_a_contraction_ends_converged_with_its_residual_within_the_tolerance"),
     Defect("the safeguard is skipped", "pydeqsolve/loop/iterate.py",
            "safeguard = torch.inf if unguarded else solver.safeguard", "safeguard = torch.inf",

@@ -158,8 +158,8 @@ def test_a_layer_of_graphs_warm_starts():
         (torch.tensor([0, 1, 0]), {}, ValueError, "segments must be sorted"),
         (torch.tensor([-1, 0, 0]), {}, ValueError, "segments must be sorted and non-negative"),
         (torch.tensor([0, 1]), {}, ValueError, "z0 must have 2 rows like segments, got 3"),
-        (torch.tensor([0, 0, 1]), {"front": Front()}, ValueError, "segments go with neither"),
-        (torch.tensor([0, 0, 1]), {"compact": True}, ValueError, "segments go with neither"),
+        (torch.tensor([0, 0, 1]), {"front": Front()}, ValueError, "segments go with none of"),
+        (torch.tensor([0, 0, 1]), {"compact": True}, ValueError, "segments go with none of"),
         (torch.tensor([0, 0, 1]), {"stop": Stop(torch.ones(3))}, ValueError, r"stop.rtol must have shape \(2,\)"),
     ],
 )

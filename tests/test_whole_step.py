@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydeqsolve import Stop, build_info
 from pydeqsolve.loop.judge import SampleJudge
 from pydeqsolve.step.backend import choose
+from pydeqsolve.step.records import MIX
 from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
 from pydeqsolve.step.rules import Rule
 
@@ -135,3 +136,43 @@ def test_rows_that_are_not_aligned_take_the_same_values(B):
         f, z = torch.randn(2, B, 1, D, generator=g)
         expected, found = (p.whole(f, z, torch.arange(B), None)[2] for p in (aligned, shifted))
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("norm", ["rms", "max"])
+def test_features_measured_in_two_parts_take_the_step_of_the_whole(kind, norm):
+    B, T, D, cut = 3, 2, 40, 13
+    method = Method(kind, 4, 0.7)
+    sizes = (D, cut, D - cut)
+    whole, *parts = (choose(Ring(method, B, T, d, torch.float64, cpu), problems.measured_in(norm)) for d in sizes)
+    g = problems.generator(0)
+    rows, mode = torch.tensor([2, 0, 1]), torch.full((B, T), MIX, dtype=torch.uint8)
+    for _ in range(7):
+        # Integers: sums of their products are exact in any order.
+        f, z = torch.randint(-64, 65, (2, B, T, D), generator=g).double()
+        norms = whole.measure(f, z, rows, None)
+        pieces = [
+            (f[..., :cut].contiguous(), z[..., :cut].contiguous()),
+            (f[..., cut:].contiguous(), z[..., cut:].contiguous()),
+        ]
+        both = [part.measure(*piece, rows, None) for part, piece in zip(parts, pieces, strict=True)]
+        assert torch.equal(torch.maximum(*both) if norm == "max" else both[0] + both[1], norms)
+        total = parts[0].sums(rows) + parts[1].sums(rows)
+        assert torch.equal(total, whole.sums(rows))
+        for part in parts:
+            part.put_sums(rows, total)
+        expected, dropped = whole.advance(z, mode, rows)
+        found = [part.advance(piece[1], mode, rows) for part, piece in zip(parts, pieces, strict=True)]
+        assert torch.equal(torch.cat([x for x, _ in found], -1), expected)
+        assert all(torch.equal(own, dropped) for _, own in found)
+
+
+def test_sums_put_back_change_no_bit():
+    backend = choose(Ring(Method("broyden good", 3), 4, 1, 9, torch.float32, cpu))
+    rows, g = torch.arange(4), problems.generator(1)
+    for _ in range(5):
+        backend.measure(*torch.randn(2, 4, 1, 9, generator=g), rows, None)
+    z, mode = torch.randn(4, 1, 9, generator=g), torch.full((4, 1), MIX, dtype=torch.uint8)
+    expected = backend.advance(z, mode, rows)[0]
+    backend.put_sums(rows, backend.sums(rows))
+    assert torch.equal(backend.advance(z, mode, rows)[0], expected)

@@ -87,6 +87,49 @@ inline WideLanes<Scalar> read(const Scalar* p, int part) {
 }
 inline Lanes read(const double* p) { return load(p); }
 
+// Whether part of a load can be read and written alone: what lies beyond a short row is another sample's.
+template <class Scalar>
+#if defined(__AVX__)
+constexpr bool kMasked = sizeof(Scalar) > 2;
+#else
+constexpr bool kMasked = false;
+#endif
+
+#if defined(__AVX__)
+constexpr std::int32_t kOnes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+constexpr std::int64_t kWideOnes[8] = {-1, -1, -1, -1};
+
+// The first `count` entries from p on, kChunk at most, and zeros.
+inline FloatLanes load_some(const float* p, int count) {
+#if defined(__AVX512F__)
+  return (FloatLanes)_mm256_maskload_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + 8 - count)));
+#else
+  return (FloatLanes)_mm_maskload_ps(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kOnes + 8 - count)));
+#endif
+}
+inline Lanes load_some(const double* p, int count) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1 << count) - 1), p);
+#else
+  return (Lanes)_mm256_maskload_pd(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kWideOnes + 4 - count)));
+#endif
+}
+inline void write_some(float* p, int count, const FloatLanes& v) {
+#if defined(__AVX512F__)
+  _mm256_maskstore_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + 8 - count)), (__m256)v);
+#else
+  _mm_maskstore_ps(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kOnes + 8 - count)), (__m128)v);
+#endif
+}
+inline void write_some(double* p, int count, const Lanes& v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1 << count) - 1), (__m512d)v);
+#else
+  _mm256_maskstore_pd(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kWideOnes + 4 - count)), (__m256d)v);
+#endif
+}
+#endif
+
 inline Shorts to_half(const Floats& v) {
 #if defined(__AVX512F__)
   return (Shorts)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);

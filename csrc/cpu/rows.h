@@ -53,11 +53,37 @@ inline void add_square(Lanes& sum, const Floats& v) {
   add_square(sum, upper(v));
 }
 
-// Writes R[0] = r, which is f - z as kept, and F[0] = f over `length` entries, whole lines. With differences by age
-// y_a = r_a - r_{a+1} and steps s_a = z_a - z_{a+1}, z = f - r, adds
+// Entries i … of a row of `length`, fewer than a line where it is a tail, else any number of lines; and their place.
+template <bool tail, class Scalar>
+inline WideLanes<Scalar> read_at(const Scalar* row, std::int64_t i, [[maybe_unused]] std::int64_t length, int part) {
+  if constexpr (tail) {
+    return load_some(row + i, static_cast<int>(length - i < kChunk<Scalar> ? length - i : kChunk<Scalar>));
+  } else {
+    return read(row + i, part);
+  }
+}
+template <bool tail, class Scalar>
+inline Stored<Scalar> stored_at(const Scalar* row, std::int64_t i, std::int64_t length) {
+  if constexpr (tail) {
+    return read_at<true>(row, i, length, 0);
+  } else {
+    return load(row + i);
+  }
+}
+template <bool past_cache, bool tail, class Scalar>
+inline void write_at(Scalar* row, std::int64_t i, [[maybe_unused]] std::int64_t length, const Stored<Scalar>& v) {
+  if constexpr (tail) {
+    write_some(row + i, static_cast<int>(length - i < kChunk<Scalar> ? length - i : kChunk<Scalar>), v);
+  } else {
+    write<past_cache>(row + i, v);
+  }
+}
+
+// Writes R[0] = r, which is f - z as kept, and F[0] = f over `length` entries, whole lines or a tail. With differences
+// by age y_a = r_a - r_{a+1} and steps s_a = z_a - z_{a+1}, z = f - r, adds
 //   without steps: y_0.y_a, y_a.r;  with steps: s_a.y_0, s_a.r, s_0.y_a, s_0.s_a;  C of each, one kind after the other,
 // and then |f - z|^2 and f.f, to dots. Rows of bfloat16 count `scale` times in all but the last two.
-template <class Scalar, int C, bool past_cache, bool steps>
+template <class Scalar, int C, bool past_cache, bool steps, bool tail>
 void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, const RowsOf<Scalar>& rows, Ahead ahead,
                   [[maybe_unused]] float scale, double* dots) {
   constexpr int kSums = steps ? 4 : 2;
@@ -98,17 +124,18 @@ void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, const R
       }
 #pragma GCC unroll 8
       for (std::int64_t i = line; i < line + kLine<Scalar>; i += kChunk<Scalar>) {
+        if (tail && i >= length) break;
         WideLanes<Scalar> exact[kParts<Scalar>];
 #pragma GCC unroll 2
         for (int part = 0; part < kParts<Scalar>; ++part) {
-          const WideLanes<Scalar> value = read(f + i, part);
-          exact[part] = value - read(z + i, part);
+          const WideLanes<Scalar> value = read_at<tail>(f, i, length, part);
+          exact[part] = value - read_at<tail>(z, i, length, part);
           add_square(rr, exact[part]);
           add_square(ff, value);
         }
-        const auto r_row = joined_residuals<Scalar>(exact), f_row = load(f + i);
-        write<past_cache>(R0 + i, r_row);
-        write<past_cache>(F0 + i, f_row);
+        const Stored<Scalar> r_row = joined_residuals<Scalar>(exact), f_row = stored_at<tail>(f, i, length);
+        write_at<past_cache, tail>(R0, i, length, r_row);
+        write_at<past_cache, tail>(F0, i, length, f_row);
 #pragma GCC unroll 2
         for (int part = 0; part < kParts<Scalar>; ++part) {
           // Else both parts of a load would stay in registers, of which there are too few.
@@ -117,11 +144,11 @@ void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, const R
           Number<Scalar> r_a = r, z_a = value - r, y_0 = {}, s_0 = {};
 #pragma GCC unroll 16
           for (int a = 0; a < C; ++a) {
-            const Number<Scalar> r_next = number(read(R[a] + i, part)), y = r_a - r_next;
+            const Number<Scalar> r_next = number(read_at<tail>(R[a], i, length, part)), y = r_a - r_next;
             if (a == 0) y_0 = y;
             r_a = r_next;
             if constexpr (steps) {
-              const Number<Scalar> z_next = number(read(F[a] + i, part)) - r_next, s = z_a - z_next;
+              const Number<Scalar> z_next = number(read_at<tail>(F[a], i, length, part)) - r_next, s = z_a - z_next;
               if (a == 0) s_0 = s;
               z_a = z_next;
               sums[0][a] += s * y_0;
@@ -152,12 +179,14 @@ void measure_rows(std::int64_t length, const Scalar* f, const Scalar* z, const R
 }
 
 // The instances by number of differences C = 0 … most_older.
-template <class Scalar, bool past_cache, bool steps, int C = 0>
+template <class Scalar, bool past_cache, bool steps, bool tail, int C = 0>
 void measure_rows_of(int differences, std::int64_t length, const Scalar* f, const Scalar* z, const RowsOf<Scalar>& rows,
                      Ahead ahead, float scale, double* dots) {
-  if (differences == C) return measure_rows<Scalar, C, past_cache, steps>(length, f, z, rows, ahead, scale, dots);
+  if (differences == C) {
+    return measure_rows<Scalar, C, past_cache, steps, tail>(length, f, z, rows, ahead, scale, dots);
+  }
   if constexpr (C < most_older(steps)) {
-    measure_rows_of<Scalar, past_cache, steps, C + 1>(differences, length, f, z, rows, ahead, scale, dots);
+    measure_rows_of<Scalar, past_cache, steps, tail, C + 1>(differences, length, f, z, rows, ahead, scale, dots);
   }
 }
 
@@ -186,7 +215,8 @@ constexpr bool is_long(std::int64_t length) {
   return !kNarrow<Scalar> || length >= 4 * kMaxOlder;
 }
 
-// A whole piece: whole lines where they lie, the rest through padded copies (zeros leave every sum unchanged).
+// A whole piece: whole lines, and the rest where it lies if parts of a load can be, else through padded copies (zeros
+// leave every sum unchanged).
 // sums as `dots` above; squares: of the residual before, where there are older rows. Returns false where the rows are
 // written, but sums must be formed in double.
 template <class Scalar, bool steps>
@@ -196,12 +226,22 @@ bool measure_piece(std::int64_t length, int older, const Scalar* f, const Scalar
   constexpr bool scaled = std::is_same_v<Scalar, BFloat16>;
   const float scale = scaled && older > 0 ? scale_of(squares) : 1.0f;
   const std::int64_t whole = length / line * line;
-  if (past_cache && is_aligned(rows.R[0]) && is_aligned(rows.F[0])) {
-    measure_rows_of<Scalar, true, steps>(older, whole, f, z, rows, ahead, scale, sums);
+  if (whole == 0) {
+  } else if (past_cache && is_aligned(rows.R[0]) && is_aligned(rows.F[0])) {
+    measure_rows_of<Scalar, true, steps, false>(older, whole, f, z, rows, ahead, scale, sums);
   } else {
-    measure_rows_of<Scalar, false, steps>(older, whole, f, z, rows, ahead, scale, sums);
+    measure_rows_of<Scalar, false, steps, false>(older, whole, f, z, rows, ahead, scale, sums);
   }
-  if (whole != length) {
+  if constexpr (kMasked<Scalar>) {
+    if (whole == length) return true;
+    RowsOf<Scalar> rest;
+    for (int a = 0; a <= older; ++a) {
+      rest.R[a] = rows.R[a] + whole;
+      rest.F[a] = rows.F[a] + whole;
+    }
+    measure_rows_of<Scalar, false, steps, true>(older, length - whole, f + whole, z + whole, rest, {}, scale, sums);
+    return true;
+  } else if (whole != length) {
     Scalar padded[2 * kMaxOlder + 4][line] = {};
     const std::size_t bytes = (length - whole) * sizeof(Scalar);
     RowsOf<Scalar> copies;
@@ -217,7 +257,7 @@ bool measure_piece(std::int64_t length, int older, const Scalar* f, const Scalar
       copies.R[a] = copy_of(rows.R[a]);
       if constexpr (steps) copies.F[a] = copy_of(rows.F[a]);
     }
-    measure_rows_of<Scalar, false, steps>(older, line, f_copy, z_copy, copies, {}, scale, sums);
+    measure_rows_of<Scalar, false, steps, false>(older, line, f_copy, z_copy, copies, {}, scale, sums);
     std::memcpy(rows.R[0] + whole, copies.R[0], bytes);
     std::memcpy(rows.F[0] + whole, copies.F[0], bytes);
   }

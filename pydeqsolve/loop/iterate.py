@@ -57,7 +57,8 @@ def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
         return _counting_versions(problem, z0, **options)
     if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
         return _out_of_sight()(problem, z0, **options)
-    return loop(problem, z0, **options)
+    with torch.no_grad():
+        return loop(problem, z0, **options)
 
 
 def _counting_versions(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
@@ -82,11 +83,10 @@ _hidden: list[Callable[..., Outcome]] = []  # made once; the compiler warns of f
 
 def _out_of_sight() -> Callable[..., Outcome]:
     if not _hidden:
-        _hidden.append(torch.compiler.disable(loop))
+        _hidden.append(torch.compiler.disable(torch.no_grad()(loop)))
     return _hidden[0]
 
 
-@torch.no_grad()
 def loop(
     problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop, front: Front | None = None, trace: bool = False,
     callback: Callback | None = None, history: History | None = None, keep_history: bool = False,
@@ -98,8 +98,8 @@ def loop(
     the batch at the next reading of the flags (`Stop.check_every`); until then they are frozen.
     """
     watching, seen = (Trace() if trace else None), Snapshots(snapshots)
-    watches: list[Watch] = [*([watching] if watching else []), *([seen] if snapshots else [])]
-    watches += [calling(callback)] if callback is not None else []
+    asked = [watching, seen if snapshots else None, None if callback is None else calling(callback)]
+    watches: list[Watch] = [watch for watch in asked if watch is not None]
     batch, step = assemble(problem, z0, solver, stop, front, history, keep_history, admissible, merit)
     verdict: Verdict | None = None
     interval, steps, eps, stopped = stop.interval(z0.device), 0, batch.eps, False
@@ -114,7 +114,7 @@ def loop(
         steps += 1
         last = steps == stop.max_steps
         verdict = step.measure(batch, f, wanted, last)
-        stopped = any(watch(steps, batch, step.judge) for watch in watches)
+        stopped = bool(watches) and any(watch(steps, batch, step.judge) for watch in watches)
         if stopped:
             break
         if last or steps % interval == 0:

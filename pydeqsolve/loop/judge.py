@@ -7,7 +7,7 @@ look at the flags as late as it likes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ FIRST["status"] = float(RUNNING)
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
+class Verdict(NamedTuple):
     """All that a measurement tells the rest of a step."""
 
     mode: Tensor  # (n, T) uint8, what becomes of each block
@@ -46,12 +45,13 @@ class SampleJudge:
         self.stop, self.rule, self.backend = stop, backend.rule, backend
         rule = backend.rule
         device = backend.ring.R.device
-        chosen = {name: t for name in ("rtol", "atol") if isinstance(t := getattr(stop, name), Tensor)}
-        first = {**FIRST, "unknowns": float(rule.unknowns), "floor": ROUNDING * rule.eps}
-        first |= {name: float(t) for name in ("rtol", "atol") if not isinstance(t := getattr(stop, name), Tensor)}
+        first = FIRST.copy()
+        first["unknowns"], first["floor"] = float(rule.unknowns), ROUNDING * rule.eps
+        tolerances = {"rtol": stop.rtol, "atol": stop.atol}
+        first |= {name: float(t) for name, t in tolerances.items() if not isinstance(t, Tensor)}
         self.samples = Records(SAMPLE, native.table_of(B, list(first.values()), device))
-        for name, tolerance in chosen.items():
-            if tolerance.dim() < 2:
+        for name, tolerance in tolerances.items():
+            if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
                 self.samples[name] = tolerance.to(device, torch.float64)
         self.left = Records(SAMPLE, torch.empty_like(self.samples.table))
         self._eps = rule.eps  # that fn computes with, as far as was seen

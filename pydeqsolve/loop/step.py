@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -44,7 +42,7 @@ class Step:
             return verdict
         running = self.judge.samples.running
         if bool(running.all()):
-            return replace(verdict, finished=None)
+            return verdict._replace(finished=None)
         self._leave(batch, ~running, verdict.mode, ended=False)
         stay = running.nonzero()[:, 0]
         batch.select(stay)
@@ -80,7 +78,7 @@ class FusedStep(Step):
             self._mode = None
             return super().measure(batch, f, wanted, last)
         z_next, mode = batch.spare(), self._mode
-        if mode is None or len(mode) != batch.size:
+        if mode is None or mode.shape[0] != batch.size:
             mode = self._mode = torch.empty(f.shape[:2], dtype=torch.uint8, device=f.device)
         finished, _ = self.native.step(
             f, batch.z, batch.mapped, wanted, self.judge.samples, batch.before, batch.full, mode, z_next

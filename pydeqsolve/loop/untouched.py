@@ -34,10 +34,13 @@ class Untouched:
 
     def __init__(self, z: Tensor, inputs: Sequence[Tensor], call: int) -> None:
         self.z, self.version, self.inputs = z, z._version, inputs
-        self.versions = [None if x.is_inference() else x._version for x in inputs]
+        self.versions: list[int | None] = []
+        self.copies: dict[int, Tensor] = {}
         early = call < SOUGHT
-        unseen = [i for i, version in enumerate(self.versions) if version is None] if early else ()
-        self.copies = {i: _first(inputs[i]).clone() for i in unseen}
+        if inputs:
+            self.versions = [None if x.is_inference() else x._version for x in inputs]
+            unseen = [i for i, version in enumerate(self.versions) if early and version is None]
+            self.copies = {i: _first(inputs[i]).clone() for i in unseen}
         self.copy = _leading(z).clone() if early and z.is_cpu else None
 
     def check(self) -> None:

@@ -30,19 +30,19 @@ def choose(ring: Ring, rule: Rule | None = None, front: Front | None = None, fre
     native.warn_once()
     R = ring.R
     rule = Rule(0.0, ring.eps, "rms", R.shape[2] * R.shape[3]) if rule is None else rule
-    for name, x in ring.tensors().items():
-        if not fresh or type(x) is not Tensor:
+    if not fresh or type(R) is not Tensor:
+        for name, x in ring.tensors().items():
             address(x, f"{name} of the history")
     numbers = native.layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
     handle = native.bind(
         numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count,
-        (COUPLINGS.index(ring.coupling), ring.ridge, ring.damping), native.ruled(rule, front, R.shape[2]),
+        (COUPLINGS.index(ring.coupling), ring.ridge, ring.damping), native.ruled(rule, front, R.shape[2]), kept=False,
     )  # fmt: skip
     if handle is None:
         return Backend(ring, rule, front)
     if not R.is_cpu:
         return NativeCUDA(ring, rule, front, handle)
-    if fresh:
+    if fresh and R.nbytes >= native.LARGE_PAGE:
         for rows in (R, ring.F):
             native.use_large_pages(rows)
     return NativeCPU(ring, rule, front, handle)
@@ -67,6 +67,44 @@ class Backend:
         """
         self._turn()
         return reference.measure(self.ring, f, z, rows, wanted, self.rule.norm)
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """What the last `measure` summed over features, (n, T, K) float64: r·r, f·f, right-hand side, new Gram entries.
+
+        The first half of a step reduces, the second (`advance`) reads nothing of other features: where these are held
+        apart, each part measures its own, and `put_sums` takes the sums of all. Norms are summed, or maximised, alike.
+        """
+        squares, sums = (x[rows] for x in self._summed())
+        count = self.ring.count[rows][..., None]
+        valid = torch.arange(sums.shape[2], device=count.device) < count - 1  # (n, T, M - 1)
+        sums = torch.where(valid[..., None], sums, 0.0).flatten(2)
+        return torch.cat([torch.where(count > 0, squares, 0.0), sums], dim=-1)
+
+    def put_sums(self, rows: Tensor, sums: Tensor) -> None:
+        """Takes `sums` (n, T, K) in place of those of the last `measure`."""
+        ring, M = self.ring, self.ring.slots
+        kinds = 3 if ring.steps_gram is None else 4
+        ring.squares[rows] = sums[..., :2]
+        rhs, row, column, *steps = sums[..., 2:].unflatten(-1, (M - 1, kinds)).unbind(-1)
+        head, ages = ring.head, [(ring.head - a) % M for a in range(M - 1)]
+        ring.rhs[rows, :, : M - 1] = rhs
+        pairs = [(ring.gram, row, column)]
+        if ring.steps_gram is not None:
+            pairs.append((ring.steps_gram, steps[0], steps[0]))
+        for matrices, new_row, new_column in pairs:
+            own = matrices[rows]
+            own[:, :, head, ages], own[:, :, ages, head] = new_row, new_column
+            matrices[rows] = own
+
+    def _summed(self) -> tuple[Tensor, Tensor]:
+        """squares (B, T, 2), and by age (B, T, M − 1, 3 or 4): right-hand side, new row and column of the Gram matrix,
+        new row of that of steps."""
+        ring, M = self.ring, self.ring.slots
+        head, ages = ring.head, [(ring.head - a) % M for a in range(M - 1)]
+        found = [ring.rhs[..., : M - 1], ring.gram[:, :, head, ages], ring.gram[:, :, ages, head]]
+        if ring.steps_gram is not None:
+            found.append(ring.steps_gram[:, :, head, ages])
+        return ring.squares, torch.stack(found, dim=-1)
 
     def judge(self, samples: Records, norms: Tensor, dropped: Tensor | None) -> tuple[Tensor, int | None, int | None]:
         """Mode (n, T): MIX, REJECT, or KEEP when finished; samples finished, samples left behind.

@@ -32,7 +32,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 LARGE_PAGE = 1 << 21  # bytes
-INTERFACE = 12  # csrc/bindings.cpp
+INTERFACE = 13  # csrc/bindings.cpp
 
 
 _native: Any
@@ -84,16 +84,17 @@ def layout(
 def bind(
     numbers: tuple[Any, ...], R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
     squares: Tensor, count: Tensor, use: tuple[int, float, float] = (0, 0.0, 1.0),
-    rule: tuple[Any, ...] = (0.0, 1.0, 0, 0.0, False, 0),
+    rule: tuple[Any, ...] = (0.0, 1.0, 0, 0.0, False, 0), kept: bool = True,
 ) -> Any:  # fmt: skip
     """What is constant in a solve as the native module takes it, or None where there are no kernels for it.
 
-    numbers: the `layout` of R. use: the place of the coupling in `COUPLINGS`, ridge and damping. rule: as `ruled`. It
-    is numbers and addresses alone: nothing is checked, and no tensor is kept alive.
+    numbers: the `layout` of R. use: the place of the coupling in `COUPLINGS`, ridge and damping. rule: as `ruled`.
+    kept: for a later call that names the same. It is numbers and addresses alone: nothing is checked, and no tensor is
+    kept alive.
     """
     if _native is None or numbers[1] > _native.MAX_SLOTS or not (R.is_cpu or is_native(R)):
         return None
-    return _solve(
+    return (_solve if kept else _native.Solve)(
         *numbers, not R.is_cpu, *use, R.data_ptr(), F.data_ptr(), gram.data_ptr(),
         0 if steps_gram is None else steps_gram.data_ptr(), rhs.data_ptr(), squares.data_ptr(), count.data_ptr(), *rule,
     )  # fmt: skip
@@ -198,7 +199,7 @@ def step(
 ) -> tuple[int, int]:  # fmt: skip
     """`measure_bound`, `judge` and `advance_bound` at once on the host; see `NativeCPU.step`."""
     counts: tuple[int, int] = _native.step(
-        handle, head, len(f), 0 if rows is None else rows.data_ptr(), 0 if wanted is None else wanted.data_ptr(),
+        handle, head, f.shape[0], 0 if rows is None else rows.data_ptr(), 0 if wanted is None else wanted.data_ptr(),
         f.data_ptr(), z.data_ptr(), samples.table.data_ptr(), before.data_ptr(), best.data_ptr(), mode.data_ptr(),
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -226,14 +227,14 @@ def leave(
 ) -> None:
     """Stores iterates and records of finished samples on the host; see `NativeCPU.leave`."""
     _native.leave(
-        handle, len(z), 0 if rows is None else rows.data_ptr(), z.data_ptr(), samples.table.data_ptr(),
+        handle, z.shape[0], 0 if rows is None else rows.data_ptr(), z.data_ptr(), samples.table.data_ptr(),
         best.data_ptr(), left.data_ptr(), ended, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def close_up(samples: Records, k: int, tensors: list[Tensor]) -> list[Tensor]:
     """The k samples of contiguous `tensors` (n, …) on the host that are still running, one after the other."""
-    n, found = len(samples.table), [buffer_like(x[:k]) for x in tensors]
+    n, found = samples.table.shape[0], [buffer_like(x[:k]) for x in tensors]
     pairs = zip(tensors, found, strict=True)
     parts = [(x.data_ptr(), y.data_ptr(), x.nbytes // n) for x, y in pairs]
     _native.close_up(n, samples.table.data_ptr(), torch.get_num_threads(), parts)
@@ -243,9 +244,10 @@ def close_up(samples: Records, k: int, tensors: list[Tensor]) -> list[Tensor]:
 def tell(left: Tensor) -> tuple[list[Tensor], int]:
     """best float64, then evaluations, status, rejections and rank_losses int64, (B,) each, of records left (B, …) on
     the host; and how many did not converge."""
-    B = len(left)
-    best, counts = left.new_empty(B), [left.new_empty(B, dtype=torch.int64) for _ in range(4)]
-    failed: int = _native.tell(B, left.data_ptr(), best.data_ptr(), *(x.data_ptr() for x in counts))
+    B, device = left.shape[0], left.device
+    best = torch.empty(B, dtype=torch.float64, device=device)
+    counts = [torch.empty(B, dtype=torch.int64, device=device) for _ in range(4)]
+    failed: int = _native.tell(B, left.data_ptr(), best.data_ptr(), *[x.data_ptr() for x in counts])
     return [best, *counts], failed
 
 

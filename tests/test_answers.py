@@ -199,8 +199,8 @@ def test_a_network_inside_another_module_is_known_for_what_it_is(wrap):
     assert model.config.in_channels == 2
     got = model(torch.ones(2, 2, 1, 1), torch.tensor([1, 2]), torch.tensor([[[3.0]], [[4.0]]]))
     assert got.flatten().tolist() == [4, 4, 5, 5]
-    with pytest.raises(ValueError, match="it predicts variances too"):
-        DiffusersModel(wrap(UNet2DModel(in_channels=2, out_channels=4)))
+    with pytest.raises(ValueError, match="got 5 for 2"):
+        DiffusersModel(wrap(UNet2DModel(in_channels=2, out_channels=5)))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_images_of_other_channels_are_refused_under_the_name_they_were_given(gui
 
 @pytest.mark.parametrize(
     "option",
-    [{"addition_embed_type": "text_time"}, {"time_cond_proj_dim": 8}, {"encoder_hid_dim_type": "ip_image_proj"}],
+    [{"addition_embed_type": "image"}, {"time_cond_proj_dim": 8}, {"encoder_hid_dim_type": "ip_image_proj"}],
 )
 def test_conditioning_that_would_be_left_out_is_refused_by_name(option):
     ((name, value),) = option.items()
@@ -240,12 +240,12 @@ def test_conditioning_that_would_be_left_out_is_refused_by_name(option):
 
 
 def test_a_network_that_takes_something_else_second_is_refused():
-    class SD3Transformer2DModel(nn.Module):
+    class PixArtTransformer2DModel(nn.Module):
         def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep): ...
 
-    words = r"called as \(x, timestep, …\) is required, SD3Transformer2DModel takes \(hidden_states, encoder_hidden"
+    words = r"called as \(x, timestep, …\) is required, PixArtTransformer2DModel takes \(hidden_states, encoder_hidden"
     with pytest.raises(TypeError, match=words):
-        DiffusersModel(SD3Transformer2DModel())
+        DiffusersModel(PixArtTransformer2DModel())
 
 
 def test_a_network_that_names_no_time_is_taken_as_it_is():

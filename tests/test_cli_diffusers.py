@@ -87,19 +87,18 @@ def test_the_spacing_of_an_inversion_is_the_schedulers_and_is_recorded(network, 
     assert (code, json.loads(out)["settings"]["spacing"]) == (0, "trailing")
 
 
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 WRONG = {
     "another scheduler": (
         lambda: (small_unet(), diffusers.FlowMatchHeunDiscreteScheduler()),
         "FlowMatchHeunDiscrete",
     ),
     "flow prediction": (
-        lambda: (small_unet(), diffusers.DPMSolverMultistepScheduler(**FLOW)),
-        "DPMSolverMultistepSched",
+        lambda: (small_unet(), diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction")),
+        "without use_flow_sigmas",
     ),
     "an option": (lambda: (small_unet(), diffusers.DDPMScheduler(variance_type="learned")), "variance_type='learned'"),
     "no size": (lambda: (small_unet(side=None), diffusers.DDIMScheduler()), "sample_size"),
-    "variances": (lambda: (small_unet(out=2), diffusers.DDIMScheduler()), "it predicts variances too"),
+    "channels": (lambda: (small_unet(out=3), diffusers.DDIMScheduler()), "got 3 for 1"),
     "classes": (lambda: (small_unet(num_class_embeds=3), diffusers.DDIMScheduler()), "class labels, one for each"),
     "no signal": (
         lambda: (small_unet(), diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")),

@@ -9,7 +9,7 @@ from diffusion.methods.defects import SAFETY, carried, filled
 from diffusion.methods.parallel import weight_of
 from diffusion.methods.visits import Visits
 from diffusion.trajectory import LinearChain, summed
-from pydeqsolve import Status
+from pydeqsolve import ConvergenceError, Status
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 ERRORS = [1e-2, 1e-3, 1e-4, 1e-5, 1e-7, 1e-9]
@@ -191,6 +191,33 @@ def test_rounds_that_run_out_leave_a_status_and_an_error_that_are_true():
             assert (got.error >= 0.3 * true).all()
 
 
+class Rounded(torch.nn.Module):
+    """A network that answers in the precision of its weights, as one of them computes."""
+
+    def __init__(self, network, dtype):
+        super().__init__()
+        self.network, self.weight = network, torch.nn.Parameter(torch.ones(1, dtype=dtype))
+        self.eval()
+
+    def forward(self, x, t):
+        return self.network(x.double(), t).to(x.dtype) * self.weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["against x", "a matrix", "a wave over time", "waves in x"])
+def test_an_image_is_not_said_to_have_converged_by_rounds_that_could_not_tell_how_errors_grow(name, dtype):
+    model, x = Rounded(NETWORKS[name], dtype), latents(8, 6)
+    for T, caps in ((70, (5, 6, 7, 10, 12, None)), (300, (8, None))):
+        chain = SCHEDULE.chain(T)
+        expected = sample(model, x, chain, "sequential")
+        for most in caps:
+            got = sample(model, x, chain, CoarseToFine(), max_rounds=most)
+            true = true_errors(got, expected)
+            assert (true <= got.error)[got.converged].all(), (T, most)
+            assert (true <= got.error)[got.solution.status == int(Status.STALLED)].all(), (T, most)
+
+
 @torch.no_grad()
 def test_more_rounds_than_are_needed_change_nothing():
     model, x, chain = Mixture(SCHEDULE, means()), latents(3, 6), SCHEDULE.chain(100)
@@ -319,3 +346,17 @@ def test_a_network_that_answers_nan_is_said_to_have(T):
     got = sample(lambda x, t: x * torch.nan, latents(2, 6), SCHEDULE.chain(T))
     assert got.error.isnan().all()
     assert got.solution.status.tolist() == [Status.NONFINITE] * 2
+
+
+@torch.no_grad()
+def test_a_check_speaks_of_what_the_caller_of_sample_can_change():
+    model, chain, x = Mixture(SCHEDULE, means()), SCHEDULE.chain(40), latents(3, 6)
+    assert sample(model, x, chain).solution.check().converged.all()
+    with pytest.raises(ConvergenceError, match=r"3 of 3 MAX_STEPS .*1.0e-06.*max_rounds, or loosen error"):
+        sample(model, x, chain, error=1e-6, max_rounds=4).solution.check()
+    with pytest.raises(ConvergenceError, match="3 of 3 STALLED .*precision.*loosen error"):
+        sample(model.float(), x.float(), chain, error=1e-15).solution.check()
+    x[1] = torch.nan
+    with pytest.raises(ConvergenceError, match="1 of 3 NONFINITE .*latent") as seen:
+        sample(model, x, chain).solution.check()
+    assert "Stop" not in str(seen.value)

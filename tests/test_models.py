@@ -113,9 +113,9 @@ def test_a_conditional_network_is_given_its_text_embedding():
 @pytest.mark.parametrize(
     ("network", "inputs", "words"),
     [
-        (UNet2DConditionModel, 0, "one or two are required by UNet2DConditionModel, got 0"),
-        (UNet2DConditionModel, 3, "one or two"),
-        (UNet2DModel, 2, "at most one"),
+        (UNet2DConditionModel, 0, r"1 to 2 \(encoder_hidden_states, class_labels\) are required by UNet2DCond.* got 0"),
+        (UNet2DConditionModel, 3, "1 to 2"),
+        (UNet2DModel, 2, r"0 to 1 \(class_labels\)"),
     ],
 )
 def test_the_wrong_number_of_inputs_is_refused(network, inputs, words):
@@ -123,18 +123,39 @@ def test_the_wrong_number_of_inputs_is_refused(network, inputs, words):
         DiffusersModel(network())(torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long), *[torch.zeros(1)] * inputs)
 
 
-def test_a_network_that_predicts_more_than_its_input_is_refused():
+def test_a_network_of_other_channels_out_than_in_is_refused():
     unet = UNet2DModel()
-    unet.config = SimpleNamespace(in_channels=3, out_channels=6)
-    with pytest.raises(ValueError, match="6 for 3"):
+    unet.config = SimpleNamespace(in_channels=3, out_channels=4)
+    with pytest.raises(ValueError, match="4 for 3"):
         DiffusersModel(unet)
+
+
+def test_variances_that_a_network_predicts_beside_its_output_are_left_out():
+    class Learned(UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None):
+            return SimpleNamespace(sample=torch.cat([2 * sample, sample - 1], 1))
+
+    unet = Learned()
+    unet.config = SimpleNamespace(in_channels=3, out_channels=6)
+    x = torch.randn(2, 3, 2, 2)
+    assert torch.equal(DiffusersModel(unet)(x, torch.tensor([1, 2])), 2 * x)
 
 
 def test_a_network_that_needs_further_conditioning_is_refused():
     unet = UNet2DConditionModel()
-    unet.config = SimpleNamespace(in_channels=4, out_channels=4, addition_embed_type="text_time")
-    with pytest.raises(ValueError, match="text_time"):
+    unet.config = SimpleNamespace(in_channels=4, out_channels=4, addition_embed_type="image")
+    with pytest.raises(ValueError, match="addition_embed_type='image'"):
         DiffusersModel(unet)
+
+
+def test_a_guided_prediction_is_rescaled_to_the_spread_of_the_conditional_one():
+    x, t = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(3)
+    condition, null = torch.rand(3, 5, generator=torch.Generator().manual_seed(1)) + 1, torch.zeros(5)
+    plain, whole, half = (Guided(Affine(), 4.0, null, rescale=phi)(x, t, condition) for phi in (0.0, 1.0, 0.5))
+    torch.testing.assert_close(whole.std(1), (x * condition).std(1))
+    torch.testing.assert_close(half, (plain + whole) / 2)
+    with pytest.raises(ValueError, match="rescale: 0 to 1"):
+        Guided(Affine(), 4.0, null, rescale=1.5)
 
 
 def test_only_a_module_is_wrapped():

@@ -22,7 +22,7 @@ from pydeqsolve import Front, Picard, Status, Stop, solve
 
 from ..problem import ChainProblem, Found
 from ..remainder import scale_of
-from .defects import carried, filled, rounding, scatter, spread_of
+from .defects import carried, filled, lowest, rounding, scatter, spread_of
 from .goal import Goal, Watch
 from .grid import TimeGrid, between, interpolation
 from .parallel import MARGIN, NEAR_FLOOR, SOLVER, UNITS_PER_RTOL, Together, block_stop, smooth
@@ -111,7 +111,8 @@ class Passes:
         left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
         if len(left) and goal.left and not self.watch.stopped:
             guess = found.N[left].nan_to_num(0.0, 0.0, 0.0)
-            Together(self.problem, goal, SOLVER, None, self.watch, found).solve(guess, left)
+            slopes = self._everywhere(self.secants.slope), self._everywhere(self.secants.steepest)
+            Together(self.problem, goal, SOLVER, None, self.watch, found).solve(guess, left, slopes)
 
     def _on_nodes(self, images: Tensor, tolerance: Tensor) -> Tensor:
         """Solves for what N must change by, on the nodes, to a tolerance (n,) of σ ε; (n,) bool: solved."""
@@ -209,8 +210,9 @@ class Passes:
         where it was underestimated, this estimate is raised by as much.
         """
         base, image, size = rows_of(self.base, images), x[:, -1], x[:, -1].norm(dim=1)
-        least = filled(self.secants.steepest[images]) @ self.linear.T
-        error = carried(self.problem.map.linear, base, x, N, delta, slope, least, images)
+        m, steepest = self.problem.map, self.secants.steepest[images]
+        least = lowest(m, steepest, filled(steepest) @ self.linear.T)
+        error = carried(m.linear, base, x, N, delta, slope, least, images)
         if doubt is not None:
             error = error + DOUBT * spread_of(self.problem.map.linear, x, slope, doubt)
         missed = (image - self.image[images]).norm(dim=1) / (self.expected[images] * size)
@@ -218,6 +220,11 @@ class Passes:
         self.image[images], self.expected[images] = image, error
         self.goal.raised(images, rounding(self.problem.map, base, x, N, slope, self.goal.precision))
         self.found.error[images] = torch.maximum(error, self.goal.floor[images])
+
+    def _everywhere(self, slope: Tensor) -> Tensor:
+        """Slopes (B, T) from those at the nodes (B, n), NaN of an image of which none is known."""
+        unknown = slope.isnan().all(1, keepdim=True)
+        return (filled(slope) @ self.linear.T).masked_fill(unknown, torch.nan)
 
     def _change(self, images: Tensor, N: Tensor) -> None:
         found = self.found

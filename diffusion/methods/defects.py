@@ -37,6 +37,15 @@ def filled(slope: Tensor) -> Tensor:
     return slope.gather(1, at).nan_to_num(0.0)
 
 
+def lowest(m: Remainders, slope: Tensor, least: Tensor) -> Tensor:
+    """least (n, T); of an image of which no slope (n, T) is known, −κ, which is that of a network deaf to x.
+
+    Then errors grow as the states do, a_k a step, which is the most that they do under a denoiser.
+    """
+    deaf = -m.splitting.kappa.mean(1).expand_as(least)
+    return torch.where(slope.isnan().all(1, keepdim=True), deaf, least)
+
+
 def defects(
     m: Remainders, image: Tensor, x: Tensor, N: Tensor, visits: Visits, settled: Tensor, conditioning: Sequence[Tensor],
     most: int,

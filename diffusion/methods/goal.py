@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydeqsolve import Solution, Status
+from pydeqsolve import ConvergenceError, Solution, Status
 
 from ..arguments import Silent
 from ..problem import ChainProblem, Found
@@ -91,10 +91,42 @@ class Goal:
         found.status[~finite] = int(Status.NONFINITE)
         found.error[~finite] = torch.nan
         found.rounds, none = self.problem.map.network.calls - self.before, torch.zeros_like(found.steps)
-        found.solution = Solution(
-            found.N, found.residual, found.steps, found.status, found.rounds, none, none.clone()
+        found.solution = ChainSolution(
+            found.N, found.residual, found.steps, found.status, found.rounds, none, none.clone(), error=found.error,
+            asked=self.asked,
         )  # fmt: skip
         return found
+
+
+@dataclass(eq=False, repr=False)
+class ChainSolution(Solution):
+    """The solution of a chain; `error` and `asked` (B,) are of its images, as in `Sample`."""
+
+    error: Tensor | None = None
+    asked: Tensor | None = None
+
+    def check(self) -> ChainSolution:
+        """Returns self, or raises ConvergenceError that counts the images of each status, and says what to change."""
+        told = []
+        for status, text in SAID.items():
+            at, total = self.status == int(status), len(self.status)
+            if bool(at.any()) and self.error is not None and self.asked is not None:
+                worst = int(torch.where(at, (self.error / self.asked).nan_to_num(torch.inf), -1.0).argmax())
+                values = {"error": f"{float(self.error[worst]):.1e}", "asked": f"{float(self.asked[worst]):.1e}"}
+                told.append(f"{int(at.sum())} of {total} {status.name} ({text.format(**values)})")
+        if told:
+            raise ConvergenceError(f"sample did not converge: {'; '.join(told)}")
+        return self
+
+
+SAID = {
+    Status.MAX_STEPS: "max_rounds, or the callback, ended it before the error of x_0 was measured to be the {asked} "
+    "asked for; it is {error} at most: raise max_rounds, or loosen error",
+    Status.STALLED: "the network's precision leaves an error of x_0 of {error} where {asked} was asked for: loosen "
+    "error, or compute the network in a wider dtype",
+    Status.DIVERGED: "the states grew beyond measure",
+    Status.NONFINITE: "the model returned NaN or infinity, or latent or inputs are not finite: check them for this image",
+}
 
 
 @dataclass(eq=False)

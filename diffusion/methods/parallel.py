@@ -22,7 +22,7 @@ from ..checks import count
 from ..problem import ChainProblem, Found, in_steps
 from ..remainder import reachable, scale_of
 from ..trajectory import EditedChain
-from .defects import carried, defects, rounding
+from .defects import carried, defects, lowest, rounding
 from .goal import Goal, Watch
 from .grid import TimeGrid
 from .visits import Visits
@@ -164,8 +164,8 @@ class Together:
         sound = at_nodes.isfinite().flatten(1).all(1)[:, None, None]
         return N + grid.spread @ torch.where(sound, at_nodes - before, 0.0)
 
-    def solve(self, guess: Tensor, images: Tensor) -> None:
-        """Samples the images (n,) from a guess of their N (n, T, D).
+    def solve(self, guess: Tensor, images: Tensor, slopes: tuple[Tensor, Tensor] | None = None) -> None:
+        """Samples the images (n,) from a guess of their N (n, T, D), and of its slopes and the least of them (B, T).
 
         The first attempt is a solve. What it leaves is corrected by the defects that were measured and by what their
         steps' moves have told (`Visits.foretold`), and measured again, as long as the error falls. Where it does not,
@@ -174,6 +174,7 @@ class Together:
         goal, share = self.goal, guess.new_ones(len(images))
         front, before = torch.ones_like(images, dtype=torch.bool), torch.full_like(share, torch.inf)
         visits = Visits.none(self.found.N, goal.precision)
+        visits.slope, visits.least = (visits.slope, visits.least) if slopes is None else slopes
         for _ in range(ATTEMPTS):
             if not len(images) or not goal.left:
                 return
@@ -216,8 +217,10 @@ class Together:
         delta, error = torch.zeros_like(N), torch.full_like(share, torch.inf)
         if measured and not self.watch.stopped:
             delta, rows = defects(m, images, x, N, visits, settled, problem.conditioning, most)
-            error = carried(m.linear, base, x, N, delta, visits.slope[images], visits.least[images], images)
-            goal.raised(images, rounding(m, base, x, N, visits.slope[images], goal.precision))
+            slope = visits.slope[images]
+            least = lowest(m, slope, visits.least[images])
+            error = carried(m.linear, base, x, N, delta, slope, least, images)
+            goal.raised(images, rounding(m, base, x, N, slope, goal.precision))
             error = torch.maximum(error, goal.floor[images])
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())
             self.watch.tell(self.problem, found, x, images)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..trajectory import EditedChain, LinearChain
 
-TOLD = 100.0  # a move of fewer units of rounding of the state tells no slope
+TOLD = 100.0  # a move of fewer units of rounding of the state tells no slope,
+TELLS = 0.03  # unless it is so large a part of the state: in 16 bits few moves are of a hundred units
 
 
 @dataclass(eq=False)
@@ -66,4 +67,4 @@ def slopes(s: Tensor, y: Tensor, x: Tensor, precision: float) -> tuple[Tensor, T
     """⟨y, s⟩/|s|² (…) of moves s and changes y (…, D) at x, and where the move is large enough to tell."""
     moved, size = s.square().sum(-1), x.square().sum(-1)
     slope = (y * s).sum(-1) / moved
-    return slope, (moved > (TOLD * precision) ** 2 * size) & slope.isfinite()
+    return slope, (moved > min(TOLD * precision, TELLS) ** 2 * size) & slope.isfinite()

@@ -9,16 +9,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..checks import real
 from ..schedule import AnySchedule, Schedule
 from .answers import WRAPPERS
 from .files import read_json
+from .networks import TRANSFORMERS, takes
 from .schedulers import known_class
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
 TIME = ("timestep", "timesteps", "time", "t")
-# Options of a UNet2DConditionModel that ask for conditioning besides embeddings and labels.
-FURTHER = {"addition_embed_type": (None,), "time_cond_proj_dim": (None,), "encoder_hid_dim_type": (None, "text_proj")}
+# Options of a UNet2DConditionModel that ask for conditioning besides embeddings, labels and SDXL's.
+FURTHER = {
+    "addition_embed_type": (None, "text_time"), "time_cond_proj_dim": (None,),
+    "encoder_hid_dim_type": (None, "text_proj"),
+}  # fmt: skip
 
 
 def unwrapped(network: Any) -> Any:
@@ -29,10 +34,14 @@ def unwrapped(network: Any) -> Any:
 
 
 class DiffusersModel(nn.Module):
-    """A diffusers UNet2DModel or UNet2DConditionModel as model(x, t, *inputs) → its `.sample`.
+    """A network of diffusers as model(x, t, *inputs) → its `.sample`, or what it returns first.
 
-    inputs: for a UNet2DConditionModel `encoder_hidden_states` (N, tokens, width) and, if it has classes, `class_labels`
-    (N,); for a UNet2DModel `class_labels` or nothing.
+    inputs, each with a leading dimension of the images: of a UNet2DModel `class_labels` or nothing; of a
+    UNet2DConditionModel `encoder_hidden_states` and, if it has classes, `class_labels`, of SDXL's `text_embeds` and
+    `time_ids`; of a DiTTransformer2DModel `class_labels`; of an SD3Transformer2DModel `encoder_hidden_states` and
+    `pooled_projections`; of a FluxTransformer2DModel these, `txt_ids` and `img_ids` (one for all images, expanded) and
+    `guidance`, where it is distilled; x is its packed latents. Variances that it predicts beside its output, in as many
+    channels again, are left out.
 
     Args:
         unet: the network, in DataParallel or not; anything whose call (x, timestep) returns an object with a tensor
@@ -40,7 +49,7 @@ class DiffusersModel(nn.Module):
 
     Raises:
         TypeError: `unet` is not a module, or its forward does not take a timestep second.
-        ValueError: it predicts variances beside its output, or takes further conditioning (`added_cond_kwargs`).
+        ValueError: other channels out than in, or conditioning that it takes besides.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -52,27 +61,28 @@ class DiffusersModel(nn.Module):
         self.name, options = type(network).__name__, getattr(network, "config", None)
         self.conditional = hasattr(network, "encoder_hid_proj") or self.name == "UNet2DConditionModel"
         self.channels, out = (getattr(options, name, None) for name in ("in_channels", "out_channels"))
+        out = self.channels if out is None else out
         self.classes = getattr(options, "num_class_embeds", None) or getattr(options, "class_embed_type", None)
+        self.takes = takes(self.name, self.conditional, self.classes, getattr(options, "addition_embed_type", None))
         arguments = list(inspect.signature(network.forward).parameters)
-        if arguments[1:2] and arguments[1] not in TIME and set(TIME) & set(arguments):
+        known = self.name in TRANSFORMERS
+        if not known and arguments[1:2] and arguments[1] not in TIME and set(TIME) & set(arguments):
             raise TypeError(
                 f"unet: a network called as (x, timestep, …) is required, {self.name} takes ({', '.join(arguments)}); "
                 "wrap it: model = lambda x, t, *inputs: net(…).sample"
             )
-        if out == 2 * (self.channels or 0) and out:
-            raise ValueError(
-                f"unet: as many channels out as in are required, got {out} for {self.channels}: it predicts variances "
-                f"too; wrap it: model = lambda x, t, *inputs: unet(x, t).sample[:, :{self.channels}]"
-            )
-        if self.channels != out:
+        if out not in (self.channels, 2 * (self.channels or 0)):
             raise ValueError(f"unet: as many channels out as in are required, got {out} for {self.channels}")
+        self.variances = out != self.channels
         for name, plain in FURTHER.items():
             value = getattr(options, name, None)
-            if value not in plain:
+            if not known and value not in plain:
                 raise ValueError(
                     f"unet: {name}={value!r} is not supported; wrap it: model = lambda x, t, e, *more: unet(x, t, e, "
                     "added_cond_kwargs={…}, …).sample, with all conditioning in inputs"
                 )
+        if self.name == "FluxTransformer2DModel":
+            self.channels = None  # of packed latents (N, tokens, channels)
 
     @property
     def config(self) -> Any:
@@ -80,25 +90,25 @@ class DiffusersModel(nn.Module):
         return unwrapped(self.unet).config
 
     def forward(self, x: Tensor, t: Tensor, *inputs: Tensor) -> Tensor:
-        """Return the prediction (N, C, H, W) for x (N, C, H, W) and t (N,) long.
+        """Return the prediction (N, C, H, W) for x (N, C, H, W) and t (N,).
 
         Raises:
             ValueError: more inputs than the network takes, or fewer than it needs; images of other channels.
         """
-        most = 2 if self.conditional else 1
-        if len(inputs) > most or (self.conditional and not inputs):
-            required = "one or two are" if self.conditional else "at most one is"
-            raise ValueError(f"inputs: {required} required by {self.name}, got {len(inputs)}")
-        if self.classes is not None and len(inputs) < most:
-            raise ValueError(
-                f"inputs: class labels, one for each image, are required by {self.name}, which has classes"
-            )
+        takes = self.takes
+        if not takes.needed <= len(inputs) <= len(takes.names):
+            if len(inputs) == takes.needed - 1 and takes.names[len(inputs)] == "class_labels":
+                raise ValueError(f"inputs: class labels, one for each image, are required by {self.name}")
+            raise ValueError(f"inputs: {takes.required} are required by {self.name}, got {len(inputs)}")
         if self.channels is not None and x.shape[1:2] != (self.channels,):
             raise ValueError(f"x: {self.channels} channels are required by {self.name}, got shape {tuple(x.shape)}")
-        names = ("encoder_hidden_states", "class_labels") if self.conditional else ("class_labels",)
-        output = self.unet(x, t, **dict(zip(names, inputs, strict=False)))
+        arguments = takes.arguments(inputs)
+        if self.name in TRANSFORMERS:
+            output = self.unet(x, timestep=t if takes.unit == 1 else t * takes.unit, **arguments)
+        else:
+            output = self.unet(x, t, **arguments)
         prediction: Tensor = output.sample
-        return prediction
+        return prediction.chunk(2, 1)[0] if self.variances else prediction
 
 
 class Guided(nn.Module):
@@ -108,22 +118,28 @@ class Guided(nn.Module):
 
     Args:
         model: model(x, t, *c) → prediction.
+        rescale: φ of Lin et al. 2024, Eq. 15 and 16: the part whose standard deviation is made, image by image, that of
+            the conditional prediction.
         scale: 1 is the conditional model alone, 0 the unconditional one; larger follows the condition more.
         null_input: what stands for "no condition", one row (…) or (1, …), for instance the embedding of "". None: the
             second half of the inputs is that, row by row: inputs = (c_1, …, c_n, ∅_1, …, ∅_n).
 
     Raises:
-        ValueError: `scale` is not finite.
+        ValueError: `scale` is not finite, `rescale` not in 0 … 1.
     """
 
     null_input: Tensor | None
 
-    def __init__(self, model: Callable[..., Tensor], scale: float, null_input: Tensor | None = None) -> None:
+    def __init__(
+        self, model: Callable[..., Tensor], scale: float, null_input: Tensor | None = None, rescale: float = 0.0
+    ) -> None:
         super().__init__()
+        if not 0 <= real("rescale", rescale) <= 1:
+            raise ValueError(f"rescale: 0 to 1 is required, got {rescale}")
         if not torch.isfinite(torch.tensor(float(scale))):
             raise ValueError(f"scale: a finite number is required, got {scale!r}")
         self.model = model
-        self.scale = float(scale)
+        self.scale, self.rescale = float(scale), float(rescale)
         self.register_buffer("null_input", null_input, persistent=False)
         self.training = isinstance(model, nn.Module) and model.training
 
@@ -142,7 +158,12 @@ class Guided(nn.Module):
             nulls = [self.null_input.to(inputs[0]).expand_as(inputs[0])]
         pairs = [torch.cat([null, condition]) for null, condition in zip(nulls, conditions, strict=True)]
         without, with_condition = self.model(torch.cat([x, x]), torch.cat([t, t]), *pairs).chunk(2)
-        return without + self.scale * (with_condition - without)
+        guided = without + self.scale * (with_condition - without)
+        if self.rescale == 0:
+            return guided
+        size = with_condition.flatten(1).std(1) / guided.flatten(1).std(1)
+        factor = self.rescale * size + (1 - self.rescale)
+        return guided * factor.view(-1, *[1] * (guided.dim() - 1))
 
 
 Found = tuple[DiffusersModel, AnySchedule, str, tuple[int, int, int]]

@@ -130,6 +130,27 @@ def test_what_is_overwritten_leaves_no_image_of_the_earlier_run(tmp_path, capsys
     assert {file.name for file in (tmp_path / "images").iterdir()} == {"01.png", "02.png", "mine.png"}
 
 
+def test_an_inversion_seen_again_without_pictures_keeps_those_it_drew(inverted, tmp_path, capsys):
+    argv = ["invert", "--images", tmp_path / "pictures", *CHAIN, "--method", "ddim", "--output", inverted]
+    assert run(*argv, "--no-pictures", capsys=capsys)[0] == 0
+    assert {file.name for file in (inverted / "images").iterdir()} == {"0.png", "1.png"}
+
+
+def test_a_file_in_the_place_of_the_images_is_found_out_before_the_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "images").write_text("mine")
+    monkeypatch.setattr("diffusion.program.commands.sample", None)
+    code, _, err = run("sample", "--output", tmp_path, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "images is the name of a folder to write" in err[0]
+
+
+def test_a_chain_that_is_no_chain_is_left_out(tmp_path):
+    header = {"settings": json.dumps({"model": 3, "steps": "ten", "spacing": "quadratic"}), "names": "[1]"}
+    save_file({"x_T": torch.ones(1, 1, 8, 8)}, tmp_path / "x.safetensors", header)
+    latents = read_latents(str(tmp_path / "x.safetensors"))
+    assert (latents.chain, latents.names) == ({"spacing": "quadratic"}, ["01"])
+
+
 def test_pictures_that_differ_in_their_suffix_alone_keep_it_in_their_names(tmp_path):
     files = [tmp_path / name for name in ("a.png", "a.jpg", "b.png")]
     assert names_of(files) == ["a-png", "a-jpg", "b"]

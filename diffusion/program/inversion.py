@@ -81,7 +81,8 @@ def run_invert(args: Namespace) -> dict[str, Any]:
             saved = f"after {_progress(record, images)}, saved in {folder}"
             raise KeyboardInterrupt(f"{saved}: the same command goes on from there") from None
         summary = _write(args, checkpoint, chain, images, record)
-        remove_images(folder, earlier - set(summary["files"]))
+        if args.pictures:
+            remove_images(folder, earlier - set(summary["files"]))
     return summary
 
 

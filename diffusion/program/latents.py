@@ -16,7 +16,7 @@ from ..models.files import parse_json, read_tensors, write_tensors
 LATENTS = "latents.safetensors"
 FOUND_IN = (LATENTS, "inversion.safetensors", "samples.safetensors")
 TENSORS = ("x_T", "done.x_T")
-CHAIN = ("model", "steps", "spacing")
+CHAIN = {"model": str, "steps": int, "spacing": str}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,5 +77,5 @@ def read_latents(place: str) -> Latents:
     except ValueError as error:
         raise ValueError(f"--latents {path}: {error}") from error
     known = isinstance(names, list) and len(names) == len(x_T) and all(isinstance(name, str) for name in names)
-    chain = {name: settings[name] for name in CHAIN if settings.get(name) is not None}
+    chain = {name: settings[name] for name, kind in CHAIN.items() if type(settings.get(name)) is kind}
     return Latents(x_T, names if known else numbered(len(x_T)), chain)

@@ -74,6 +74,9 @@ def writable(
     for name in taken:
         if (folder / name).is_dir():
             raise ValueError(f"--output {folder}: {name} is the name of a file to write, but a folder is there")
+    for inner in {(folder / name).parent for name in files}:
+        if os.path.lexists(inner) and not inner.is_dir():
+            raise ValueError(f"--output {folder}: {inner.name} is the name of a folder to write, but a file is there")
     if taken and not replace:
         more = f" and {len(taken) - NAMED} more" if len(taken) > NAMED else ""
         raise ValueError(f"--output {folder}: holds {', '.join(taken[:NAMED])}{more} already; {remedy}")

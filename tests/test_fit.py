@@ -405,3 +405,60 @@ def test_a_model_that_ends_before_the_schedule_is_refused(tmp_path):
 def test_a_model_that_could_not_be_loaded_again_is_refused_before_training(tmp_path):
     with pytest.raises(TypeError, match="model"):
         train(tmp_path, model=torch.nn.Conv2d(1, 1, 1))
+
+
+def labelled(images=IMAGES, classes=2):
+    labels = torch.arange(len(images)) % classes
+    return Dataset(images, images[:2], labels, labels[:2], levels=255)
+
+
+def conditional():
+    torch.manual_seed(0)
+    return UNet(SHAPE, channels=8, multipliers=(1,), blocks=(1,), groups=4, embedding=8, timesteps=50, classes=2)
+
+
+def test_a_model_with_classes_learns_which_images_belong_to_which(tmp_path):
+    """Two images, one of each class: at nearly pure noise only the label tells which to predict."""
+    images = torch.stack([torch.full(SHAPE, 0.8), torch.full(SHAPE, -0.8)])
+    trained = train(tmp_path, labelled(images), model=conditional(), steps=400, batch=32, lr=1e-2, prediction="sample")
+    x, t = torch.randn(2, *SHAPE), torch.tensor([49, 49])
+    with torch.no_grad():
+        said = trained.model(x, t, torch.tensor([0, 1])).mean((1, 2, 3))
+    assert said[0] > 0.5
+    assert said[1] < -0.5
+
+
+def test_a_run_with_labels_that_is_interrupted_gives_the_same_bits(tmp_path):
+    whole = train(tmp_path / "whole", labelled(), model=conditional())
+    train(tmp_path / "cut", labelled(), model=conditional(), callback=lambda step, loss: step == 5)
+    assert_same_result(whole, train(tmp_path / "cut", labelled(), model=conditional()))
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3, 1.0])
+def test_labels_are_those_of_the_images_drawn_but_for_the_share_that_is_dropped(drop):
+    labels, options = torch.arange(40), {"steps": 9, "batch": 400, "lr": 1e-3, "ema": 0.9, "seed": 3}
+    options |= {"prediction": "sample", "drop_label": drop, "model": {"classes": 40}}
+    run = Run(IMAGES, None, network(), Schedule.linear(50), options, None, labels)
+    drawn, (_, _, images) = run.draw_labels(4), run.draw(4)
+    kept = drawn < 40
+    assert torch.equal(images[kept], IMAGES[drawn[kept]])
+    assert abs(kept.double().mean() - (1 - drop)) < 0.08
+
+
+def test_a_run_without_classes_says_nothing_of_labels(tmp_path):
+    assert "drop_label" not in train(tmp_path, labelled()).training["settings"]
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "words"),
+    [
+        (IMAGES, {}, "images: a Dataset"),
+        (labelled(classes=3), {}, "labels 0 to 1"),
+        (labelled(), {"drop_label": 1.5}, "drop_label"),
+        (labelled(), {"drop_label": math.nan}, "drop_label"),
+    ],
+)
+def test_a_model_with_classes_needs_their_labels(tmp_path, images, options, words):
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path / "new", images, model=conditional(), **options)
+    assert not (tmp_path / "new").exists()

@@ -145,6 +145,8 @@ def test_half_precision_weights_work_on_half_precision_images():
         ({"blocks": (1, 0)}, "blocks: positive"),
         ({"embedding": 7}, "embedding: an even"),
         ({"timesteps": 2.5}, "timesteps: positive"),
+        ({"classes": -1}, "classes: an integer"),
+        ({"classes": True}, "classes: an integer"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(change, words):
@@ -156,3 +158,46 @@ def test_wrong_arguments_are_refused_by_name(change, words):
 def test_inputs_of_another_shape_are_refused(x, t):
     with pytest.raises(ValueError, match="shapes"):
         UNet((1, 8, 8), **SMALL)(torch.zeros(x), torch.zeros(t, dtype=torch.long))
+
+
+def conditional(**options):
+    return awake(classes=3, **options)
+
+
+def test_each_label_has_its_prediction_and_no_label_is_that_of_no_class():
+    model, x, t = conditional(), torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.full((4,), 5)
+    said = [model(x, t, torch.full((4,), label)) for label in range(4)]
+    for i, one in enumerate(said):
+        assert all((one - other).abs().max() > 1e-4 for other in said[:i])
+    assert torch.equal(model(x, t), said[int(model.no_class)])
+    mixed = model(x, t, torch.tensor([2, 0, 3, 1]))
+    torch.testing.assert_close(mixed, torch.stack([said[2][0], said[0][1], said[3][2], said[1][3]]))
+
+
+def test_a_network_without_classes_keeps_its_configuration_and_its_initial_weights():
+    torch.manual_seed(0)
+    plain = UNet((1, 8, 8), **SMALL)
+    torch.manual_seed(0)
+    same = UNet((1, 8, 8), **SMALL, classes=0)
+    assert "classes" not in plain.config
+    assert plain.config == same.config
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), same.parameters(), strict=True))
+
+
+def test_a_conditional_network_survives_json():
+    model = conditional()
+    again = UNet(**json.loads(json.dumps(model.config))).double()
+    again.load_state_dict(model.state_dict())
+    x, t, label = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([1, 2]), torch.tensor([0, 3])
+    assert torch.equal(again(x, t, label), model(x, t, label))
+
+
+@pytest.mark.parametrize("label", [torch.tensor([0, 4]), torch.tensor([-1, 0]), torch.tensor([0]), torch.zeros(2)])
+def test_a_label_that_is_no_class_is_refused(label):
+    with pytest.raises(ValueError, match="label"):
+        conditional()(torch.zeros(2, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 1]), label)
+
+
+def test_a_label_for_a_network_without_classes_is_refused():
+    with pytest.raises(ValueError, match="label: none"):
+        awake()(torch.zeros(1, 1, 8, 8, dtype=torch.float64), torch.tensor([0]), torch.tensor([0]))

@@ -93,6 +93,8 @@ def sinusoids(count: int, width: int) -> Tensor:
 class UNet(nn.Module):
     """A denoiser x_t, t ↦ ε̂ with residual blocks at several resolutions, each half as wide and high as the one before.
 
+    With `classes` it is x_t, t, label ↦ ε̂: an embedding of the label is added to that of the time.
+
     Level i has width channels·multipliers[i]; blocks[i] residual blocks on the way down and as many on the way up,
     the last level blocks[-1] in all. A level's result is added to (not concatenated with) what comes up from below.
 
@@ -106,6 +108,7 @@ class UNet(nn.Module):
         groups: groups of every group normalisation.
         embedding: width of the time embedding, even.
         timesteps: t runs over 0 … timesteps−1.
+        classes: of a class-conditional network, its labels 0 … classes−1; 0 is a network without.
 
     Raises:
         ValueError: an argument out of range, by name.
@@ -124,6 +127,7 @@ class UNet(nn.Module):
         groups: int = 8,
         embedding: int = 64,
         timesteps: int = 1000,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         self.config = {
@@ -137,9 +141,11 @@ class UNet(nn.Module):
             "embedding": embedding,
             "timesteps": timesteps,
         }
-        _check(self.config)
+        _check(self.config, classes)
+        if classes:  # a network without keeps the configuration that it always had
+            self.config["classes"] = classes
         self.shape = tuple(shape)
-        self.unshuffle = unshuffle
+        self.unshuffle, self.classes = unshuffle, classes
         widths = [channels * m for m in multipliers]
         inner = shape[0] * unshuffle**2
 
@@ -159,20 +165,29 @@ class UNet(nn.Module):
         self.register_buffer("sinusoids", sinusoids(timesteps, embedding), persistent=False)
         self.embed = nn.Linear(embedding, 2 * embedding)
         self.project = nn.Linear(2 * embedding, sum(self.splits))
+        self.label = nn.Embedding(classes + 1, 2 * embedding) if classes else None
         self.to(memory_format=LAYOUT)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return ε̂ (N, C, H, W) for x (N, C, H, W) and t (N,) long.
+    @property
+    def no_class(self) -> Tensor:
+        """The label () long that stands for no class: `Guided(model, scale, model.no_class)`."""
+        return torch.tensor(self.classes, device=self.sinusoids.device)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return ε̂ (N, C, H, W) for x (N, C, H, W), t (N,) long and label (N,) long; None is `no_class` for all.
 
         Raises:
-            ValueError: x or t of another shape.
+            ValueError: x, t or label of another shape, a label that is no class, or one for a network without classes.
         """
         if x.shape[1:] != self.shape or t.shape != x.shape[:1]:
             raise ValueError(
                 f"x, t: shapes (N, {', '.join(map(str, self.shape))}) and (N,) are required, "
                 f"got {tuple(x.shape)} and {tuple(t.shape)}"
             )
-        embedded = self.project(F.silu(self.embed(self.sinusoids[t])))
+        embedded = self.embed(self.sinusoids[t])
+        if self.label is not None or label is not None:
+            embedded = embedded + self._of_class(label, t)
+        embedded = self.project(F.silu(embedded))
         e = iter(embedded[:, :, None, None].split(self.splits, dim=1))
         h = self.enter(F.pixel_unshuffle(x, self.unshuffle) if self.unshuffle > 1 else x)
         passed = []
@@ -189,9 +204,27 @@ class UNet(nn.Module):
         h = self.exit(F.silu(self.norm(h)))
         return F.pixel_shuffle(h, self.unshuffle) if self.unshuffle > 1 else h
 
+    def _of_class(self, label: Tensor | None, t: Tensor) -> Tensor:
+        """The embedding (N, 2·embedding) of labels (N,), or of none."""
+        if self.label is None:
+            raise ValueError("label: none is taken by a network without classes")
+        if label is None:
+            return self.label.weight[-1:].expand(len(t), -1)
+        if label.shape != t.shape or label.is_floating_point():
+            raise ValueError(f"label: integers of shape {tuple(t.shape)} are required, got {tuple(label.shape)}, "
+                             f"{label.dtype}")  # fmt: skip
+        try:
+            embedded: Tensor = self.label(label)
+        except IndexError as error:
+            got = f"{int(label.min())} to {int(label.max())}"
+            raise ValueError(f"label: 0 to {self.classes}, which is no class, is required, got {got}") from error
+        return embedded
 
-def _check(config: dict[str, Any]) -> None:
+
+def _check(config: dict[str, Any], classes: int) -> None:
     """Raise ValueError for the first argument of `UNet` out of range."""
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
+        raise ValueError(f"classes: an integer of at least 0 is required, got {classes!r}")
     lists = {name: config[name] for name in ("shape", "multipliers", "blocks")}
     single = {name: config[name] for name in ("channels", "unshuffle", "groups", "embedding", "timesteps")}
     for name, value in [*single.items(), *((name, n) for name, values in lists.items() for n in values)]:

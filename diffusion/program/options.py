@@ -138,8 +138,8 @@ def _add_edit(command: argparse.ArgumentParser) -> None:
     add("--count", type=whole(1), help="latents on the way, or variants of each (default 7, or 4)")
 
 
-def _add_data(add: Callable[..., Any], holding: str) -> None:
-    add("--data", required=True, metavar="NAME", help=f"digits, fashion, or a folder of {holding}")
+def _add_data(add: Callable[..., Any], holding: str, more: str = "") -> None:
+    add("--data", required=True, metavar="NAME", help=f"digits, {more}fashion, or a folder of {holding}")
     add("--shape", type=whole(1), nargs=3, metavar=("C", "H", "W"),
         help="what pictures of a folder are cut and scaled to (default: their own)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -147,8 +147,9 @@ def _add_data(add: Callable[..., Any], holding: str) -> None:
 
 def _add_fit(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_data(add, "PNG or JPEG files")
-    add("--steps", type=whole(1), help="optimiser steps (default: digits and folders 20000, fashion 9000)")
+    _add_data(add, "PNG or JPEG files", "digit-classes (the digits by class), ")
+    add("--steps", type=whole(1), help="optimiser steps (default: digits and folders 20000, fashion 9000, "
+        "digit-classes 8000)")  # fmt: skip
     add("--lr", type=positive, help="largest learning rate (default 0.0015)")
     add("--batch", type=whole(1), help="images per step (default 64)")
     add("--save-every", type=whole(1), help="steps between two saves (default 1000)")

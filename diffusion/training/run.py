@@ -37,6 +37,7 @@ class Run:
         schedule: of the noise.
         settings: steps, batch, lr, ema, seed, prediction as in `fit`, and what else must agree on resuming.
         dtype: type of the weights in the checkpoint; None: as trained.
+        labels: (n,) long, the classes of the images, for a class-conditional model; settings then say `drop_label`.
 
     Attributes:
         step: steps done.
@@ -45,8 +46,9 @@ class Run:
 
     def __init__(
         self, images: Tensor, folder: Path, model: nn.Module, schedule: Schedule, settings: dict[str, Any],
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | None, labels: Tensor | None = None,
     ) -> None:  # fmt: skip
+        self.labels = labels
         self.images, self.folder, self.model, self.schedule = images, folder, model, schedule
         self.settings, self.dtype = settings, dtype
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
@@ -73,7 +75,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = settings["lr"] * (1 + math.cos(math.pi * k / settings["steps"])) / 2
         self.optimizer.zero_grad(set_to_none=True)
-        loss: Tensor = (self.model(x_t, t.to(self.device)) - target).square().mean()
+        label = () if self.labels is None else (self.draw_labels(k).to(self.device),)
+        loss: Tensor = (self.model(x_t, t.to(self.device), *label) - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.torn = True
@@ -90,9 +93,7 @@ class Run:
     def draw(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the noisy images, time steps and targets of step k, which depend on nothing but seed and k."""
         batch, count = self.settings["batch"], len(self.schedule)
-        # torch's CPU generator keeps 32 bits of its seed: hashing is what makes (seed, k) count as a pair
-        digest = hashlib.sha256(f"{self.settings['seed']}:{k}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        generator = self._generator(k)
         x_0 = self.images[torch.randint(len(self.images), (batch,), generator=generator)].float()
         within = torch.rand(batch, generator=generator, dtype=torch.float64)
         t = ((torch.arange(batch) + within) * (count / batch)).long().clamp(max=count - 1)
@@ -103,6 +104,19 @@ class Run:
             "sample": lambda: x_0,
         }[self.settings["prediction"]]()
         return self.schedule.add_noise(x_0, noise, t), t, target
+
+    def draw_labels(self, k: int) -> Tensor:
+        """Return the labels (batch,) of the images of step k, a share of them replaced by no class."""
+        assert self.labels is not None
+        batch, classes = self.settings["batch"], self.settings["model"]["classes"]
+        labels = self.labels[torch.randint(len(self.images), (batch,), generator=self._generator(k))]
+        dropped = torch.rand(batch, generator=self._generator(k, "label")) < self.settings["drop_label"]
+        return labels.masked_fill(dropped, classes)
+
+    def _generator(self, *step: int | str) -> torch.Generator:
+        # torch's CPU generator keeps 32 bits of its seed: hashing is what makes (seed, k) count as a pair
+        digest = hashlib.sha256(":".join(map(str, (self.settings["seed"], *step))).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
     def finished(self) -> bool:
         """Return whether the folder holds the result of this very run.

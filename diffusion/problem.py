@@ -55,7 +55,8 @@ class ChainProblem:
         Q = None if split.basis is None else split.basis.to(latent.device, wide)
         network = Network(model, prediction, latent.shape[1:], model_dtype(model, latent.dtype), rows, group, Q)
         chain, split = move(chain, split, latent.device)
-        forward, drift = forward_map(network, chain, split, edit if Q is None else rotated(edit, Q))
+        hook = edit if edit is None or Q is None else lambda y, k, i: rotate(edit(rotate(y, Q.T), k, i), Q)
+        forward, drift = forward_map(network, chain, split, hook)
         noise = _scaled_noise(chain, latent, noises, generator, Q)
         drift = drift if noise is None else noise if drift is None else drift + noise
         flat = latent.detach() if Q is None else rotate(latent.detach(), Q)
@@ -190,13 +191,6 @@ def checked_splitting(split: Splitting, chain: Chain, D: int) -> Splitting:
     if Q is not None and chain.clip is not None:
         raise ValueError("splitting: a basis and a chain that clips go ill together: clipping is per pixel")
     return split
-
-
-def rotated(edit: Edit | None, Q: Tensor) -> Edit | None:
-    """An edit of x, for y = Qᵀ x."""
-    if edit is None:
-        return None
-    return lambda y, k, image: rotate(edit(rotate(y, Q.T), k, image), Q)
 
 
 def _scaled_noise(

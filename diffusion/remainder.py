@@ -55,7 +55,8 @@ class Network:
         """
         self.calls += not alone
         if self.group is not None and not alone and not torch.is_grad_enabled():
-            return evaluate_shared(self._alone, [x, t, *conditioning], self.group).to(x.dtype)
+            own = lambda x, t, *conditioning: self(x, t, conditioning, alone=True)  # noqa: E731
+            return evaluate_shared(own, [x, t, *conditioning], self.group).to(x.dtype)
         n, inputs = x.shape[0], conditioning
         most = self.rows or (CPU_ROWS if x.device.type == "cpu" else max(1, n))
         parts = []
@@ -66,8 +67,7 @@ class Network:
                 state, time, inputs = x[part], t[part], [c[part] for c in conditioning]
             if self.basis is not None:
                 state = rotate(state.to(self.basis.dtype), self.basis.T)
-            state = state.to(self.dtype)
-            state = state if state.shape[1:] == self.shape else state.reshape(-1, *self.shape)
+            state = state.to(self.dtype).reshape(-1, *self.shape)
             try:
                 value = self.model(state, time, *inputs)
             except (TypeError, RuntimeError, ValueError) as error:
@@ -80,9 +80,6 @@ class Network:
             parts.append(value if self.basis is None else rotate(value.to(self.basis.dtype), self.basis))
         out = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x.new_empty(x.shape)
         return out if alone else out.to(x.dtype)
-
-    def _alone(self, x: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
-        return self(x, t, conditioning, alone=True)
 
 
 def rotate(x: Tensor, Q: Tensor) -> Tensor:

@@ -74,6 +74,13 @@ def small(n: int, features: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return lambda z: torch.tanh(z @ W + b), torch.zeros(n, features)
 
 
+def sweep(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """A hundred plain sweeps from z."""
+    for _ in range(100):
+        z = fn(z)
+    return z
+
+
 def measured(sizes: tuple[int, ...]) -> dict[str, float]:
     """Microseconds, and counts of calls, by what was measured."""
     z = torch.randn(1, 64)
@@ -92,9 +99,9 @@ def measured(sizes: tuple[int, ...]) -> dict[str, float]:
     out["a step: calls"] = (python_calls(many) - python_calls(few)) / STEPS
     for n in sizes:
         fn, z0 = small(n, 3)
-        sweeps = seconds(lambda fn=fn, z0=z0: [fn(z0) for _ in range(100)], 1, 2)  # type: ignore[misc]
+        swept = seconds(lambda fn=fn, z0=z0: sweep(fn, z0), 1, 2)  # type: ignore[misc]
         solved = seconds(lambda fn=fn, z0=z0: solve(fn, z0, gradient=None), 1, 2)  # type: ignore[misc]
-        out[f"{n:,} x 3 states: solve / 100 plain sweeps"] = solved / sweeps
+        out[f"{n:,} x 3 states: solve / 100 plain sweeps"] = solved / swept
     return out
 
 
@@ -124,10 +131,8 @@ def main() -> None:
     for _ in range(given.repeats):
         for tree, results in zip(trees, found, strict=True):
             results.append(elsewhere(tree, given.million))
-    print(
-        f"torch {torch.__version__}, one thread, the least of {given.repeats} runs"
-        + ", before | after | ratio" * (len(trees) > 1)
-    )
+    columns = "before, after, their ratio" if len(trees) > 1 else "this tree"
+    print(f"torch {torch.__version__}, one thread, the least of {given.repeats} runs: {columns}")
     for name in found[0][0]:
         least = [min(result[name] for result in results) for results in found]
         ratio = f"{least[-1] / least[0]:8.2f}" if len(least) > 1 else ""

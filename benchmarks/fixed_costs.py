@@ -1,10 +1,11 @@
 """What a solve costs besides fn: before its first step and after its last, in each step, and with many small states.
 
-    python benchmarks/fixed_costs.py [--before TREE] [--repeats 7]
+    python benchmarks/fixed_costs.py [--before TREE] [--repeats 3] [--million]
 
 Processor time of one thread; the least of some repetitions, calls of fn alone taken off. TREE is another checkout of
 this repository, built: both are measured in turns, in processes of their own, and the last column is the ratio.
-Python calls are counted by the interpreter's profile hook and do not depend on the machine.
+Python calls are counted by the interpreter's profile hook and do not depend on the machine. --million solves a million
+small states too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pydeqsolve import DEQ, Stop, solve
 STEPS = 100
 
 
-def seconds(act: Callable[[], object], calls: int, turns: int = 5) -> float:
+def seconds(act: Callable[[], object], calls: int, turns: int = 3) -> float:
     """Processor time of one call of act: the least of some turns."""
     act()
     found = []
@@ -67,12 +68,20 @@ def wandering(steps: int) -> Callable[[], object]:
 
 
 def small(n: int, features: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """n states of a few unknowns each, z = z² / 8 + b: a cheap map."""
+    """n states of a few unknowns each, z = tanh(z W + b): a cheap map."""
     b = torch.rand(n, features, generator=torch.Generator().manual_seed(0))
-    return lambda z: torch.addcmul(b, z, z, value=0.125), torch.zeros(n, features)
+    W = 0.3 * torch.randn(features, features, generator=torch.Generator().manual_seed(1))
+    return lambda z: torch.tanh(z @ W + b), torch.zeros(n, features)
 
 
-def measured() -> dict[str, float]:
+def sweep(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """A hundred plain sweeps from z."""
+    for _ in range(100):
+        z = fn(z)
+    return z
+
+
+def measured(sizes: tuple[int, ...]) -> dict[str, float]:
     """Microseconds, and counts of calls, by what was measured."""
     z = torch.randn(1, 64)
     layer = DEQ(lambda z, x: x, gradient=None)
@@ -88,17 +97,17 @@ def measured() -> dict[str, float]:
         out[f"{name}: calls"] = python_calls(act)
     out["a step: us"] = 1e6 * (seconds(many, 5) - seconds(few, 50)) / STEPS
     out["a step: calls"] = (python_calls(many) - python_calls(few)) / STEPS
-    for n in (200_000, 1_000_000):
+    for n in sizes:
         fn, z0 = small(n, 3)
-        sweeps = seconds(lambda fn=fn, z0=z0: [fn(z0) for _ in range(100)], 1, 2)  # type: ignore[misc]
+        swept = seconds(lambda fn=fn, z0=z0: sweep(fn, z0), 1, 2)  # type: ignore[misc]
         solved = seconds(lambda fn=fn, z0=z0: solve(fn, z0, gradient=None), 1, 2)  # type: ignore[misc]
-        out[f"{n:,} x 3 states: solve / 100 plain sweeps"] = solved / sweeps
+        out[f"{n:,} x 3 states: solve / 100 plain sweeps"] = solved / swept
     return out
 
 
-def elsewhere(tree: Path) -> dict[str, float]:
+def elsewhere(tree: Path, million: bool) -> dict[str, float]:
     """`measured` of another tree, by this script in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--json"]
+    command = [sys.executable, str(Path(__file__).resolve()), "--json", *["--million"] * million]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
@@ -108,23 +117,22 @@ def elsewhere(tree: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--before", type=Path, help="another tree to measure beside this one")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--million", action="store_true", help="a million small states too")
     parser.add_argument("--json", action="store_true", help="one measurement, as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.json:
-        print(json.dumps(measured()))
+        print(json.dumps(measured((200_000, 1_000_000) if given.million else (200_000,))))
         return
     here = Path(__file__).resolve().parents[1]
     trees = [here] if given.before is None else [given.before.resolve(), here]
     found: list[list[dict[str, float]]] = [[] for _ in trees]
     for _ in range(given.repeats):
         for tree, results in zip(trees, found, strict=True):
-            results.append(elsewhere(tree))
-    print(
-        f"torch {torch.__version__}, one thread, the least of {given.repeats} runs"
-        + ", before | after | ratio" * (len(trees) > 1)
-    )
+            results.append(elsewhere(tree, given.million))
+    columns = "before, after, their ratio" if len(trees) > 1 else "this tree"
+    print(f"torch {torch.__version__}, one thread, the least of {given.repeats} runs: {columns}")
     for name in found[0][0]:
         least = [min(result[name] for result in results) for results in found]
         ratio = f"{least[-1] / least[0]:8.2f}" if len(least) > 1 else ""

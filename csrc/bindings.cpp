@@ -252,7 +252,6 @@ PYBIND11_MODULE(_native, m) {
       .def("judge", &SmallSolve::judge, free())
       .def("raise_", &SmallSolve::raise, free())
       .def("lower", &SmallSolve::lower, free());
-  m.attr("MOST_UNKNOWNS") = kMostUnknowns;
   m.def("cpu_isa", &cpu_isa);
   m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
 #if defined(PYDEQSOLVE_WITH_CUDA)

@@ -8,6 +8,8 @@
 
 namespace pydeqsolve {
 
+namespace {
+
 // 2^exponent in two factors that are normal numbers, and x times it: exact wherever the product is a number.
 struct Power {
   explicit Power(int exponent) : low(power(exponent / 2)), high(power(exponent - exponent / 2)) {}
@@ -20,6 +22,8 @@ struct Power {
   double operator()(double x) const { return x * low * high; }
   double low, high;
 };
+
+}  // namespace
 
 static inline int exponent_of(double x) {  // of 0, infinity and NaN: 0
   int exponent = 0;

@@ -34,17 +34,21 @@ class Problem:
 
     def value(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Any:
         """The same as fn returns it, in the structure and dtype of its own."""
-        found = self._call(z, inputs, wanted)
+        return self.value_of(self.layout.unpack(z), inputs, wanted)
+
+    def value_of(self, state: Any, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Any:
+        """The same at a state in the structure of z0."""
+        found = self._call(state, inputs, wanted)
         return found[0] if self.has_aux else found
 
     def aux(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
         """The second of what fn returns with `has_aux`, at the flat state z (n, T, D) and its inputs (n, …)."""
         wanted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if self.causal else None
-        return self._call(z, inputs, wanted)[1]
+        return self._call(self.layout.unpack(z), inputs, wanted)[1]
 
-    def _call(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None) -> Any:
+    def _call(self, state: Any, inputs: Sequence[Tensor], wanted: Tensor | None) -> Any:
         named = {"wanted": wanted} if self.causal else {}
-        found = self.fn(self.layout.unpack(z), *inputs, **named)
+        found = self.fn(state, *inputs, **named)
         if self.has_aux and not (isinstance(found, tuple) and len(found) == 2):
             raise TypeError(f"fn must return (z, aux) with has_aux=True, got {type(found).__name__}")
         return found

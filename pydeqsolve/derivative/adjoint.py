@@ -17,7 +17,7 @@ from ..solution import Adjoint, ConvergenceError, Recorder, Status
 from ..status import describe_adjoint
 from ..stop import Stop
 from .arnoldi import Arnoldi
-from .gmres import GMRES, Known, rest
+from .gmres import GMRES, Known, is_direct, rest
 from .linear import Products, System, blurred
 from .linearise import Good
 from .small import Rest, Small
@@ -74,7 +74,7 @@ class AdjointSolve:
             stop = self._stop(good, g.device)
         eps, mask = max(self.eps, torch.finfo(g.dtype).eps), None if good.whole else good.mask_taken()
         judged = (True, self.follows, eps)
-        if self.solver.is_direct(wide, stop):
+        if is_direct(self.solver, wide, stop):
             small = Small.of(products, wide, stop, mask, eps)
             return None if small is None else small.run(g.dtype, judged, self._left(g, stop))
         solve = Arnoldi.of(products, wide, self.solver.restart)

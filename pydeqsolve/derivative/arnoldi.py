@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..memory import address
 from ..solution import Adjoint
-from ..step import native
+from ..step import systems
 from ..stop import Stop
 from .linear import Products
 
@@ -53,7 +53,7 @@ class Arnoldi:
     @staticmethod
     def of(products: Products, g: Tensor, restart: int) -> Arnoldi | None:
         """The solve for g (B, …), float32 or float64, contiguous; None where there are no kernels for it."""
-        handle = native.krylov(g)
+        handle = systems.krylov(g)
         return None if handle is None else Arnoldi(handle, products, g, restart)
 
     def run(self, stop: Stop, mask: Tensor | None = None, eps: float = 0.0) -> None:

@@ -41,7 +41,7 @@ class GMRES:
         goal, as with a singular I − A, the status is STALLED. A row for which A or g is not finite is NONFINITE.
         """
         g = g.contiguous()
-        if self.is_direct(g, stop):
+        if is_direct(self, g, stop):
             small = Small.of(A, g, stop)
             if small is not None:
                 plain = (False, False, 0.0)
@@ -51,44 +51,46 @@ class GMRES:
             if arnoldi is not None:
                 arnoldi.run(stop)
                 return arnoldi.deliver(g.dtype), arnoldi.outcome()[0]
-        return self.in_pytorch(A, g, stop)
+        return in_pytorch(self, A, g, stop)
 
-    def is_direct(self, g: Tensor, stop: Stop) -> bool:
-        """Whether the systems for g (B, …) are solved from their matrices."""
-        return g.numel() // max(1, len(g)) <= min(DENSE, self.restart, stop.max_steps - 1)
 
-    def in_pytorch(self, A: Products, g: Tensor, stop: Stop, matrix: Tensor | None = None) -> tuple[Tensor, Adjoint]:
-        """`solve`, on any device. matrix (N, B, N): the columns of I − A, where they are known."""
-        system, eps = System.of(A, g, stop), torch.finfo(g.dtype).eps
-        most = min(self.restart, g.shape[1])
-        direct = matrix is not None or self.is_direct(g, stop)
-        method = Dense(system, eps, matrix) if direct else Krylov(system, eps, most)
-        least = 1 if matrix is not None else 2
-        u, residual = torch.zeros_like(g), system.rhs
-        best = lengths(residual)
-        evaluations = torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
-        stalled, calls = torch.zeros_like(best, dtype=torch.bool), 0
-        while True:
-            active = (best > system.goal) & best.isfinite() & ~stalled
-            if stop.max_steps - calls < least or not bool(active.any()):
-                break
-            candidate, residual, size, used = _corrected(
-                system, method, u, residual, active, stop.max_steps - calls, eps
-            )
-            # A residual that is mostly the rounding of a huge u is hardly known: it has to be less by more than that.
-            doubtful = eps * lengths(candidate) > 0.5 * size
-            enough = torch.where(doubtful, 0.5 * best, 0.999 * best)
-            better = active & ((size < enough) | ((size < best) & (size <= system.goal)))
-            stalled |= active & ~better
-            u = torch.where(better[:, None], candidate, u)
-            best = torch.where(better, size, torch.where(active & ~size.isfinite(), torch.inf, best))
-            evaluations += torch.where(active, used, 0)
-            calls += int(used.max())
-        u, best, again = system.deliver(u, best, g.dtype)
-        status = torch.where(stalled, int(Status.STALLED), int(Status.MAX_STEPS))
-        status = torch.where(best <= system.goal, int(Status.CONVERGED), status)
-        status = torch.where(best.isfinite(), status, int(Status.NONFINITE))
-        return u, Adjoint(status, best / system.norm, evaluations + again)
+def is_direct(gmres: GMRES, g: Tensor, stop: Stop) -> bool:
+    """Whether the systems for g (B, …) are solved from their matrices."""
+    return g.numel() // max(1, len(g)) <= min(DENSE, gmres.restart, stop.max_steps - 1)
+
+
+def in_pytorch(
+    gmres: GMRES, A: Products, g: Tensor, stop: Stop, matrix: Tensor | None = None
+) -> tuple[Tensor, Adjoint]:
+    """`GMRES.solve`, on any device. matrix (N, B, N): the columns of I − A, where they are known."""
+    system, eps = System.of(A, g, stop), torch.finfo(g.dtype).eps
+    most = min(gmres.restart, g.shape[1])
+    direct = matrix is not None or is_direct(gmres, g, stop)
+    method = Dense(system, eps, matrix) if direct else Krylov(system, eps, most)
+    least = 1 if matrix is not None else 2
+    u, residual = torch.zeros_like(g), system.rhs
+    best = lengths(residual)
+    evaluations = torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
+    stalled, calls = torch.zeros_like(best, dtype=torch.bool), 0
+    while True:
+        active = (best > system.goal) & best.isfinite() & ~stalled
+        if stop.max_steps - calls < least or not bool(active.any()):
+            break
+        candidate, residual, size, used = _corrected(system, method, u, residual, active, stop.max_steps - calls, eps)
+        # A residual that is mostly the rounding of a huge u is hardly known: it has to be less by more than that.
+        doubtful = eps * lengths(candidate) > 0.5 * size
+        enough = torch.where(doubtful, 0.5 * best, 0.999 * best)
+        better = active & ((size < enough) | ((size < best) & (size <= system.goal)))
+        stalled |= active & ~better
+        u = torch.where(better[:, None], candidate, u)
+        best = torch.where(better, size, torch.where(active & ~size.isfinite(), torch.inf, best))
+        evaluations += torch.where(active, used, 0)
+        calls += int(used.max())
+    u, best, again = system.deliver(u, best, g.dtype)
+    status = torch.where(stalled, int(Status.STALLED), int(Status.MAX_STEPS))
+    status = torch.where(best <= system.goal, int(Status.CONVERGED), status)
+    status = torch.where(best.isfinite(), status, int(Status.NONFINITE))
+    return u, Adjoint(status, best / system.norm, evaluations + again)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class Known:
     matrix: Tensor
 
     def solve(self, A: Products, g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
-        return self.gmres.in_pytorch(A, g, stop, self.matrix)
+        return in_pytorch(self.gmres, A, g, stop, self.matrix)
 
 
 def rest(stop: Stop, g: Tensor, rows: Tensor | None = None) -> Stop:

@@ -168,7 +168,7 @@ def _evaluated(problem: Problem, z: Tensor, good: Good) -> tuple[Tensor, Tensor,
         leaf = z.clone().requires_grad_()
         return leaf, evaluate(problem, leaf, good.inputs), None
     leaf = layout.unpack(z).clone().requires_grad_()
-    value = problem.value(leaf, good.inputs)
+    value = problem.value_of(leaf, good.inputs)
     f = layout.pack(value, "the value of fn")
     plain = isinstance(value, Tensor) and value.dtype == f.dtype and value.shape == leaf.shape
     return leaf, f, value if plain else None

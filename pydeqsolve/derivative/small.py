@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..solution import Adjoint
-from ..step import native
+from ..step import systems
 from ..stop import Stop
 from .linear import Products
 
@@ -34,7 +34,7 @@ class Small:
     def of(products: Products, g: Tensor, stop: Stop, mask: Tensor | None = None, eps: float = 0.0) -> Small | None:
         """Of the samples where mask (B,) is true, to atol + rtol ‖g‖ or eps ‖g‖ at least; None without kernels."""
         rtol, atol = (_tolerance(t, g) for t in (stop.rtol, stop.atol))
-        handle = native.small(g, mask, rtol, atol, eps)
+        handle = systems.small(g, mask, rtol, atol, eps)
         keep = tuple(x for x in (g, mask, rtol, atol) if isinstance(x, Tensor))
         return None if handle is None else Small(handle, products, g, keep)
 

@@ -66,7 +66,7 @@ class Network:
             inputs = [c[part] for c in conditioning]
             try:
                 value = self.model(state, time, *inputs)
-            except (TypeError, RuntimeError, ValueError) as error:
+            except (TypeError, RuntimeError, ValueError, IndexError) as error:
                 told = explained(error, state, time, inputs)
                 if told is None:
                     raise

@@ -405,3 +405,8 @@ def test_a_model_that_ends_before_the_schedule_is_refused(tmp_path):
 def test_a_model_that_could_not_be_loaded_again_is_refused_before_training(tmp_path):
     with pytest.raises(TypeError, match="model"):
         train(tmp_path, model=torch.nn.Conv2d(1, 1, 1))
+
+
+def test_a_schedule_without_a_table_is_refused_before_training(tmp_path):
+    with pytest.raises(TypeError, match="schedule: a Schedule with a table of ᾱ is required, got ContinuousSchedule"):
+        fit(torch.zeros(4, 1, 8, 8), tmp_path, schedule=Schedule.flow(), steps=1)

@@ -186,7 +186,7 @@ def find_latents(
         raise ValueError(f"chain: eta > 0 is required by {chosen}, whose maps are the noise that it adds, got 0")
     if chain.eta != 0 and not isinstance(chosen, NoiseMaps):
         raise ValueError(f'chain: eta = 0 is required to invert but by "ddpm" (NoiseMaps()), got {chain.eta}')
-    check_rule(chosen, chain.rule)
+    check_rule(chosen, chain)
     _check_budget(error, max_rounds, chosen, chain)
     if chain.clip is not None and chain.eta == 0:
         warnings.warn(CLIPS, stacklevel=3)
@@ -222,8 +222,14 @@ def _method(method: Any) -> Method:
     return method
 
 
-def check_rule(method: Method, rule: str) -> None:
-    """Raises ValueError where a method cannot read chains of this rule."""
+def check_rule(method: Method, chain: Chain) -> None:
+    """Raises ValueError where a method cannot read this chain."""
+    rule = chain.rule
+    if not isinstance(method, Descent) and bool((chain.a == 0).any()):
+        raise ValueError(
+            "chain: its one step makes the image of noise that has no signal, and forgets the noise: no latent can be "
+            "read off an image; more steps can be inverted"
+        )
     if rule == "belm" and isinstance(method, Descent):
         raise ValueError(f'method: chains with rule="belm" are inverted by Exact() or OnePass(), exactly; got {method}')
     if rule == "dpmsolver++2m" and not isinstance(method, Descent):

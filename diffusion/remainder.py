@@ -71,7 +71,7 @@ class Network:
             state = state.to(self.dtype).reshape(-1, *self.shape)
             try:
                 value = self.model(state, time, *inputs)
-            except (TypeError, RuntimeError, ValueError) as error:
+            except (TypeError, RuntimeError, ValueError, IndexError) as error:
                 told = explained(error, state, time, inputs)
                 if told is None:
                     raise
@@ -146,9 +146,7 @@ class Remainders:
         """`scale` (T, 1), or ones."""
         return torch.ones_like(self.chain.c)[:, None] if self.scale is None else self.scale
 
-    def says(
-        self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = (), t: Tensor | None = None
-    ) -> Tensor:
+    def says(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = (), t: Tensor | None = None) -> Tensor:
         """ε (n, D) at states x (n, D) of steps k (n,), −x̂_0 where there is no signal; before any clipping.
 
         t: the time steps of k, where they are at hand.
@@ -156,9 +154,7 @@ class Remainders:
         t = self.chain.timesteps[k] if t is None else t
         return self.reading.read(x, k, self.network(self.reading.asked(x, k), t, conditioning))
 
-    def epsilon(
-        self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = (), t: Tensor | None = None
-    ) -> Tensor:
+    def epsilon(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = (), t: Tensor | None = None) -> Tensor:
         """e (n, D) at states x (n, D) of steps k (n,): the step is a x + c e, e = ε or what clipping makes of it."""
         return self.chain.held(x, self.says(x, k, conditioning, t), k)
 

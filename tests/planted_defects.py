@@ -136,9 +136,15 @@ DEFECTS = [
     # Schedules and pipelines.
     Defect("a scheduler is replaced in silence", "diffusion/pipeline.py",
            "self.register_modules(unet=unet, scheduler=scheduler,",
-           "self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(scheduler.config),",
+           "self.register_modules(unet=unet, scheduler=__import__('diffusers').DDIMScheduler(),",
            "test_pipeline.py::test_another_scheduler_is_refused_by_name_however_it_comes_in"),
     # Files and programs.
+    Defect("a flow takes the states of its table for those of unit variance", "diffusion/recurrence.py",
+           "size = (self.signal.square() + self.noise.square()).sqrt()", "size = torch.ones_like(self.signal)",
+           "test_chain.py::test_long_chains_in_other_coordinates_are_sampled_on_as_few_evaluations"),
+    Defect("the answer before the last is forgotten", "diffusion/trajectory.py",
+           "return self.c * N + self.c_before * torch.nn.functional.pad(N[:, :-1], (0, 0, 1, 0))", "return self.c * N",
+           "test_rules.py::test_both_methods_sample_the_formula_of_the_rule"),
     Defect("fsync dropped", "diffusion/models/files.py", "os.fsync(file.fileno())", "file.fileno()",
            "test_files.py::test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_writer_returns"),
     Defect("fsync of the folder dropped", "diffusion/models/files.py", "_sync_folder(path.parent)", "path.parent",

@@ -37,6 +37,7 @@ def branching(x, t):
 
 
 LINEAR = nn.Linear(1, 1).eval()
+TABLE, EMBEDDING = torch.ones(1000), nn.Embedding(1000, 1).eval()
 CONVOLUTION = nn.Conv2d(5, 5, 3, padding=1).eval()
 WIDE = nn.Conv2d(2, 2, 3, padding=1).double().eval()
 WRONG = {
@@ -63,6 +64,12 @@ WRONG = {
     "another device": (lambda x, t: x.to("meta"), ValueError, "got one on meta: that of x, cpu"),
     "a scalar t": (scalar, ValueError, r"t \(\d+,\) torch.int64, one for each row: .*each distinct t"),
     "a branch on t": (branching, ValueError, "each distinct t"),
+    "a table of time steps": (lambda x, t: x * TABLE[t.float()], ValueError, "integer time steps has chains of them"),
+    "an embedding of them": (
+        lambda x, t: x * EMBEDDING(t.float()),
+        ValueError,
+        "integer time steps has chains of them",
+    ),
     "a float t": (lambda x, t: x * LINEAR(t[:, None])[..., None, None], ValueError, r"net\(x, t.float\(\), \*inputs\)"),
     "other channels": (lambda x, t: CONVOLUTION(x), ValueError, "the network's own channels"),
     "another dtype": (lambda x, t: WIDE(x.float()), ValueError, "own dtype"),

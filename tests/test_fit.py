@@ -462,3 +462,8 @@ def test_a_model_with_classes_needs_their_labels(tmp_path, images, options, word
     with pytest.raises(ValueError, match=words):
         train(tmp_path / "new", images, model=conditional(), **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_schedule_without_a_table_is_refused_before_training(tmp_path):
+    with pytest.raises(TypeError, match="schedule: a Schedule with a table of ᾱ is required, got ContinuousSchedule"):
+        fit(torch.zeros(4, 1, 8, 8), tmp_path, schedule=Schedule.flow(), steps=1)

@@ -42,6 +42,11 @@ def test_a_flow_of_28_steps_takes_a_dozen_rounds_and_says_its_error(shift, digit
         assert out.rounds <= 12
 
 
+def test_one_step_from_pure_noise_to_the_image_is_not_inverted():
+    with pytest.raises(ValueError, match="chain: its one step makes the image of noise that has no signal"):
+        invert(lambda x, t: torch.tanh(x), torch.zeros(1, 4), Schedule.flow().chain(1), prediction="flow")
+
+
 @torch.no_grad()
 def test_real_digits_are_inverted_on_a_flow_that_starts_from_pure_noise(digits, model):
     """The first step, where the answer is −x̂_0 of pure noise, is solved by itself: with the others it spoils them."""

@@ -131,6 +131,15 @@ def test_another_spacing_is_that_of_the_scheduler_with_that_option(spacing):
     assert quadratic.timesteps.tolist() == Schedule.linear().chain(12, "quadratic").timesteps.tolist()
 
 
+def test_a_schedule_of_a_scheduler_says_so_on_one_line():
+    diffusers = pytest.importorskip("diffusers")
+    schedule = Schedule.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), mu=1.1)
+    assert (
+        repr(schedule) == "ContinuousSchedule(grid=SchedulerGrid(FlowMatchEulerDiscreteScheduler, mu=1.1), rule='ddim')"
+    )
+    assert repr(Schedule.flow().chain(5)) == "Chain(5 steps, t = 1000 … 200, α and σ 0, 1 … 1, 0, prediction=flow)"
+
+
 def test_what_is_done_to_a_scheduler_later_does_not_change_the_schedule():
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)

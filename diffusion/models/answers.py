@@ -17,6 +17,8 @@ REMEDIES = {
     "called for each distinct t by a function of your own",
     r"(expected|same) (scalar type|dtype)|to have the same dtype|not implemented for '(Long|Int)'": "a network that "
     "takes a float t is wrapped: model = lambda x, t, *inputs: net(x, t.float(), *inputs)",
+    r"used as indices must be|scalar types: Long, Int": "a network of integer time steps has chains "
+    "of them: its own Schedule's; a flow's or EDM's model is given t as float",
     r"Input type .* and (weight|bias) type": "images of the network's own dtype are required",
     r"to have \d+ channels": "images of the network's own channels are required",
 }

@@ -18,7 +18,7 @@ NO_SIGNAL = 2**-22  # α below this is what float32 leaves of none
 SPACED = ("linspace", "leading", "trailing", "quadratic")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SchedulerGrid:
     """The states of a diffusers scheduler's own loop.
 
@@ -32,6 +32,10 @@ class SchedulerGrid:
     preconditioning: Preconditioning | None = None
     mu: float | None = None
     rule: str = "ddim"
+
+    def __repr__(self) -> str:
+        shift = "" if self.mu is None else f", mu={self.mu}"
+        return f"SchedulerGrid({type(self.scheduler).__name__}{shift})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SchedulerGrid):

@@ -85,6 +85,8 @@ def fit(
     _check(images, held_out, levels, steps, batch, lr, ema, save_every, prediction)
     folder = Path(folder)
     schedule = schedule or Schedule.linear()
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule: a Schedule with a table of ᾱ is required, got {type(schedule).__name__}")
     if model is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

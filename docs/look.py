@@ -25,9 +25,9 @@ BUILT = Path(__file__).parent / "_build" / "html"
 # Each page in a frame of the wanted width: what lies right of its edge in no box that scrolls, and the boxes that do.
 SCRIPT = """<html><body><pre id=out></pre><script>
 const found = [];
-const scrolls = (d, e) => ['auto', 'scroll', 'hidden'].includes(d.defaultView.getComputedStyle(e).overflowX);
+const scrolls = (d, e) => ['auto', 'scroll'].includes(d.defaultView.getComputedStyle(e).overflowX);
 function held(d, e) {
-  for (let a = e; a && a != d.body; a = a.parentElement) if (scrolls(d, a)) return true;
+  for (let a = e; a && a.tagName != 'ARTICLE'; a = a.parentElement) if (scrolls(d, a)) return true;
   return false;
 }
 function look(page, width) { return new Promise(done => {

@@ -16,7 +16,7 @@ examples:
   deq-ddim demo                                    both shipped models, pictures and a table, in a few minutes
   deq-ddim sample --model digits --count 16        16 images in parallel over time, into sample-output/
   deq-ddim invert --model fashion --method exact   latents of the shipped test images, into invert-output/
-  deq-ddim edit --latents invert-output --between 1 2   latents on the way from one image to another
+  deq-ddim edit --latents invert-output --vary .2  their neighbours; then: deq-ddim sample --latents edit-output
   deq-ddim fit --data photos/ -o my-model          trains a model; then: deq-ddim sample --model my-model
   deq-ddim report                                  the paper's figures and tables, into report-output/report.html
   deq-ddim classifier --data digits                trains the classifier in whose features the report measures
@@ -45,9 +45,10 @@ def build_parser() -> Parser:
 
 
 def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> argparse.ArgumentParser:
-    example = next(line for line in EPILOG.splitlines() if line.startswith(f"  deq-ddim {name}")).split("   ")[0]
+    line = next(line for line in EPILOG.splitlines() if line.startswith(f"  deq-ddim {name}"))
+    example = line.strip().split("  ")[0]
     command: argparse.ArgumentParser = commands.add_parser(
-        name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example:{example}"
+        name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example: {example}"
     )
     add = command.add_argument
     if writes:

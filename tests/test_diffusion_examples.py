@@ -43,3 +43,18 @@ def test_a_walk_between_two_inverted_images_starts_and_ends_at_them(tmp_path):
     ends = [float(e) for e in re.search(r"real images: (\S+), (\S+) \(", printed).groups()]
     assert max(ends) < 1e-3
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_change_their_class_and_noise_maps_lose_nothing_at_any_guidance(tmp_path):
+    picture = tmp_path / "edited.png"
+    options = ["--count", "10", "--steps", "20", "--guidance", "1", "7.5", "--ways", "noise maps", "plain DDIM"]
+    printed = output_of(str(EXAMPLES / "edit_class.py"), *options, "--output", str(picture))
+    lines = re.findall(r"(.+), w = (\S+): loss \S+ \(most (\S+)\); new class (\S+), old (\S+);", printed)
+    found = {(way, scale): (float(loss), float(new), float(old)) for way, scale, loss, new, old in lines}
+    for scale in ("1", "7.5"):
+        loss, new, old = found["noise maps", scale]
+        assert loss <= 1e-12
+        assert new >= 0.9
+        assert old == 0
+    assert found["plain DDIM", "7.5"][0] > 1
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -9,6 +9,8 @@ from PIL import Image
 from program import SMALL, run, write_pictures
 
 from diffusion import load_checkpoint
+from diffusion.training.data import FASHION_FOLDER
+from diffusion.training.fit import recipes
 from diffusion.training.shape import shape_of_folder
 
 FIT = ["--steps", 2, "--batch", 2, "--distance", 0]
@@ -77,6 +79,16 @@ def test_the_distance_of_sampled_images_is_measured_in_the_end(tmp_path, capsys,
     assert distance["sampled"] > distance["real"] > 0
     again = json.loads(run(*argv, capsys=capsys)[1])["distance"]
     assert again == pytest.approx(distance, rel=1e-6)
+
+
+@pytest.mark.parametrize("data", sorted(recipes))
+def test_shipped_data_have_features_in_which_a_distance_is_measured(data, tmp_path, capsys, monkeypatch):
+    if data == "fashion" and not FASHION_FOLDER.is_dir():
+        pytest.skip("Fashion-MNIST is not installed")
+    monkeypatch.setattr("diffusion.program.fitting.SAMPLED_STEPS", 2)
+    argv = ["fit", "--data", data, "--steps", 1, "--batch", 2, "--distance", 3, "--output", tmp_path / "m", "--json"]
+    code, out, _ = run(*argv, capsys=capsys)
+    assert (code, json.loads(out)["distance"]["images"]) == (0, 3)
 
 
 def test_pictures_without_a_distance_still_train(tmp_path, capsys):

@@ -24,6 +24,7 @@ from .output import counted, finite, say, writable
 CLASSIFIER_STEPS = {"digits": 600, "fashion": 1200}  # where it is not 1000
 FILES = (WEIGHTS, CONFIG, IMAGES, FEATURES_FILE)
 SAMPLED_STEPS, SAMPLED_BATCH = 50, 64  # of the images whose distance is measured
+FEATURES_OF = {"digit-classes": "digits"}  # the shipped data of the same images
 NAMED: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion}
 
 
@@ -57,7 +58,7 @@ def run_fit(args: Namespace) -> dict[str, Any]:
 
 
 def _check_shape(args: Namespace) -> None:
-    if args.shape and args.data in NAMED:
+    if args.shape and args.data in {*NAMED, *recipes}:
         raise ValueError(f"--shape: of a folder of pictures, --data {args.data} has its own")
 
 
@@ -104,7 +105,7 @@ def _distance(
 def _space(args: Namespace, data: Dataset | None, folder: Path, device: torch.device) -> FeatureSpace | None:
     """The features in which distances are measured: shipped, or of a classifier of these pictures, trained once."""
     if data is None:
-        return load_features(SHIPPED / args.data)
+        return load_features(SHIPPED / FEATURES_OF.get(args.data, args.data))
     if (folder / FEATURES_FILE).is_file() and not args.restart:
         return load_features(folder)
     say(f"deq-ddim: training the classifier in whose features the distance is measured, {_steps(None, '')} steps")

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from .chain import Chain, Splitting
-from .clip import Clip
 from .edit import Inpaint
 from .inversion.descent import Descent
 from .inversion.exact import Exact
@@ -15,6 +14,7 @@ from .methods.fastest import fastest
 from .methods.parallel import Parallel
 from .methods.sequential import Sequential
 from .models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .models.clip import Clip
 from .models.statistics import Statistics
 from .models.wrappers import DiffusersModel, Guided
 from .sample import Sample, sample

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import PREDICTIONS, RULES, VARIANCES, levels, one_of, real, share_of_noise, time_steps
-from .clip import Clip
+from .models.clip import Clip
 from .rules import TWO_STEP, Coefficients
 
 R = TypeVar("R", bound="Recurrence")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .chain import Chain
 from .checks import PREDICTIONS, RULES, SPACINGS, VARIANCES, count, flag, one_of, real
-from .clip import Clip
+from .models.clip import Clip
 from .models.continuous import ContinuousSchedule
 from .models.grids import SchedulerGrid
 from .models.levels import EDM, GRIDS, Flow, Given, time_steps_given, time_steps_of

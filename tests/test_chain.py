@@ -7,7 +7,7 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Chain, Inpaint, Schedule, Splitting, invert, sample
-from diffusion.clip import Clip
+from diffusion.models.clip import Clip
 from diffusion.recurrence import Preconditioning
 from pydeqsolve import Implicit
 

@@ -122,7 +122,7 @@ def test_a_threshold_is_that_of_each_image_however_many_there_are(monkeypatch):
     for i in range(7):
         s = min(max(x[i].abs().quantile(0.6).item(), 1.0), 3.0)
         torch.testing.assert_close(together[i], x[i].clamp(-s, s) / s)
-    monkeypatch.setattr("diffusion.clip.QUANTILE_ENTRIES", 11)  # two images at a time
+    monkeypatch.setattr("diffusion.models.clip.QUANTILE_ENTRIES", 11)  # two images at a time
     assert torch.equal(clip(x), together)
 
 

@@ -11,8 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..chain import Chain
-from ..clip import Clip
 from ..schedule import Schedule
+from .clip import Clip
 from .continuous import ContinuousSchedule
 
 

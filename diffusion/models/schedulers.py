@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import real
-from ..clip import Clip
 from ..recurrence import Preconditioning
+from .clip import Clip
 from .grids import SchedulerGrid
 
 PREDICTED = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}

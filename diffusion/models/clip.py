@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import flag
+from ..checks import flag
 
 QUANTILE_ENTRIES = 2**24 - 1  # more, torch.quantile does not take at once
 

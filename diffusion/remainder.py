@@ -50,20 +50,25 @@ class Network:
         warn_of_training(self.model)
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Sequence[Tensor] = (), alone: bool = False) -> Tensor:
-        """What the model says (n, D), in the dtype of x (n, D); t (n,), conditioning (n, …).
+        """What the model says, in the dtype of the states x (n, D), or (n, …) as images; t (n,), conditioning (n, …).
 
         alone: by this rank, whatever the group, and in the dtype that the model answers in.
         """
         self.calls += not alone
         if self.group is not None and not alone and not torch.is_grad_enabled():
-            return evaluate_shared(self._alone, [x, t, *conditioning], self.group).to(x.dtype)
-        most = self.rows or (CPU_ROWS if x.device.type == "cpu" else max(1, len(x)))
+            own = lambda x, t, *conditioning: self(x, t, conditioning, alone=True)  # noqa: E731
+            return evaluate_shared(own, [x, t, *conditioning], self.group).to(x.dtype)
+        n, inputs = x.shape[0], conditioning
+        most = self.rows or (CPU_ROWS if x.device.type == "cpu" else max(1, n))
         parts = []
-        for at in range(0, len(x), most):
-            part = slice(at, at + most)
-            state = x[part] if self.basis is None else rotate(x[part].to(self.basis.dtype), self.basis.T)
-            state, time = state.to(self.dtype).reshape(-1, *self.shape), t[part]
-            inputs = [c[part] for c in conditioning]
+        for at in range(0, n, most):
+            state, time = x, t
+            if n > most:
+                part = slice(at, at + most)
+                state, time, inputs = x[part], t[part], [c[part] for c in conditioning]
+            if self.basis is not None:
+                state = rotate(state.to(self.basis.dtype), self.basis.T)
+            state = state.to(self.dtype).reshape(-1, *self.shape)
             try:
                 value = self.model(state, time, *inputs)
             except (TypeError, RuntimeError, ValueError, IndexError) as error:
@@ -71,13 +76,11 @@ class Network:
                 if told is None:
                     raise
                 raise told from error
-            value = checked(value, state).flatten(1)
+            value = checked(value, state)
+            value = value if value.dim() == x.dim() else value.flatten(1)
             parts.append(value if self.basis is None else rotate(value.to(self.basis.dtype), self.basis))
         out = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x.new_empty(x.shape)
         return out if alone else out.to(x.dtype)
-
-    def _alone(self, x: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
-        return self(x, t, conditioning, alone=True)
 
 
 def rotate(x: Tensor, Q: Tensor) -> Tensor:
@@ -143,14 +146,19 @@ class Remainders:
         """`scale` (T, 1), or ones."""
         return torch.ones_like(self.chain.c)[:, None] if self.scale is None else self.scale
 
-    def says(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
-        """ε (n, D) at states x (n, D) of steps k (n,), −x̂_0 where there is no signal; before any clipping."""
-        answer = self.network(self.reading.asked(x, k), self.chain.timesteps[k], conditioning)
-        return self.reading.read(x, k, answer)
+    def says(
+        self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = (), t: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """ε (n, D) at states x (n, D) of steps k (n,), −x̂_0 where there is no signal; before any clipping.
 
-    def epsilon(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = ()) -> Tensor:
+        t: the time steps of k, where they are at hand.
+        """
+        t = self.chain.timesteps[k] if t is None else t
+        return self.reading.read(x, k, self.network(self.reading.asked(x, k), t, conditioning))
+
+    def epsilon(self, x: Tensor, k: Tensor, conditioning: Sequence[Tensor] = (), t: Tensor | None = None) -> Tensor:
         """e (n, D) at states x (n, D) of steps k (n,): the step is a x + c e, e = ε or what clipping makes of it."""
-        return self.chain.held(x, self.says(x, k, conditioning), k)
+        return self.chain.held(x, self.says(x, k, conditioning, t), k)
 
     def without_linear(self, e: Tensor, x: Tensor, k: Tensor) -> Tensor:
         """N = e − κ x − b (n, D) at states x (n, D) of steps k (n,)."""

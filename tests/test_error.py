@@ -354,9 +354,9 @@ def test_a_check_speaks_of_what_the_caller_of_sample_can_change():
     assert sample(model, x, chain).solution.check().converged.all()
     with pytest.raises(ConvergenceError, match=r"3 of 3 MAX_STEPS .*1.0e-06.*max_rounds, or loosen error"):
         sample(model, x, chain, error=1e-6, max_rounds=4).solution.check()
-    with pytest.raises(ConvergenceError, match="3 of 3 STALLED .*precision.*loosen error"):
+    with pytest.raises(ConvergenceError, match=r"3 of 3 STALLED .*precision.*loosen error"):
         sample(model.float(), x.float(), chain, error=1e-15).solution.check()
     x[1] = torch.nan
-    with pytest.raises(ConvergenceError, match="1 of 3 NONFINITE .*latent") as seen:
+    with pytest.raises(ConvergenceError, match=r"1 of 3 NONFINITE .*latent") as seen:
         sample(model, x, chain).solution.check()
     assert "Stop" not in str(seen.value)

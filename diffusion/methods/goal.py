@@ -125,7 +125,7 @@ SAID = {
     Status.STALLED: "the network's precision leaves an error of x_0 of {error} where {asked} was asked for: loosen "
     "error, or compute the network in a wider dtype",
     Status.DIVERGED: "the states grew beyond measure",
-    Status.NONFINITE: "the model returned NaN or infinity, or latent or inputs are not finite: check them for this image",
+    Status.NONFINITE: "the model returned NaN or infinity, or latent or inputs are not finite: check them",
 }
 
 

@@ -79,7 +79,9 @@ def _line(error: BaseException) -> str:
 
 def warn_of_training(model: Any) -> None:
     """Warns of a module in training mode: with dropout or batch statistics a chain has no fixed images."""
-    if isinstance(model, nn.Module) and any(m.training for m in model.modules() if not any(True for _ in m.children())):
+    if isinstance(model, nn.Module) and any(
+        m.training and not any(True for _ in m.children()) for m in model.modules()
+    ):
         warnings.warn(
             "model: it is in training mode, where dropout and batch statistics make every call another network's: "
             "call model.eval()",

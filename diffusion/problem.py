@@ -175,27 +175,33 @@ class Found:
 
 def in_steps(problem: ChainProblem, bar: Any = None) -> Tensor:
     """The states (B, T+1, D), one step after the other: T model calls, each on B rows."""
-    m, x = problem.map, problem.latent if problem.second is None else problem.second
-    chain, linear, noise, image = m.chain, m.linear, problem.noise, problem.image
-    states, before = [problem.latent, x][: 1 + linear.given], torch.zeros_like(x)
+    m, noise, image = problem.map, problem.noise, problem.image
+    chain, network, linear = m.chain, m.network, m.linear
+    x, given, two_step = problem.latent, linear.given, chain.rule != "ddim"
+    x = x if problem.second is None else problem.second
+    if network.basis is None and m.reading.plain and chain.clip is None:
+        x = x.reshape(-1, *network.shape)  # nothing but the model asks for the shape
+    states, before = [problem.latent.view_as(x), x][-1 - given :], x
     steps = torch.arange(len(chain), device=x.device)[:, None].expand(-1, len(x))
+    times = chain.timesteps[:, None].expand_as(steps)
     # Indexing a tensor costs as much as an operation on it: a tenth of a small network's time, all together.
-    numbers, times = steps.unbind(), chain.timesteps[:, None].expand_as(steps).unbind()
-    a, c, a_before, c_before = (part.tolist() for part in chain.coefficients)
-    for k in range(linear.given, len(chain)):
-        eps = m.epsilon(x, numbers[k], problem.conditioning, times[k])
-        x = a[k] * x + c[k] * eps
-        if chain.past is not None:
-            x = x + a_before[k] * states[-2] + c_before[k] * before if k else x
+    rows = zip(steps.unbind(), times.unbind(), *(part.tolist() for part in chain.coefficients), strict=True)
+    for number, (k, t, a, c, a_before, c_before) in enumerate(rows):
+        if number < given:
+            continue
+        eps = m.epsilon(x, k, problem.conditioning, t)
+        x = a * x + c * eps
+        if two_step:
+            x = x + a_before * states[-2] + c_before * before if number else x
             before = eps
         if noise is not None:
-            x = x + noise[:, k]
+            x = x + noise[:, number].view_as(x)
         if isinstance(linear, EditedChain):
-            x = linear.after(x, k, image)
+            x = linear.after(x, number, image)
         states.append(x)
         if bar is not None:
             bar.update()
-    return torch.stack(states, 1)
+    return torch.stack([state.reshape(problem.latent.shape) for state in states], 1)
 
 
 def pair_of(latent: Any, name: str, chain: Any) -> tuple[Tensor, Tensor | None]:

@@ -49,6 +49,11 @@ class Reading:
     state: Tensor | None = None
     output: Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """The network is given x and its answer is e."""
+        return self.input is None and self.output is None
+
     def asked(self, x: Tensor, k: Tensor) -> Tensor:
         """What the network is given for states x (n, D) of steps k (n,)."""
         return x if self.input is None else self.input[k, None] * x

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mixture import latents
 
-from diffusion import Schedule, Splitting, invert, sample
+from diffusion import Descent, Exact, Parallel, Schedule, Splitting, invert, sample
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
 CHAIN = SCHEDULE.chain(8)
@@ -21,29 +21,37 @@ def test_rows_of_a_call_are_one_at_least(function, rows):
         function(network, latents(2, 6), CHAIN, rows_per_call=rows)
 
 
-@pytest.mark.parametrize("method", ["sequential", "parallel", "auto"])
 @pytest.mark.parametrize("window", [0, -1, "3", 2.5])
-def test_a_window_is_one_step_at_least_whatever_the_method(method, window):
+def test_a_window_is_one_step_at_least(window):
     with pytest.raises((TypeError, ValueError), match=r"^window: "):
-        sample(network, latents(2, 6), SCHEDULE.chain(300), method, window=window)
+        Parallel(window=window)
 
 
-@pytest.mark.parametrize("name", ["solver", "edit", "callback", "noises", "mean", "variance"])
+@pytest.mark.parametrize("name", ["edit", "callback", "noises"])
 @pytest.mark.parametrize("steps", [8, 300])
 def test_what_sampling_cannot_use_is_refused_by_name_before_the_network_is_asked(name, steps):
     with pytest.raises(TypeError, match=f"^{name}: "):
         sample(lambda x, t: 1 / 0, latents(2, 6), SCHEDULE.chain(steps), **{name: 3})
 
 
-@pytest.mark.parametrize("name", ["solver", "optimizer", "callback", "generator", "mean", "variance", "lr", "state"])
+@pytest.mark.parametrize("name", ["callback", "generator", "state"])
 def test_what_inversion_cannot_use_is_refused_by_name(name):
     with pytest.raises(TypeError, match=f"^{name}: "):
-        invert(network, latents(2, 6), CHAIN, "naive", epochs=1, **{name: "x" if name == "lr" else 3})
+        invert(network, latents(2, 6), CHAIN, "naive", **{name: 3})
 
 
-def test_levels_are_several():
-    with pytest.raises(TypeError, match=r'^levels: step counts, "nodes" or None is required, got 5'):
-        sample(network, latents(2, 6), CHAIN, levels=5)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Parallel(solver=3), "solver"),
+        (lambda: Exact(solver=3), "solver"),
+        (lambda: Descent(optimizer=3), "optimizer"),
+        (lambda: Descent(lr="x"), "lr"),
+    ],
+)
+def test_what_a_method_cannot_use_is_refused_when_it_is_made(make, name):
+    with pytest.raises(TypeError, match=f"^{name}: "):
+        make()
 
 
 def test_a_splitting_of_another_chain_is_refused():
@@ -52,6 +60,7 @@ def test_a_splitting_of_another_chain_is_refused():
         sample(network, latents(2, 6), CHAIN, splitting=other)
 
 
-def test_a_mean_of_another_shape_is_refused():
+def test_an_offset_of_another_shape_is_refused():
+    split = Splitting(torch.zeros(8, 1, dtype=torch.float64), torch.zeros(8, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"^splitting: b must be \(8, 1\) or \(8, 6\), got \(8, 5\)"):
-        sample(network, latents(2, 6), CHAIN, splitting="gaussian", mean=torch.zeros(5))
+        sample(network, latents(2, 6), CHAIN, splitting=split)

@@ -235,7 +235,8 @@ def test_a_multistep_chain_is_inverted_by_descent_alone():
     with pytest.raises(ValueError, match="gradient: with rule='dpmsolver"):
         invert(model, images, chain, "deq")
     images = sample(model, images, chain, "sequential").x_0
-    found = invert(model, images, chain, Descent(through=Sequential(), epochs=200))
+    seeded = torch.Generator().manual_seed(0)
+    found = invert(model, images, chain, Descent(through=Sequential(), epochs=200), generator=seeded)
     assert found.loss.item() < 0.02 * images.square().sum().item()
 
 

@@ -61,6 +61,9 @@ class Steps:
 class Patient:
     """A map that ends the solve of an image whose residual no longer halves, by answering z itself.
 
+    Steps whose residual is within `settled` (B,), and that of all before them, are evaluated no more: they keep the
+    value that they had then.
+
     patience: evaluations without, of a residual that the network's rounding may explain, and of any other. Attributes,
     over all images: least, the least residual; z where it was measured; mark, the last one that had halved; since then
     `waited` evaluations; ended.
@@ -71,16 +74,13 @@ class Patient:
     patience: tuple[int, int]
     allowance: Tensor  # (B,) evaluations that each may still have
     spare: int  # of them, those to be left
+    settled: Tensor
 
     def __call__(self, z: Tensor, image: Tensor, *inputs: Tensor) -> Tensor:
-        value: Tensor = self.map(z, image, *inputs)
-        residual = (value - z).square().mean((1, 2)).sqrt()
         if not hasattr(self, "least"):
-            B = len(self.allowance)
-            self.least, self.mark = residual.new_full((2, B), torch.inf)
-            self.waited = torch.zeros_like(self.allowance)
-            self.ended = torch.zeros(B, dtype=torch.bool, device=z.device)
-            self.z = z.new_zeros(B, *z.shape[1:])
+            self._begin(z)
+        value = self._value(z, image, inputs)
+        residual = (value - z).square().mean((1, 2)).sqrt()
         better, halved = residual < self.least[image], residual <= 0.5 * self.mark[image]
         self.least[image] = torch.where(better, residual, self.least[image])
         self.z[image] = torch.where(better[:, None, None], z, self.z[image])
@@ -91,6 +91,24 @@ class Patient:
         late = self.waited[image] >= torch.where(self.least[image] <= self.noise, few, many)
         self.ended[image] = late | (self.allowance[image] <= self.spare)
         return torch.where(self.ended[image][:, None, None], z, value)
+
+    def _begin(self, z: Tensor) -> None:
+        B, whole = len(self.allowance), z.shape[1:]
+        self.least, self.mark = z.new_full((2, B), torch.inf)
+        self.waited = torch.zeros_like(self.allowance)
+        self.ended = torch.zeros(B, dtype=torch.bool, device=z.device)
+        self.z, self.kept = z.new_zeros(2, B, *whole)
+        self.done = torch.zeros(B, whole[0], dtype=torch.bool, device=z.device)
+
+    def _value(self, z: Tensor, image: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The map's value (n, steps, D), of steps that were done before as it was then."""
+        done = self.done[image]
+        value: Tensor = self.map(z, image, *inputs, wanted=~done)
+        value = torch.where(done[:, :, None], self.kept[image], value)
+        small = (value - z).square().mean(2).sqrt() <= self.settled[image, None]
+        self.done[image] = (done | small).cumprod(1).bool()
+        self.kept[image] = value
+        return value
 
 
 class Backwards:
@@ -149,8 +167,10 @@ class Backwards:
             self._keep(start.trace, image)
         # A network rounds its answer at least; more of a floor than that loses digits of the image (docs/inversion.md).
         floor = rounding(self.problem.map.network.dtype) * unit.square().mean().sqrt()
-        stop = Stop(0.0, torch.maximum(atol, floor), max(0, rounds - node_rounds))
-        patient = Patient(backward, NOISE * floor, patience, self.allowance, SPARE * first)
+        atol = torch.maximum(atol, floor)
+        stop = Stop(0.0, atol, max(0, rounds - node_rounds))
+        settled = torch.zeros_like(self.left).index_put((image,), atol)
+        patient = Patient(backward, NOISE * floor, patience, self.allowance, SPARE * first, settled)
         solution = solve(
             patient, start, inputs, solver=solver, stop=stop, gradient=None, trace=True, callback=self._tick
         )

@@ -10,9 +10,10 @@ as they can, Anderson's of kind II or Gauss-Newton, come to rest at losses from 
 exist nevertheless when ε is bounded, as behind a group normalisation (F_k(x) ≈ a_k x far out, so its degree is 1).
 Broyden's method looks for a root of its model instead, may let the residual grow, and steps over the folds.
 
-The other steps are one fixed point, whose remainders vary slowly over time. Its first rounds evaluate a few nodes and
-take the change of all remainders from a spline through theirs; what Anderson acceleration learns there holds for all
-steps, so those rounds cost few rows and are not lost.
+The other steps are solved in sections, one after the other, each a fixed point: a section starts from a state that is
+right, so it needs fewer rounds than all steps together, whose late ones wait for the early ones. In a section a step
+that has settled, as all before it have, is evaluated no more. Where few rounds are allowed there is one section, whose
+first rounds evaluate a few nodes and take the change of all remainders from a spline through theirs.
 
 Then the image is sampled from the latent, as it will be returned. Where it is off by more than was asked, all steps are
 solved one after the other, from what is known of them: the deepest way, and the surest, also where guidance makes many
@@ -43,9 +44,13 @@ STIFFNESS = 0.7  # 1 − σ̄_{k+1}/σ̄_k from which a step is solved by itself
 SHARE, RESOLUTION = 0.75, 0.03
 JOINT_SHARE, JOINT_RESOLUTION = 0.85, 0.1
 STIFF_SOLVER = Broyden(memory=24)
-SOLVER = Anderson(memory=10, coupling="joint")
+SOLVER = Anderson(memory=4, coupling="causal")
+SECTIONS, SECTION_ROUNDS = (
+    (0.2, 0.36, 0.44),
+    10,
+)  # shares of the steps, from the image; rounds that must be left for each
 # Of the error asked for: what a stiff step may use, all others together, and all that are solved one by one.
-STIFF_PART, JOINT_PART, STEP_PART = 0.3, 0.5, 0.5
+STIFF_PART, JOINT_PART, STEP_PART = 0.3, 0.3, 0.5
 STIFF_ROUNDS, JOINT_ROUNDS, STEP_ROUNDS = 400, 24, 400  # the most of each
 NODE_ROUNDS, ALL_ROUNDS = 4, 5  # of the joint ones: at most so many on nodes, and at least so many on all steps
 # Evaluations in which the residual must halve, while it is as small as the network's rounding, and before.
@@ -66,7 +71,7 @@ FELL = 0.5  # another pass is made where the last has brought the error down to 
 class Exact:
     """Every step read backwards as an equation for the state before it: a fixed point each, or most of them together.
 
-    solver: of the steps that are not stiff, Anderson(10) or another forward solver.
+    solver: of the steps that are not stiff, Anderson(4, coupling="causal") or another forward solver.
     """
 
     solver: Any = SOLVER
@@ -126,6 +131,8 @@ def together(way: Backwards, splitting: Splitting | None, solver: Any, error: fl
     chain, asked = way.problem.map.chain, torch.full_like(way.left, error)
     k, own = len(chain), removing(chain, SHARE, RESOLUTION)
     stiff = stiff_steps(chain, STIFFNESS)
+    if stiff == 1 and k > 1 and chain.noise[-2] <= RESOLUTION * chain.size[-2]:
+        stiff = 0  # its noise is so faint that the network does not tell it from the image's own grain
     kept = min(JOINT_ROUNDS, way.rounds_left // 4) if k > stiff else 0
     for _ in range(stiff):
         k -= 1
@@ -134,18 +141,32 @@ def together(way: Backwards, splitting: Splitting | None, solver: Any, error: fl
     first = int(bool(chain.blind[0]) and k > 1)
     if k > 0:
         split = removing(chain, JOINT_SHARE, JOINT_RESOLUTION) if splitting is None else splitting
-        rounds = int(min(JOINT_ROUNDS, way.rounds_left))
-        able = k - first > 2 and not getattr(solver, "line_search", 0)  # a line search keeps no history
-        nodes = max(0, min(NODE_ROUNDS, rounds - ALL_ROUNDS)) if able else 0
-        left = way.left.nan_to_num(0.0, 0.0, 0.0)
-        atol = torch.maximum(JOINT_PART * asked, FORCING * left)
-        found = way.solve(first, k, split, solver, atol, rounds, patience=JOINT_PATIENCE, node_rounds=nodes)
-        way.take(first, k, found)
+        in_sections(way, first, k, split, solver, asked)
     if first:
         rounds = int(min(STIFF_ROUNDS, way.rounds_left))
         guess = ((chain.noise[1] * way.last - way.x) / chain.signal[1])[:, None]
         found = way.solve(0, 1, own, STIFF_SOLVER, STIFF_PART * asked, rounds, patience=STEP_PATIENCE, guess=guess)
         way.take(0, 1, found)
+
+
+def in_sections(way: Backwards, first: int, last: int, splitting: Splitting, solver: Any, asked: Tensor) -> None:
+    """The steps first … last − 1, the last ones first, in sections where the rounds left allow; else all as one."""
+    steps = last - first
+    several = steps >= len(SECTIONS) and way.rounds_left >= SECTION_ROUNDS * len(SECTIONS)
+    sizes = [max(1, round(share * steps)) for share in SECTIONS[:-1]] if several else []
+    sizes.append(steps - sum(sizes))
+    able = not several and steps > 2 and not getattr(solver, "line_search", 0)  # a line search keeps no history
+    for number, size in enumerate(sizes):
+        rounds = int(min(JOINT_ROUNDS, way.rounds_left // (len(sizes) - number)))
+        nodes = max(0, min(NODE_ROUNDS, rounds - ALL_ROUNDS)) if able else 0
+        left = way.left.nan_to_num(0.0, 0.0, 0.0)
+        atol = torch.maximum(JOINT_PART * asked, FORCING * left) * (size / steps) ** 0.5
+        own = STIFF_SOLVER if several and last == len(way.problem.map.chain) else solver  # next to the image
+        found = way.solve(
+            last - size, last, splitting, own, atol, rounds, patience=JOINT_PATIENCE, node_rounds=nodes
+        )  # fmt: skip
+        way.take(last - size, last, found)
+        last -= size
 
 
 def one_by_one(way: Backwards, eps: Tensor, atol: Tensor, most: Tensor) -> Tensor:

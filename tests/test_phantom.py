@@ -151,5 +151,5 @@ def test_unrolled_refuses_what_it_cannot_replay():
     z0 = torch.ones(1, 2, dtype=f64)
     kept = solve(torch.cos, z0, gradient=None, keep_history=True)
     for start, solver in ((z0, Broyden(line_search=4)), (kept, Anderson())):
-        with pytest.raises(NotImplementedError, match="neither a history nor a line search"):
+        with pytest.raises(NotImplementedError, match="neither a history, nor a line search"):
             solve(torch.cos, start, solver=solver, gradient=Unrolled())

@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kSteps || kAges > 8 || (kAges == 8 &
 
 // The end of pass 1 for blocks of several chunks. A thread block owns a block, each warp every eighth of its sums.
 template <bool kSteps>
-__global__ void __launch_bounds__(kThreads) finish_kernel(Call call, std::int64_t blocks, std::int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, 4) finish_kernel(Call call, std::int64_t blocks, std::int64_t chunks) {
   PYDEQSOLVE_SHARED(shared);
   const Team team(kThreads);
   const Ring& ring = call.ring;

@@ -99,6 +99,16 @@ class SegmentLayout(Layout):
         G, L = len(where.counts), where.longest
         return super().unpack(flat.reshape(G, L, -1 if L else 0)[where.segments, where.place][:, None])
 
+    def stand_in(self, flat: Tensor, good: Tensor) -> Tensor:
+        """The rows of good samples, over and over: the first good sample may have fewer rows than a place has."""
+        where, (G, _, D) = self._where, flat.shape
+        at, N = (where.segments, where.place), len(where.segments)
+        rows, known = flat.reshape(G, where.longest, -1)[at], good[where.segments]
+        order = (~known).to(torch.uint8).argsort(stable=True)  # the good rows first
+        turn = torch.arange(N, device=flat.device) % known.sum().clamp_min(1)
+        places = torch.zeros(G, where.longest, rows.shape[1], dtype=flat.dtype, device=flat.device)
+        return places.index_put(at, rows[order[turn]]).reshape(G, 1, D)
+
     @property
     def _where(self) -> Segments:
         assert self.where is not None

@@ -112,6 +112,8 @@ def solve(
     elif not any(problem.layout.shapes):
         _warn_of_one_dimension(z0, flat.shape[0])
     if history is not None:
+        if not history.is_of(segments):
+            raise ValueError("segments must be those of the history that z0 holds: start from its z alone, z0=z0.z")
         history.check(solver.method(), flat)
     _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
     gated = admissible is not None or merit is not None
@@ -131,6 +133,8 @@ def solve(
     aux = auxiliary(problem, found.residual.isfinite(), z, gradient is not None) if has_aux else None
     if where is not None:
         found = where.measured(found)
+        if found.history is not None:
+            found.history.segments = where.segments.clone()
     return Solution(
         problem.layout.unpack(z), found.residual, found.evaluations, found.status, found.steps, found.rejections,
         found.rank_losses, found.trace, seen, found.history, found.course, recorder, aux,

@@ -88,7 +88,11 @@ class DEQ(nn.Module):
             raise TypeError("z0 must be given where there are no inputs: layer(z0=…)")
         x = inputs[0]
         if not isinstance(x, Tensor):
-            raise TypeError(f"inputs[0] must be a tensor, got {type(x).__name__}")
+            if x is not None and not isinstance(x, (tuple, list, dict)):
+                raise TypeError(f"inputs[0] must be a tensor, got {type(x).__name__}")
+            raise TypeError(
+                f"z0 must be given where inputs[0] is not a tensor, got {type(x).__name__}: layer(*inputs, z0=…)"
+            )
         if not x.is_floating_point() and not x.is_complex():
             raise TypeError(f"z0 must be given where inputs[0] is not a state, got {x.dtype}: layer(x, z0=…)")
         last = self._last(x, segments) if self.warm_start else None

@@ -214,3 +214,18 @@ def test_gradients_pass_by_a_sample_that_failed_whatever_its_length():
         found = torch.autograd.grad(s.z[good].sum(), (x, w))  # z = √(w x)
         torch.testing.assert_close(found[0], torch.where(good[:, None], 0.5 * 2**-0.5, 0.0).to(F64))
         torch.testing.assert_close(found[1], 0.5 * 2**0.5 * good.sum().to(F64)[None])
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (
+            torch.tensor([0, 0, 2**40]),
+            r"segments must be less than the number of rows \+ 2\*\*20, 1048579, got 1099511627776",
+        ),
+        (torch.tensor([0, 0, 0], device="meta"), "segments must be a dense tensor"),
+    ],
+)
+def test_segments_that_no_memory_holds_are_refused(segments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        solve(lambda z: 0.5 * z, torch.ones(3, 2), segments=segments, gradient=None)

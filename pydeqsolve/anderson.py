@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from .checks import check_count, check_damping, check_real
 from .step.ring import COUPLINGS, Method
@@ -31,6 +30,7 @@ class Anderson:
     ridge: float | None = None
     coupling: str = "joint"
     safeguard: float = 10.0
+    _method: Method = field(init=False, repr=False, compare=False)  # made once: a solve asks for it often
 
     def __post_init__(self) -> None:
         check_count("memory", self.memory, least=0)
@@ -48,10 +48,11 @@ class Anderson:
             raise ValueError(f"coupling must be one of {COUPLINGS}, got {self.coupling!r}")
         if not self.safeguard > 1:
             raise ValueError(f"safeguard must exceed 1, got {self.safeguard}")
+        object.__setattr__(
+            self,
+            "_method",
+            Method(f"anderson {self.kind}", self.memory, self.damping, self.ridge or 0.0, self.coupling),
+        )
 
     def method(self) -> Method:
         return self._method
-
-    @cached_property
-    def _method(self) -> Method:
-        return Method(f"anderson {self.kind}", self.memory, self.damping, self.ridge or 0.0, self.coupling)

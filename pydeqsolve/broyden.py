@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from .checks import check_count, check_real
 from .step.ring import Method
@@ -31,6 +30,7 @@ class Broyden:
     kind: str = "good"
     safeguard: float = 10.0
     line_search: int = 0
+    _method: Method = field(init=False, repr=False, compare=False)  # made once: a solve asks for it often
 
     def __post_init__(self) -> None:
         check_count("memory", self.memory, least=1)
@@ -40,10 +40,7 @@ class Broyden:
             raise ValueError(f'kind must be "good" or "bad", got {self.kind!r}')
         if not self.safeguard > 1:
             raise ValueError(f"safeguard must exceed 1, got {self.safeguard}")
+        object.__setattr__(self, "_method", Method(f"broyden {self.kind}", self.memory))
 
     def method(self) -> Method:
         return self._method
-
-    @cached_property
-    def _method(self) -> Method:
-        return Method(f"broyden {self.kind}", self.memory)

@@ -73,7 +73,7 @@ class DEQ(nn.Module):
         for i, x in enumerate(inputs):
             if isinstance(x, Solution):
                 raise TypeError(f"inputs[{i}] must be a tensor, got a Solution: give a first guess by name, z0=")
-        start = self._start(inputs) if z0 is None else z0
+        start = self._start(inputs, segments) if z0 is None else z0
         solution = solve(
             self.cell, start, inputs, solver=self.solver, stop=self.stop, gradient=self.gradient,
             keep_history=self.keep_history, segments=segments, has_aux=self.has_aux,
@@ -82,24 +82,30 @@ class DEQ(nn.Module):
         self.solution = replace(solution, z=copied(solution.z), aux=aux)
         return (solution.z, solution.aux) if self.has_aux else solution.z
 
-    def _start(self, inputs: tuple[Any, ...]) -> Any:
+    def _start(self, inputs: tuple[Any, ...], segments: Tensor | None) -> Any:
         """The first guess where none is given: the last solution where it fits, else zeros like the first input."""
         if not inputs:
             raise TypeError("z0 must be given where there are no inputs: layer(z0=…)")
         x = inputs[0]
         if not isinstance(x, Tensor):
-            raise TypeError(f"inputs[0] must be a tensor, got {type(x).__name__}")
+            if x is not None and not isinstance(x, (tuple, list, dict)):
+                raise TypeError(f"inputs[0] must be a tensor, got {type(x).__name__}")
+            raise TypeError(
+                f"z0 must be given where inputs[0] is not a tensor, got {type(x).__name__}: layer(*inputs, z0=…)"
+            )
         if not x.is_floating_point() and not x.is_complex():
             raise TypeError(f"z0 must be given where inputs[0] is not a state, got {x.dtype}: layer(x, z0=…)")
-        last = self._last(x) if self.warm_start else None
+        last = self._last(x, segments) if self.warm_start else None
         return torch.zeros_like(x) if last is None else last
 
-    def _last(self, x: Tensor) -> Any:
-        """The last solution where it fits x, with its history where that fits the solver."""
+    def _last(self, x: Tensor, segments: Any) -> Any:
+        """The last solution where it fits x, with its history where that fits the solver and the segments."""
         last = self.solution
         z = None if last is None else last.z
         if not isinstance(z, Tensor) or (z.shape, z.dtype, z.device) != (x.shape, x.dtype, x.device):
             return None
         assert last is not None
-        fits = last.history is None or last.history.method == self.solver.method()
-        return last if fits else z
+        history = last.history
+        if history is None or not (segments is None or isinstance(segments, Tensor)):
+            return z  # segments of another kind are for `solve` to name
+        return last if history.method == self.solver.method() and history.is_of(segments) else z

@@ -199,6 +199,10 @@ class Layout:
             tensors = iter([part.reshape(n, *shape) for part, shape in zip(parts, self.shapes, strict=True)])
         return rebuild(self.template, lambda: next(tensors))
 
+    def stand_in(self, flat: Tensor, good: Tensor) -> Tensor:
+        """Of states (B, T, D), what may stand in the place of those that are not good (B,): the first that is."""
+        return flat.index_select(0, good.to(torch.uint8).argmax(0, keepdim=True))
+
     def _reals(self, leaf: Tensor) -> Tensor:
         """leaf (n, …), or its real and imaginary parts (n, …, 2), with nothing left to be negated when read."""
         if not self.is_complex:

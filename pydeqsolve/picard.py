@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from .checks import check_damping
 from .step.ring import Method
@@ -19,13 +18,11 @@ class Picard:
 
     damping: float = 1.0
     safeguard = float("inf")
+    _method: Method = field(init=False, repr=False, compare=False)  # made once: a solve asks for it often
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
+        object.__setattr__(self, "_method", Method(damping=self.damping))
 
     def method(self) -> Method:
         return self._method
-
-    @cached_property
-    def _method(self) -> Method:
-        return Method(damping=self.damping)

@@ -27,6 +27,7 @@ class Problem:
     compact: bool
     causal: bool = False
     has_aux: bool = False
+    names: Sequence[str] = ()  # of the inputs, where they come from a nest
 
     def __call__(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
         """f (n, T, D) at the flat state z (n, T, D) and its inputs (n, …); wanted (n, T) bool goes with `causal`."""

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .layout import Layout
 from .loop.iterate import Outcome
+from .memory import check_dense
 from .stop import Stop
+
+EMPTY = 2**20  # samples without rows, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +32,13 @@ class Segments:
         if not isinstance(segments, Tensor) or segments.dtype != torch.int64:
             got = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
             raise TypeError(f"segments must be an int64 tensor (N,), got {got}")
+        check_dense("segments", segments)
         if segments.dim() != 1:
             raise ValueError(f"segments must have shape (N,), got {tuple(segments.shape)}")
         if len(segments) and (int(segments[0]) < 0 or bool((segments[1:] < segments[:-1]).any())):
             raise ValueError("segments must be sorted and non-negative: order the rows by sample")
+        if len(segments) and int(segments[-1]) >= (most := len(segments) + EMPTY):
+            raise ValueError(f"segments must be less than the number of rows + 2**20, {most}, got {int(segments[-1])}")
         counts = torch.bincount(segments)
         first = counts.cumsum(0) - counts
         place = torch.arange(len(segments), device=segments.device) - first[segments]
@@ -98,6 +104,16 @@ class SegmentLayout(Layout):
         where = self._where
         G, L = len(where.counts), where.longest
         return super().unpack(flat.reshape(G, L, -1 if L else 0)[where.segments, where.place][:, None])
+
+    def stand_in(self, flat: Tensor, good: Tensor) -> Tensor:
+        """The rows of good samples, over and over: the first good sample may have fewer rows than a place has."""
+        where, (G, _, D) = self._where, flat.shape
+        at, N = (where.segments, where.place), len(where.segments)
+        rows, known = flat.reshape(G, where.longest, -1)[at], good[where.segments]
+        order = (~known).to(torch.uint8).argsort(stable=True)  # the good rows first
+        turn = torch.arange(N, device=flat.device) % known.sum().clamp_min(1)
+        places = torch.zeros(G, where.longest, rows.shape[1], dtype=flat.dtype, device=flat.device)
+        return places.index_put(at, rows[order[turn]]).reshape(G, 1, D)
 
     @property
     def _where(self) -> Segments:

@@ -15,7 +15,7 @@ from .arguments import check_gradient, check_inputs, check_solver, check_stop, c
 from .checks import check_count, check_flag
 from .derivative.auxiliary import auxiliary
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
-from .layout import Layout, detached, nested
+from .layout import Layout, detached, named_leaves, nested
 from .loop.iterate import Outcome, check_together, iterate
 from .loop.kept import History
 from .loop.traced import is_traceable, traced
@@ -112,6 +112,8 @@ def solve(
     elif not any(problem.layout.shapes):
         _warn_of_one_dimension(z0, flat.shape[0])
     if history is not None:
+        if not history.is_of(segments):
+            raise ValueError("segments must be those of the history that z0 holds: start from its z alone, z0=z0.z")
         history.check(solver.method(), flat)
     _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
     gated = admissible is not None or merit is not None
@@ -131,6 +133,8 @@ def solve(
     aux = auxiliary(problem, found.residual.isfinite(), z, gradient is not None) if has_aux else None
     if where is not None:
         found = where.measured(found)
+        if found.history is not None:
+            found.history.segments = where.segments.clone()
     return Solution(
         problem.layout.unpack(z), found.residual, found.evaluations, found.status, found.steps, found.rejections,
         found.rank_losses, found.trace, seen, found.history, found.course, recorder, aux,
@@ -158,6 +162,8 @@ def _prepare(
         raise ValueError('segments go with none of: front, coupling other than "joint", compact=True, has_aux=True')
     layout = Layout.of(z0, by_blocks)
     if where is not None:
+        if where.segments.device != layout.device:
+            raise ValueError(f"segments must be on {layout.device} like z0, got {where.segments.device}")
         layout = SegmentLayout.over(layout, where)
     flat = layout.pack(z0, "z0")
     B, T, D = flat.shape
@@ -167,10 +173,12 @@ def _prepare(
     if isinstance(gradient, Implicit) and gradient.stop is not None:
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
     given = check_inputs(inputs, B if where is None else None, flat.device)
+    names: list[str] = []
     if len(given) != len(inputs) or not all(isinstance(x, Tensor) for x in inputs):
         fn = nested(fn, inputs)
+        names = [name for i, part in enumerate(inputs) for name, _ in named_leaves(part, f"inputs[{i}]")]
     compact = bool(given) and where is None if compact is None else compact
-    return Problem(fn, tuple(given), layout, compact, front is not None, has_aux), flat
+    return Problem(fn, tuple(given), layout, compact, front is not None, has_aux, names), flat
 
 
 def _warn_of_one_dimension(z0: Any, n: int) -> None:

@@ -230,3 +230,16 @@ class Scale(nn.Module):
 
     def forward(self, z, x):
         return self.w.to(z.dtype) * z + x
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("D", [2, 6])
+def test_a_sample_left_out_has_no_residual_that_could_be_met(D, compact):
+    x = torch.ones(3, D, dtype=f64, requires_grad=True)
+    z0 = torch.zeros(3, D, dtype=f64)
+    z0[1] = torch.nan
+    solution = solve(lambda z, x: 0.5 * z + x, z0, (x,), compact=compact)
+    solution.z[solution.converged].sum().backward()
+    assert solution.adjoint.status.tolist() == [0, int(Status.NONFINITE), 0]
+    assert solution.adjoint.residual[1] == torch.inf
+    assert solution.adjoint.residual[[0, 2]].max() < 1e-5

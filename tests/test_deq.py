@@ -270,3 +270,11 @@ def test_a_layer_is_pickled_with_what_it_learnt():
     assert torch.equal(other.solution.z, z.detach())
     assert torch.equal(other(x), layer(x))
     assert other.solution.evaluations.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("inputs", [({"a": torch.ones(2, 3)},), (None, torch.ones(2, 3)), ([torch.ones(2, 3)],)])
+def test_a_first_input_that_is_no_tensor_asks_for_a_first_guess(inputs):
+    layer = DEQ(lambda z, *_: 0.5 * z)
+    with pytest.raises(TypeError, match=r"z0 must be given where inputs\[0\] is not a tensor, got .*: layer\(.*z0=…\)"):
+        layer(*inputs)
+    assert layer(*inputs, z0=torch.ones(2, 3)).shape == (2, 3)

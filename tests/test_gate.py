@@ -192,3 +192,15 @@ def test_a_gate_that_answers_wrongly_is_named(options, message):
 def test_what_does_not_go_together_with_a_gate_is_refused(options):
     with pytest.raises((ValueError, NotImplementedError), match="admissible"):
         solve(lambda z, **_: 0.5 * z, torch.ones(2, 3, 4), merit=lambda z: z.flatten(1).sum(1), **options)
+
+
+@pytest.mark.parametrize("name", ["admissible", "merit"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_gate_must_not_change_an_input(name, compact):
+    def gate(z, x):
+        x.mul_(0.5)
+        return (z < 10).all(1) if name == "admissible" else z.square().sum(1)
+
+    x = torch.ones(3, 2, dtype=F64)
+    with pytest.raises(ValueError, match=rf"{name} must not change its argument inputs\[0\] in place"):
+        solve(lambda z, x: 0.5 * z.cos() + x, torch.zeros_like(x), (x,), gradient=None, compact=compact, **{name: gate})

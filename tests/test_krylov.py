@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from systems import adjoint, by, diagonal, matrices, rhs, without_native
 
-from pydeqsolve import GMRES, Status, Stop, build_info
-from pydeqsolve.step import native
+from pydeqsolve import GMRES, Neumann, Status, Stop, build_info
+from pydeqsolve.step import native, systems
 
 pytestmark = pytest.mark.skipif(not build_info()["native"], reason="no native module")
 f32, f64, cpu = torch.float32, torch.float64, torch.device("cpu")
@@ -232,3 +232,30 @@ def test_a_map_that_returns_its_argument_is_not_written_to():
     u, how = GMRES().solve(lambda u: -u if len(u) == 0 else u, g, Stop(1e-6))
     assert how.status.tolist() == [Status.STALLED] * 2
     assert u.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", [GMRES(), Neumann(2)])
+@pytest.mark.parametrize("N", [3, 6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.int64])
+def test_a_right_side_that_no_kernel_can_read_is_refused(solver, N, dtype):
+    message = rf"g must be a float32 or float64 tensor \(B, N\), got {dtype}"
+    with pytest.raises(TypeError, match=message):
+        solver.solve(lambda u: u, torch.ones(300, N, dtype=dtype), Stop(1e-2))
+
+
+@pytest.mark.parametrize("solver", [GMRES(), Neumann(2)])
+def test_a_right_side_must_be_a_tensor_of_two_dimensions(solver):
+    with pytest.raises(TypeError, match=r"g must be a float32 or float64 tensor \(B, N\), got list"):
+        solver.solve(lambda u: u, [[1.0]], Stop(1e-2))
+    for g in (torch.ones(3), torch.ones(3, 2, 2)):
+        with pytest.raises(ValueError, match=r"g must have shape \(B, N\), got"):
+            solver.solve(lambda u: u, g, Stop(1e-2))
+    with pytest.raises(TypeError, match="g must be a dense tensor"):
+        solver.solve(lambda u: u, torch.ones(3, 2, device="meta"), Stop(1e-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.int64])
+def test_the_kernels_are_handed_float32_and_float64_alone(dtype):
+    g = torch.ones(4, 6, dtype=dtype)
+    assert systems.krylov(g) is None
+    assert systems.small(g[:, :3].contiguous(), None, 1e-2, 0.0, 0.0) is None

@@ -63,3 +63,20 @@ def test_a_layer_passes_an_optional_mask_on():
 def test_what_cannot_be_gathered_is_named_by_its_place(inputs, error, message):
     with pytest.raises(error, match=message):
         solve(lambda z, *_: z, torch.ones(3, 2), inputs)
+
+
+@pytest.mark.parametrize("by", ["value", "entry"])
+def test_an_input_changed_in_place_is_named_by_its_place(by):
+    def changes(z, mask, given):
+        given["b"].add_(1.0)
+        return 0.5 * z + given["a"]
+
+    given = {"a": torch.ones(3, 2), "b": torch.ones(3, 2)}
+    if by == "entry":
+        with torch.inference_mode():
+            given["b"] = torch.ones(3, 2)
+            with pytest.raises(ValueError, match=r"fn must not change its argument inputs\[1\]\['b'\] in place"):
+                solve(changes, torch.ones(3, 2), (None, given))
+        return
+    with pytest.raises(ValueError, match=r"fn must not change its argument inputs\[1\]\['b'\] in place"):
+        solve(changes, torch.ones(3, 2), (None, given))

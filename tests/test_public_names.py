@@ -29,7 +29,9 @@ def described(name, value):
     lines = [f"{name}{signature(value)}"]
     if inspect.isclass(value):
         if dataclasses.is_dataclass(value):
-            lines += [f"    .{field.name}" for field in dataclasses.fields(value) if not field.init]
+            lines += [
+                f"    .{field.name}" for field in dataclasses.fields(value) if not field.init and field.name[0] != "_"
+            ]
         own = [vars(base) for base in reversed(value.__mro__) if base.__module__.split(".")[0] in PACKAGES]
         for key, member in sorted({key: member for names in own for key, member in names.items()}.items()):
             if key.startswith("_"):

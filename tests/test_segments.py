@@ -175,3 +175,57 @@ def test_the_example_trains_a_layer_of_graphs():
     first, last = (float(x) for x in re.findall(r"loss ([.\d]+)", done.stdout))
     assert last < 0.5 * first
     assert "12 CONVERGED" in done.stdout
+
+
+@pytest.mark.parametrize("other", [torch.tensor([0, 0, 1, 1, 1]), None])
+def test_a_history_goes_on_with_its_own_segments_alone(other):
+    first, z0 = torch.tensor([0, 0, 0, 1, 1]), torch.arange(5.0)[:, None]
+    fn = lambda z: 0.5 * z.cos()  # noqa: E731
+    s = solve(fn, z0, segments=first, keep_history=True, gradient=None, stop=Stop(1e-2))
+    again = solve(fn, s, segments=first.clone(), gradient=None)
+    assert again.converged.all()
+    with pytest.raises(ValueError, match="segments must be those of the history that z0 holds"):
+        solve(fn, s, segments=other, gradient=None)
+    plain = solve(fn, torch.ones(2, 3), keep_history=True, gradient=None)
+    with pytest.raises(ValueError, match="segments must be those of the history that z0 holds"):
+        solve(fn, plain, segments=torch.tensor([0, 1]), gradient=None)
+
+
+@pytest.mark.parametrize("segments", [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+def test_a_layer_starts_other_segments_from_the_state_alone(segments):
+    x = torch.linspace(-1, 1, 5, dtype=F64)[:, None]
+    deq = DEQ(lambda z, x: 0.9 * torch.tanh(z) + x, warm_start=True, keep_history=True, stop=Stop(1e-8))
+    z = deq(x, segments=torch.tensor([0, 0, 0, 1, 1]))
+    torch.testing.assert_close(deq(x, segments=torch.tensor(segments)), z, rtol=1e-6, atol=1e-6)
+    assert deq.solution.evaluations.max() <= 2
+    deq(x)
+    assert deq.solution.converged.all()
+
+
+def test_gradients_pass_by_a_sample_that_failed_whatever_its_length():
+    for groups, z0 in (([1, 1, 2, 2], [1.0, 1, 0, 1]), ([0, 1, 1, 1], [1.0, 0, 1, 1]), ([0, 0, 0, 1], [0.0, 1, 1, 1])):
+        segments, start = torch.tensor(groups), torch.tensor(z0, dtype=F64)[:, None]
+        x, w = torch.full_like(start, 2.0).requires_grad_(), torch.ones(1, dtype=F64, requires_grad=True)
+        fn = lambda z, x: 0.5 * (z + w * x / z)  # noqa: B023, E731
+        s = solve(fn, start, (x,), segments=segments, stop=TIGHT)
+        good = s.status[segments] == 0
+        assert good.any()
+        assert not good.all()
+        found = torch.autograd.grad(s.z[good].sum(), (x, w))  # z = √(w x)
+        torch.testing.assert_close(found[0], torch.where(good[:, None], 0.5 * 2**-0.5, 0.0).to(F64))
+        torch.testing.assert_close(found[1], 0.5 * 2**0.5 * good.sum().to(F64)[None])
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (
+            torch.tensor([0, 0, 2**40]),
+            r"segments must be less than the number of rows \+ 2\*\*20, 1048579, got 1099511627776",
+        ),
+        (torch.tensor([0, 0, 0], device="meta"), "segments must be a dense tensor"),
+    ],
+)
+def test_segments_that_no_memory_holds_are_refused(segments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        solve(lambda z: 0.5 * z, torch.ones(3, 2), segments=segments, gradient=None)

@@ -1,5 +1,8 @@
 """A solve inside a graph of torch.compile or torch.export: the traced loop against the eager one."""
 
+import subprocess
+import sys
+
 import problems
 import pytest
 import torch
@@ -77,6 +80,48 @@ def test_a_tolerance_below_the_precision_of_autocast_ends_stalled_in_a_graph():
     with torch.no_grad():
         x = torch.randn(3, 8, generator=problems.generator(1))
         assert torch.compile(run, fullgraph=True, backend="eager")(x).tolist() == run(x).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [{"stop": Stop(1e-4)}, {"stop": Stop(1e-6)}, {"stop": Stop(1e-3)}],
+        [{"stop": Stop(1e-4, 1e-4)}, {"stop": Stop(1e-4, 1e-5)}],
+        [{"stop": Stop(1e-9, max_steps=3)}, {"stop": Stop(1e-9, max_steps=5)}, {"stop": Stop(1e-9, max_steps=4)}],
+        [{"solver": Picard(0.7)}, {"solver": Picard(0.8)}, {"solver": Picard()}],
+        [{"solver": Anderson(2, damping=0.7)}, {"solver": Anderson(2, damping=0.8)}, {"solver": Anderson(2)}],
+        [{"solver": Anderson(2, ridge=1e-4)}, {"solver": Anderson(2, ridge=1e-6)}],
+        [{"solver": Anderson(2, safeguard=3.0)}, {"solver": Anderson(2, safeguard=5.0)}],
+    ],
+)
+def test_a_compiled_layer_takes_other_numbers_at_the_same_place(changes):
+    layer = DEQ(lambda z, x: 0.5 * torch.tanh(z) + x, solver=Anderson(2)).eval()
+    x = torch.randn(4, 6, dtype=torch.float64, generator=problems.generator(7))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for change in changes:
+            for name, value in change.items():
+                setattr(layer, name, value)
+            expected, evaluations = layer(x), layer.solution.evaluations
+            torch.testing.assert_close(compiled(x), expected, rtol=1e-9, atol=1e-12)
+            assert layer.solution.evaluations.tolist() == evaluations.tolist()
+
+
+@pytest.mark.parametrize("solver", ["Anderson(2)", "Picard()"])
+def test_a_solver_that_never_ran_before_is_compiled(solver):
+    program = f"""
+import torch
+from pydeqsolve import Anderson, Picard, solve
+solver = {solver}
+def run(x):
+    return solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,), solver=solver, gradient=None).z
+with torch.no_grad():
+    x = torch.ones(2, 3)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(x), 2 * x, rtol=1e-4, atol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nested_states_and_empty_batches_are_traced():

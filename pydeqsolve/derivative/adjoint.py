@@ -175,7 +175,7 @@ def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
         return outcome
     if good.rows is None:
         status = torch.where(good.mask, outcome.status, int(Status.NONFINITE))
-        return Adjoint(status, outcome.residual, outcome.evaluations)
+        return Adjoint(status, torch.where(good.mask, outcome.residual, torch.inf), outcome.evaluations)
     B = good.mask.shape[0]
     full = Adjoint(
         outcome.status.new_full((B,), int(Status.NONFINITE)), outcome.residual.new_full((B,), torch.inf),

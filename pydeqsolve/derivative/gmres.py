@@ -13,7 +13,7 @@ from ..stop import Stop
 from .arnoldi import Arnoldi
 from .dense import Dense
 from .krylov import Krylov
-from .linear import Products, System, blurred, lengths
+from .linear import Products, System, blurred, check_right_side, lengths
 from .small import Rest, Small
 
 DENSE = 4  # unknowns up to which a matrix takes no more products, and less memory, than a Krylov basis
@@ -39,7 +39,9 @@ class GMRES:
         A maps (B, N) to (B, N), row by row; g (B, N) float32 or float64. `stop.max_steps` counts calls of A. A residual
         is known to no less than the rounding eps ‖u‖ of its measurement, eps that of g's dtype: where that exceeds the
         goal, as with a singular I − A, the status is STALLED. A row for which A or g is not finite is NONFINITE.
+        TypeError or ValueError says what else g is.
         """
+        check_right_side(g)
         g = g.contiguous()
         if is_direct(self, g, stop):
             small = Small.of(A, g, stop)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..memory import check_dense
 from ..stop import Stop
 
 Products = Callable[[Tensor], Tensor]  # (B, N) to (B, N), row by row
@@ -64,6 +66,16 @@ class System:
             again = lengths(self.residual(torch.where(fits[:, None], back, 0.0)))
             size = torch.where(changed, torch.where(fits, again, torch.inf), size)
         return raised, size, changed
+
+
+def check_right_side(g: Any) -> None:
+    """Raises TypeError or ValueError unless g is a dense tensor (B, N), float32 or float64."""
+    if not isinstance(g, Tensor) or g.dtype not in (torch.float32, torch.float64):
+        got = g.dtype if isinstance(g, Tensor) else type(g).__name__
+        raise TypeError(f"g must be a float32 or float64 tensor (B, N), got {got}")
+    check_dense("g", g)
+    if g.dim() != 2:
+        raise ValueError(f"g must have shape (B, N), got {tuple(g.shape)}")
 
 
 def lengths(r: Tensor) -> Tensor:

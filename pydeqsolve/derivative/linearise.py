@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..layout import Layout
 from ..problem import Problem
 from .leaves import leaves_among, nodes
 
@@ -34,12 +35,13 @@ class Good:
     rows: Tensor | None  # positions of the good samples, when fn is given them alone
     inputs: list[Tensor]  # of those samples
     whole: bool  # all samples are good, as far as was looked
+    layout: Layout | None = None  # of the states, where fn is given bad samples too
 
     @staticmethod
     def of(problem: Problem, good: Tensor) -> Good:
         whole = (problem.compact or good.is_cpu) and bool(good.all())  # elsewhere looking would wait for the device
         if whole or not problem.compact:
-            return Good(good, None, list(problem.inputs), whole)
+            return Good(good, None, list(problem.inputs), whole, problem.layout)
         rows = good.nonzero()[:, 0]
         return Good(good, rows, [x[rows] for x in problem.inputs], False)
 
@@ -47,10 +49,9 @@ class Good:
         """(B, T, D) → (n, T, D), what fn is given."""
         if self.rows is not None:
             return z[self.rows]
-        if self.whole or not len(z):
+        if self.whole or not len(z) or self.layout is None:
             return z
-        first = self.mask.to(torch.uint8).argmax(0, keepdim=True)
-        stand_in = z.detach().index_select(0, first).nan_to_num(0.0, 0.0, 0.0)
+        stand_in = self.layout.stand_in(z.detach(), self.mask).nan_to_num(0.0, 0.0, 0.0)
         return torch.where(self.mask[:, None, None], z, stand_in)
 
     def mask_taken(self) -> Tensor:

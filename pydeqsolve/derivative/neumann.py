@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import check_count
 from ..solution import Adjoint, Status
 from ..stop import Stop
-from .linear import Products, System, blurred, lengths
+from .linear import Products, System, blurred, check_right_side, lengths
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Neumann:
         """u (B, N) with ‖g + A u − u‖ ≤ atol + rtol ‖g‖ per sample if k terms suffice.
 
         A maps (B, N) to (B, N), row by row; g (B, N) float32 or float64. Calls A `terms` times, or `stop.max_steps`
-        times if that is less.
+        times if that is less. TypeError or ValueError says what else g is.
         """
+        check_right_side(g)
         system = System.of(A, g, stop)
         count = min(self.terms, stop.max_steps)
         u = term = system.rhs if count else torch.zeros_like(g)

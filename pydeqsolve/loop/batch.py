@@ -34,7 +34,7 @@ class Batch:
         self.z = self.before = backend.copy_of(z)
         self.full = backend.copy_of(z0)
         self._buffers = [self.z]
-        self._calls = 0  # of fn
+        self._calls = self._asked = 0  # of fn, of others
         self.eps = torch.finfo(z.dtype).eps
 
     @property
@@ -55,7 +55,7 @@ class Batch:
             if partial:
                 none = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device)
                 asked = none.index_copy(0, self.rows, asked)
-        given = Untouched(z, self.inputs, self._calls)
+        given = Untouched(z, self.inputs, self._calls, "fn", self.problem.names)
         value = self._value(z, asked)
         given.check()
         f = self.problem.layout.pack(value, "the value of fn")
@@ -64,11 +64,14 @@ class Batch:
         address(f, "the value of fn")
         return f[self.rows] if partial else f
 
-    def ask(self, question: Callable[..., Any], z: Tensor) -> Any:
+    def ask(self, question: Callable[..., Any], name: str, z: Tensor) -> Any:
         """question(z, *inputs) of the samples that fn sees, for the n of z (n, T, D) alone; z is not to be changed."""
         partial = not self.problem.compact and self.size != self.full.shape[0]
         seen = self.full.index_copy(0, self.rows, z) if partial else z
+        given = Untouched(seen, self.inputs, self._asked, name, self.problem.names)
+        self._asked += 1
         answer = question(self.problem.layout.unpack(seen.clone()), *self.inputs)
+        given.check()
         usable = partial and isinstance(answer, Tensor) and answer.dim() > 0 and len(answer) == len(seen)
         return answer[self.rows] if usable else answer
 

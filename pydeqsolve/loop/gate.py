@@ -43,7 +43,7 @@ class Gate:
             self.known = refused
             return z_next
         if self.admissible is not None:
-            refused = accelerated & ~_claims(batch.ask(self.admissible, z_next), "admissible", len(rows))
+            refused = accelerated & ~_claims(batch.ask(self.admissible, "admissible", z_next), "admissible", len(rows))
         if self.merit is not None:
             refused = self._raised(batch, z_next, accelerated, refused)
         judge.samples["rejections"] = judge.samples["rejections"] + refused
@@ -56,8 +56,8 @@ class Gate:
         assert self.merit is not None
         now = self.value
         if not z_next.is_cpu or not bool(self.known.all()):
-            now = torch.where(self.known, now, _merits(batch.ask(self.merit, batch.z), len(now)))
-        value = _merits(batch.ask(self.merit, z_next), len(now))
+            now = torch.where(self.known, now, _merits(batch.ask(self.merit, "merit", batch.z), len(now)))
+        value = _merits(batch.ask(self.merit, "merit", z_next), len(now))
         refused = refused | (accelerated & (value.isnan() | (value - now > ROUNDING * EPS * now.abs())))
         self.value, self.known = value, accelerated & ~refused
         return refused

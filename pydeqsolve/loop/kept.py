@@ -27,6 +27,7 @@ class History:
     heads: Tensor  # (B,) slot of each sample's newest row
     counts: Tensor  # (B, T) rows of each block when its sample finished
     open: Tensor  # (B,) bool, not finished yet
+    segments: Tensor | None = None  # (N,) which rows were whose, where samples are groups of rows (`solve`)
 
     @staticmethod
     def begin(method: Method, ring: Ring, z0: Tensor) -> History:
@@ -85,6 +86,13 @@ class History:
         ring.head = (ring.head - 1) % ring.slots
         ring.count.sub_(1).clamp_(min=0)
         return ring
+
+    def is_of(self, segments: Tensor | None) -> bool:
+        """Whether the samples are those of `segments` (N,), of None where they are no groups of rows."""
+        own = self.segments
+        if own is None or segments is None:
+            return own is segments
+        return own.device == segments.device and torch.equal(own, segments)
 
     def shift(self, ring: Ring, f: Tensor) -> None:
         """Adds what the map has changed at `z`, where its value is now f (B, T, D), to the rows of `ring`, a fork."""

@@ -58,7 +58,8 @@ def traced(problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop) -> Outco
     """
     from torch._higher_order_ops.while_loop import while_loop
 
-    step = TracedStep(problem, solver.method(), solver.safeguard, stop)
+    rtol, atol = (tolerance(t, z0) for t in (stop.rtol, stop.atol))
+    step = TracedStep(problem, solver.method(), solver.safeguard, stop, rtol, atol)
     n = len(CARRIED)
 
     def going(k: Tensor, z: Tensor, full: Tensor, *rest: Tensor) -> Tensor:
@@ -95,6 +96,8 @@ class TracedStep:
     method: Method
     safeguard: float
     stop: Stop
+    rtol: Tensor  # (B,) float64, made outside of the loop: a number that changes between calls cannot enter it
+    atol: Tensor
 
     def first(self, z0: Tensor) -> list[Tensor]:
         """The columns `CARRIED` (B,) of samples that nothing is known of."""
@@ -111,9 +114,7 @@ class TracedStep:
 
     def tolerances(self, samples: Columns, eps: float | Tensor) -> None:
         """Puts in rtol and atol, (B,) each, for a map that computes with machine epsilon `eps`."""
-        for name in ("rtol", "atol"):
-            value = torch.as_tensor(getattr(self.stop, name), dtype=torch.float64, device=samples["best"].device)
-            samples[name] = value.expand_as(samples["best"])
+        samples["rtol"], samples["atol"] = self.rtol, self.atol
         if is_left_open(self.stop):
             samples["rtol"] = torch.where(samples["floor"] > ROUNDING * RTOL, eps, samples["rtol"])
 
@@ -165,6 +166,13 @@ class TracedStep:
         how = (self.method.kind, self.method.coupling, float(self.method.ridge))
         gamma, dropped = reference.coefficients(how, torch.finfo(F.dtype).eps, gram, None, rhs, squares, size, mixes)
         return gamma, dropped, gram
+
+
+def tolerance(value: float | Tensor, z0: Tensor) -> Tensor:
+    """A tolerance for each of the samples z0 (B, …), (B,) float64."""
+    if isinstance(value, Tensor):
+        return value.to(z0.device, torch.float64).expand(z0.shape[:1])
+    return torch.full(z0.shape[:1], value, dtype=torch.float64, device=z0.device)
 
 
 def length(x: Tensor, rule: Rule) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether fn leaves alone what it is given."""
+"""Whether the user's functions leave alone what they are given."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 class Untouched:
-    """What z (n, T, D), about to be given to fn, and the inputs are like; `check` says whether they still are.
+    """What z (n, T, D), about to be given to a function, and the inputs are like; `check` says whether they still are.
 
     What is written past autograd, by z.data or z.numpy(), changes no version, and inputs made in inference mode have
-    none: in the first `SOUGHT` calls a copy tells.
+    none: in the first `SOUGHT` calls a copy tells. who: the function. names: of the inputs, where they are not a row.
     """
 
-    def __init__(self, z: Tensor, inputs: Sequence[Tensor], call: int) -> None:
+    def __init__(
+        self, z: Tensor, inputs: Sequence[Tensor], call: int, who: str = "fn", names: Sequence[str] = ()
+    ) -> None:
+        self.who, self.names = who, names
         self.z, self.version, self.inputs = z, z._version, inputs
         self.versions: list[int | None] = []
         self.copies: dict[int, Tensor] = {}
@@ -44,12 +47,13 @@ class Untouched:
         self.copy = _leading(z).clone() if early and z.is_cpu else None
 
     def check(self) -> None:
-        """Raises ValueError where fn has changed an argument."""
+        """Raises ValueError where the function has changed an argument."""
         if self.z._version != self.version:
-            raise ValueError("fn must not change its argument z in place")
+            raise ValueError(f"{self.who} must not change its argument z in place")
         for i, x in enumerate(self.inputs):
             version, copy = self.versions[i], self.copies.get(i)
             if (version is not None and x._version != version) or (copy is not None and not _equal(_first(x), copy)):
-                raise ValueError(f"fn must not change its argument inputs[{i}] in place")
+                name = self.names[i] if self.names else f"inputs[{i}]"
+                raise ValueError(f"{self.who} must not change its argument {name} in place")
         if self.copy is not None and not _equal(_leading(self.z), self.copy):
-            raise ValueError("fn must not change its argument z in place, through z.data or z.numpy() either")
+            raise ValueError(f"{self.who} must not change its argument z in place, through z.data or z.numpy() either")

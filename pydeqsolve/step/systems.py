@@ -35,7 +35,7 @@ def small(g: Tensor, mask: Tensor | None, rtol: float | Tensor, atol: float | Te
 
 def _systems(g: Tensor) -> tuple[Any, ...] | None:
     """What the native module must know of the systems for g (B, …), None where there are no kernels for them."""
-    if not native.is_native(g) or not g.is_cpu or not g.numel():
+    if g.dtype not in (torch.float32, torch.float64) or not native.is_native(g) or not g.is_cpu or not g.numel():
         return None
     try:
         start = address(g, "g")

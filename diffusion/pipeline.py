@@ -164,9 +164,7 @@ class DEQDDIMPipeline(DiffusionPipeline):
         given = [x for x in (latents, *inputs) if x is not None]
         count = batch_size if batch_size is not None else len(given[0]) if given else 1
         if any(len(x) != count for x in given):
-            raise ValueError(
-                f"batch_size: {count} is not the number of latents or conditions, {[len(x) for x in given]}"
-            )
+            raise ValueError(f"batch_size: {count} latents or conditions are required, got {[len(x) for x in given]}")
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"generator: one for each of the {count} images is required, got {len(generator)}")
         draw = {"generator": generator, "device": self._execution_device, "dtype": self.unet.dtype}
@@ -285,7 +283,9 @@ class DEQDDIMPipeline(DiffusionPipeline):
             return x if returned is latents else returned.to(x)
 
         if method == "sequential" or isinstance(method, Sequential):
-            return {"edit": after_step}
+            if chain.past is not None and callback is not None:
+                raise ValueError("callback_on_step_end: of a chain of two-step rule, with a parallel method alone")
+            return {"edit": after_step if chain.past is None else edit}
         quiet = callback is None and bar.disable
         return {"edit": edit, "callback": None if quiet else after_round}
 

@@ -14,7 +14,7 @@ from .checks import PREDICTIONS, RULES, SPACINGS, VARIANCES, count, flag, one_of
 from .models.clip import Clip
 from .models.continuous import ContinuousSchedule
 from .models.grids import SchedulerGrid
-from .models.levels import EDM, GRIDS, Flow, Given, time_steps_given, time_steps_of
+from .models.levels import EDM, GRIDS, Flow, Given, steps_of, time_steps_given, time_steps_of
 from .models.schedulers import read_scheduler
 
 # What `to_config` records where it is not the usual.
@@ -242,13 +242,13 @@ class Schedule:
         return 1.0 if self.ancestral else 0.0
 
     def chain(
-        self, steps: int = 50, spacing: str | None = None, eta: float | None = None, rule: str | None = None, *,
-        timesteps: Given = None,
+        self, steps: int | None = None, spacing: str | None = None, eta: float | None = None, rule: str | None = None,
+        *, timesteps: Given = None,
     ) -> Chain:  # fmt: skip
         """Return the chain of `steps` of this schedule's N time steps, which ends at its final ᾱ.
 
         Args:
-            steps: T, 1 to N.
+            steps: T, 1 to N; None is 50.
             spacing: "linspace" (evenly from 0 to N−1), "leading" (k⌊N/T⌋ + steps_offset), "trailing" (N, N − N/T, …,
                 less one) or "quadratic" (denser near the image, made strictly increasing); None is the schedule's own.
             eta: the share of fresh noise; None is the schedule's own: of a scheduler what that does, else 0.
@@ -259,7 +259,7 @@ class Schedule:
         With `diffusers_steps` each step ends ⌊N/T⌋ below its own t, as diffusers' DDIMScheduler has it.
         """
         N, alphas = len(self), self.alphas_cumprod
-        count("steps", steps, least=1)
+        steps = steps_of(steps, spacing, timesteps=timesteps)
         rule = rule or "ddim"
         one_of("rule", rule, RULES)
         final = alphas.new_tensor([self.final_alpha_cumprod])

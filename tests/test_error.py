@@ -1,10 +1,12 @@
 """The error of x_0: asked for, measured on what `sample` returns, reached, and said truly by status and `converged`."""
 
+import dataclasses
+
 import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import CoarseToFine, Parallel, Schedule, load_checkpoint, sample
+from diffusion import Clip, CoarseToFine, Parallel, Schedule, load_checkpoint, sample
 from diffusion.methods.defects import SAFETY, carried, filled
 from diffusion.methods.parallel import weight_of
 from diffusion.methods.visits import Visits
@@ -360,3 +362,22 @@ def test_a_check_speaks_of_what_the_caller_of_sample_can_change():
     with pytest.raises(ConvergenceError, match=r"1 of 3 NONFINITE .*latent") as seen:
         sample(model, x, chain).solution.check()
     assert "Stop" not in str(seen.value)
+
+
+@pytest.mark.parametrize(("seed", "method"), [(1, Parallel()), (4, Parallel(20))], ids=["all", "window"])
+def test_a_chain_that_clips_in_places_is_no_further_from_sequential_sampling_than_it_says(seed, method):
+    generator = torch.Generator().manual_seed(seed)
+    mu = torch.randn(6, 24, dtype=torch.float64, generator=generator)
+    chain = dataclasses.replace(SCHEDULE, clip=Clip()).chain(100)
+
+    def mixture(x, t):
+        k = (chain.timesteps[None] - t[:, None]).abs().argmin(1)
+        a, n = chain.signal[k][:, None], chain.noise[k][:, None]
+        width = n.square() + 0.05 * a.square()
+        mean = (-((x[:, None] - a[:, None] * mu).square().sum(2)) / (2 * width)).softmax(1) @ mu
+        return (x - a * (mean + 0.05 * a / width * (x - a * mean))) / n
+
+    x = torch.randn(4, 24, dtype=torch.float64, generator=generator)
+    got = sample(mixture, x, chain, method)
+    assert got.converged.all()
+    assert (true_errors(got, sample(mixture, x, chain, "sequential")) <= got.error).all()

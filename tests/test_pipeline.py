@@ -73,7 +73,7 @@ def test_a_saved_ddim_pipeline_makes_the_images_of_diffusers_from_the_same_seed(
     assert 0.05 < ((expected > 0) & (expected < 1)).mean() < 0.95  # clipping matters
     got = ours(generator=seeded(), method=method, error=TIGHT, **options)
     assert relative(got.images, expected) < 1e-4
-    assert got.converged.all()
+    assert ours(generator=seeded(), method=method, **options).converged.all()  # to 1e-3: no less is told where it clips
     assert got.images.std() > 0.05
 
 

@@ -65,6 +65,20 @@ def test_own_steps_are_taken_as_diffusers_pipelines_take_them(scheduler, given, 
     assert (out.images - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.parametrize("edit", [None, lambda x, k, image: x])
+def test_a_two_step_chain_is_sampled_in_sequence_without_hooks(edit, network):
+    scheduler, noise = diffusers.DPMSolverMultistepScheduler(), torch.randn(2, 1, 8, 8)
+    pipe, given = made(network, scheduler), {"num_inference_steps": 9, "latents": noise, "method": "sequential"}
+    if edit is not None:
+        with pytest.raises(ValueError, match="edit: of chains with rule"):
+            pipe(**given, edit=edit)
+        return
+    expected = loop(network, scheduler, noise, num_inference_steps=9)
+    torch.testing.assert_close(pipe(**given, output_type="latent").images, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="callback_on_step_end: of a chain of two-step rule"):
+        pipe(**given, callback_on_step_end=lambda *_: {})
+
+
 def test_sigmas_are_refused_by_a_scheduler_of_time_steps(network):
     with pytest.raises(ValueError, match="sigmas: not taken by DDIMScheduler"):
         made(network, diffusers.DDIMScheduler())(sigmas=[1.0, 0.5])

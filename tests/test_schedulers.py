@@ -106,14 +106,13 @@ def test_the_loop_of_a_scheduler_is_reproduced_step_for_step(name, settings, giv
         ("EulerDiscreteScheduler", {}, {"sigmas": [20.0, 5.0, 1.0, 0.0]}),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {"sigmas": [1.0, 0.8, 0.3]}),
         ("FlowMatchEulerDiscreteScheduler", {}, {"sigmas": torch.tensor([1.0, 0.8, 0.3])}),
-        ("EDMEulerScheduler", {}, {"sigmas": torch.tensor([0.0, 0.4, 1.0])}),
     ],
 )
 def test_own_time_steps_and_sigmas_are_taken_as_the_scheduler_takes_them(name, settings, given):
     diffusers = pytest.importorskip("diffusers")
     scheduler, model = getattr(diffusers, name)(**settings), Rough()
     chain = Schedule.from_diffusers(scheduler).chain(**given)
-    values = {key: value if name.startswith("EDM") else list(value) for key, value in given.items()}
+    values = {key: list(value) for key, value in given.items()}
     start, expected = loop(scheduler, model, latents(2, 3, 2, 2).float(), **values)
     assert len(chain) == 3
     assert apart(sample(model, start, chain, "sequential", prediction=chain.prediction).x_0, expected) < 1e-4
@@ -151,6 +150,9 @@ def test_what_is_done_to_a_scheduler_later_does_not_change_the_schedule():
     assert not torch.equal(Schedule.from_diffusers(scheduler).chain(5).noise, before)
 
 
+KINDS = ("karras", "exponential", "beta")
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
@@ -166,6 +168,11 @@ def test_what_is_done_to_a_scheduler_later_does_not_change_the_schedule():
         ("DPMSolverMultistepScheduler", {"thresholding": True}, "thresholding=True"),
         ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, "variance_type='learned'"),
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "without use_flow_sigmas"),
+        *[
+            ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, **more}, f"{name}=.* of DPMSolverMultistep")
+            for more in ({"prediction_type": "v_prediction"}, *({f"use_{kind}_sigmas": True} for kind in KINDS))
+            for name in more
+        ],
     ],
 )
 def test_an_option_of_theirs_that_is_not_reproduced_is_refused_by_name(name, settings, words):
@@ -193,6 +200,12 @@ def test_mu_is_required_where_shifting_is_dynamic_and_refused_elsewhere():
             "timesteps: Euler",
         ),
         (lambda s: s(d().EDMEulerScheduler()).chain(timesteps=[9, 1]), "timesteps: not taken by EDMEulerScheduler"),
+        (lambda s: s(d().EDMEulerScheduler()).chain(sigmas=[9.0, 1.0]), "sigmas: not reproduced for EDMEulerScheduler"),
+        (lambda s: s(d().EulerDiscreteScheduler()).chain(2, "leading", timesteps=[9, 1]), "spacing: not taken beside"),
+        (lambda s: s(d().EulerDiscreteScheduler()).chain(None, "leading", sigmas=[9.0]), "spacing: not taken beside"),
+        (lambda s: s(d().EulerDiscreteScheduler()).chain(3, sigmas=[9.0, 1.0, 0.0]), "steps: 2, as many as sigmas"),
+        (lambda s: s(d().DDIMScheduler()).chain(spacing="linspace", timesteps=[9, 1]), "spacing: not taken beside"),
+        (lambda s: s(d().DDIMScheduler()).chain(7, timesteps=[9, 1]), "steps: 2, as many as timesteps"),
         (lambda s: s(d().EDMEulerScheduler()).chain(9, "leading"), "spacing: 'leading' is not one of this scheduler"),
         (lambda s: s(d().EulerDiscreteScheduler()).chain(9, "even"), "spacing: one of linspace"),
         (lambda s: s(d().EulerDiscreteScheduler()).chain(timesteps=[9], sigmas=[9.0]), "timesteps, sigmas: only one"),

@@ -45,14 +45,15 @@ TRIALS = 3  # samples after a pass, each at other steps: what one shows is corre
 class CoarseToFine:
     """The nonlinear work on a coarse time grid, every step evaluated and the error measured.
 
-    Needs a chain of at least 60 steps with eta = 0 and no edit.
+    Needs a chain of at least 60 steps that begins with signal, with eta = 0, no clipping and no edit.
     """
 
     def find(self, problem: ChainProblem, goal: Goal, watch: Watch, guess: Tensor | None = None) -> Found:
         """States, their error and status, from a guess of N (B, T, D)."""
         if not smooth(problem):
             raise ValueError(
-                "method: CoarseToFine() needs eta = 0, no edit and a chain of at least 60 steps that begins with signal"
+                "method: CoarseToFine() needs eta = 0, no clipping, no edit and a chain of at least 60 steps that "
+                "begins with signal"
             )
         base = problem.base()
         N = torch.zeros_like(base[:, 1:]) if guess is None else guess.clone()

@@ -23,7 +23,7 @@ from ..problem import ChainProblem, Found, in_steps
 from ..remainder import reachable, scale_of
 from ..trajectory import EditedChain
 from .defects import carried, defects, lowest, rounding
-from .goal import Goal, Watch
+from .goal import ROUNDING, Goal, Watch
 from .grid import TimeGrid
 from .visits import Visits
 
@@ -37,6 +37,9 @@ START = 2  # first rounds that are made on the nodes
 UNITS_PER_RTOL = 5.0
 MARGIN = 0.5
 ATTEMPTS = 10
+EXACT = 0.5  # machine epsilons that a step of a chain that clips may lack: what clipping hides no slope tells
+# What rounding grows to in such a chain, at least: the cube root of the machine epsilon, no more than this.
+UNSEEN = 5e-4
 RTOL = 0.1  # rtol of the front for an error asked for of 1
 POWER = 4  # of σ: the tolerance is halved where it is 1
 GAIN = 0.7  # a solve that missed is followed by one for so much of the error asked for
@@ -80,7 +83,7 @@ def smooth(problem: ChainProblem, window: int | None = None, fewest: int = FEWES
     linear, chain, window = problem.map.linear, problem.map.chain, width(problem, window)
     closed = linear.safe and not isinstance(linear, EditedChain) and (window is None or window >= len(chain))
     alike = not bool((chain.blind | chain.still).any())  # else N is another quantity at that step
-    return closed and alike and len(chain) >= fewest and chain.eta == 0
+    return closed and alike and chain.clip is None and len(chain) >= fewest and chain.eta == 0
 
 
 def block_stop(stop: Stop, scale: Tensor, units: float = UNITS_PER_RTOL) -> Stop:
@@ -143,6 +146,14 @@ class Together:
     watch: Watch
     found: Found
 
+    @property
+    def exact(self) -> bool:
+        """Whether every step is evaluated at its own end, to rounding: of a chain that clips no slope bounds the error.
+
+        Along a move that clipping cuts off the map is flat, however steep it is beside it.
+        """
+        return self.problem.map.chain.clip is not None
+
     def start(self, guess: Tensor | None) -> Tensor:
         """A better guess of N (B, T, D), where a coarse grid serves: changed by what two rounds there change.
 
@@ -189,6 +200,9 @@ class Together:
             self.found.status[images[stalled]] = int(Status.STALLED)
             share = torch.where(front, share * (GAIN * asked / error).clamp(1e-3, 0.5), share)
             open_ = (error > asked) & ~stalled & error.isfinite()
+            if self.exact:
+                images = images[error > asked]
+                break
             share, guess, before, front, images = (v[open_] for v in (share, guess, error, slow, images))
         self._in_sequence(images)
 
@@ -207,8 +221,10 @@ class Together:
         if solving and (goal.left > measuring or not measured):
             rounds = min(T, goal.left - measuring if measured else goal.left)
             m.visits = visits
+            rtol = RTOL * share * goal.error[images]
+            rtol = torch.full_like(rtol, EXACT * goal.precision) if self.exact else rtol
             x, solution, rows = fixed_point(
-                problem, guess, Stop(RTOL * share * goal.error[images], max_steps=rounds), self.solver, self.window,
+                problem, guess, Stop(rtol, max_steps=rounds), self.solver, self.window,
                 self._telling(images), goal.precision,
             )  # fmt: skip
             m.visits = None
@@ -221,6 +237,9 @@ class Together:
             least = lowest(m, slope, visits.least[images])
             error = carried(m.linear, base, x, N, delta, slope, least, images)
             goal.raised(images, rounding(m, base, x, N, slope, goal.precision))
+            if self.exact:
+                goal.raised(images, torch.full_like(error, min(UNSEEN, goal.precision ** (1 / 3)) / ROUNDING))
+                error = error.masked_fill(~settled, torch.inf)
             error = torch.maximum(error, goal.floor[images])
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())
             self.watch.tell(self.problem, found, x, images)

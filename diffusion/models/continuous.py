@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from ..chain import Chain
-from ..checks import RULES, count, one_of
-from .levels import GRIDS, Given, Grid
+from ..checks import RULES, one_of
+from .levels import GRIDS, Given, Grid, steps_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class ContinuousSchedule:
         return self.grid.prediction
 
     def chain(
-        self, steps: int = 50, spacing: str | None = None, eta: float | None = None, rule: str | None = None, *,
-        timesteps: Given = None, sigmas: Given = None,
+        self, steps: int | None = None, spacing: str | None = None, eta: float | None = None, rule: str | None = None,
+        *, timesteps: Given = None, sigmas: Given = None,
     ) -> Chain:  # fmt: skip
         """The chain of `steps` steps.
 
         Args:
-            steps: T.
+            steps: T; None is 50.
             spacing: as the schedule has it (`diffusion.models.levels`); None is its own.
             eta: the share of fresh noise; None is 0.
             rule: "ddim", "dpmsolver++2m" or "belm"; None is the schedule's own.
@@ -49,11 +49,11 @@ class ContinuousSchedule:
         Raises:
             TypeError, ValueError: an argument of the wrong kind, or that the schedule does not take, by name.
         """
-        count("steps", steps, least=1)
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps, sigmas: only one is taken")
         rule = self.rule if rule is None else rule
         one_of("rule", rule, RULES)
+        steps = steps_of(steps, spacing, timesteps=timesteps, sigmas=sigmas)
         found = self.grid.levels(steps, spacing, timesteps, sigmas)
         return Chain(
             found.timesteps, found.signal, found.noise, eta=0.0 if eta is None else eta, prediction=self.prediction,

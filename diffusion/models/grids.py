@@ -69,12 +69,15 @@ class SchedulerGrid:
     def _arguments(self, steps: int, timesteps: Given, sigmas: Given) -> dict[str, Any]:
         """Of set_timesteps: custom values if given, else the number of steps."""
         taken = inspect.signature(self.scheduler.set_timesteps).parameters
+        if sigmas is not None and self.preconditioning and self.preconditioning.output:
+            kind = type(self.scheduler).__name__
+            raise ValueError(f"sigmas: not reproduced for {kind}, which takes them for places on its own curve")
         for name, given in (("timesteps", timesteps), ("sigmas", sigmas)):
             if given is not None:
                 if name not in taken:
                     raise ValueError(f"{name}: not taken by {type(self.scheduler).__name__}")
                 values = given.tolist() if isinstance(given, Tensor) else list(given)
-                return {name: torch.tensor(values) if self.preconditioning and self.preconditioning.output else values}
+                return {name: values}
         return {"num_inference_steps": steps}
 
     def _spaced(self, own: Any, steps: int, spacing: str) -> dict[str, Any]:

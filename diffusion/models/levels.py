@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import PREDICTIONS, SPACINGS, one_of, real
+from ..checks import PREDICTIONS, SPACINGS, count, one_of, real
 from ..recurrence import Preconditioning
+
+STEPS = 50  # of a chain for which no number is asked
 
 Given = Sequence[float] | Tensor | None
 
@@ -121,6 +123,27 @@ def refuse(name: str, value: Any, reason: str) -> None:
     """Raises where an argument is given that a schedule has no use for."""
     if value is not None:
         raise ValueError(f"{name}: {reason}")
+
+
+def steps_of(steps: int | None, spacing: str | None, **given: Given) -> int:
+    """The number of steps asked for, 50 where none is; beside own steps, which it counts, no spacing and no other.
+
+    Raises:
+        ValueError: own steps given beside a spacing, or beside another number of steps.
+    """
+    if steps is not None:
+        count("steps", steps, least=1)
+    for name, values in given.items():
+        if values is None:
+            continue
+        refuse("spacing", spacing, f"not taken beside {name}, which are the steps themselves, got {spacing!r}")
+        if steps is None:
+            continue
+        listed = torch.as_tensor(values).flatten()
+        own = len(listed) - int(name == "sigmas" and len(listed) > 1 and listed[-1] == 0)  # the 0 after the last step
+        if own != steps:
+            raise ValueError(f"steps: {own}, as many as {name}, or None is required beside them, got {steps}")
+    return STEPS if steps is None else steps
 
 
 def falling(name: str, values: Given, most: float | None = None) -> Tensor:

@@ -34,13 +34,14 @@ def chain_of(
         own: timesteps or sigmas instead of `steps`, or None.
     """
     schedule = Schedule.from_diffusers(scheduler)
+    length = steps if all(values is None for values in own.values()) else None
     for name, value in (("clip_sample", clip_sample), ("use_clipped_model_output", anew)):
         if value not in (None, True, False):
             raise TypeError(f"{name}: true, false or None is required, got {value!r}")
     if isinstance(schedule, ContinuousSchedule):
         if clip_sample or anew:
             raise ValueError(f"clip_sample: {type(scheduler).__name__} does not clip; only DDIM and DDPM do")
-        return schedule.chain(steps, eta=eta, **own)
+        return schedule.chain(length, eta=eta, **own)
     clip = schedule.clip
     if clip_sample is not None:
         clip = (clip or Clip(1.0, consistent=schedule.ancestral)) if clip_sample else None
@@ -48,7 +49,7 @@ def chain_of(
         clip = replace(clip, consistent=bool(anew))
     if own.pop("sigmas", None) is not None:
         raise ValueError(f"sigmas: not taken by {type(scheduler).__name__}, which has time steps")
-    return replace(schedule, clip=clip).chain(steps, eta=eta, **own)
+    return replace(schedule, clip=clip).chain(length, eta=eta, **own)
 
 
 def noises_of(scheduler: Any, chain: Chain, x_T: Tensor, draw: dict[str, Any]) -> Tensor | None:

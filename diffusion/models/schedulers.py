@@ -19,6 +19,7 @@ from .clip import Clip
 from .grids import SchedulerGrid
 
 PREDICTED = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 Read = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 
 
@@ -80,6 +81,12 @@ def _dpmsolver(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         raise UnsupportedSchedulerError(
             "scheduler: prediction_type='flow_prediction' of DPMSolverMultistepScheduler is not reproduced without "
             "use_flow_sigmas"
+        )
+    kinds = [f"{name}=True" for name in SPACINGS if options.get(name)]
+    kinds += ["prediction_type='v_prediction'"] if options["prediction_type"] == "v_prediction" else []
+    if options["use_flow_sigmas"] and kinds:
+        raise UnsupportedSchedulerError(
+            f"scheduler: {kinds[0]} of DPMSolverMultistepScheduler is not reproduced with use_flow_sigmas"
         )
     prediction = "flow" if flow else PREDICTED[options["prediction_type"]]
     return {"signal": "flow" if options["use_flow_sigmas"] else "vp", "prediction": prediction, "rule": "dpmsolver++2m"}

@@ -37,13 +37,26 @@ def test_latents_that_were_found_are_sampled_on_their_own_chain_under_their_name
         assert (again == np.asarray(Image.open(inverted / "images" / f"{name}.png"))).all()
 
 
+def test_latents_of_another_model_and_eta_are_sampled_with_these(tmp_path, capsys):
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    argv = ["sample", "--steps", 4, "--method", "sequential", "--no-pictures"]
+    assert run(*argv, "--model", "fashion", "--count", 1, "--eta", 1, "-o", first, capsys=capsys)[0] == 0
+    argv = ["sample", "--method", "sequential", "--no-pictures", "--latents", first]
+    assert run(*argv, "-o", again, capsys=capsys)[0] == 0
+    images = [load_file(folder / "samples.safetensors")["x_0"] for folder in (first, again)]
+    assert torch.equal(*images)
+    code, _, err = run(*argv, "--eta", 0, "-o", other, capsys=capsys)
+    assert code == 0
+    assert any("the latents are of eta 1.0: with 0.0" in line for line in err)
+
+
 def test_a_walk_between_two_latents_has_them_at_its_ends(inverted, tmp_path, capsys):
     argv = ["edit", "--latents", inverted, "--between", "0", "1", "--count", 3, "-o", tmp_path / "walk"]
     assert run(*argv, capsys=capsys)[0] == 0
     walk, found = read_latents(str(tmp_path / "walk")), read_latents(str(inverted))
     torch.testing.assert_close(walk.x_T[[0, -1]], found.x_T[[0, 1]], rtol=0, atol=1e-6)
     assert walk.names == ["0-1-01", "0-1-02", "0-1-03"]
-    assert walk.chain == found.chain == {"model": "digits", "steps": 6, "spacing": "quadratic"}
+    assert walk.chain == found.chain == {"model": "digits", "steps": 6, "spacing": "quadratic", "eta": 0.0}
     assert run("sample", "--latents", tmp_path / "walk", "-o", tmp_path / "s", capsys=capsys)[0] == 0
     assert (tmp_path / "s" / "images" / "0-1-02.png").is_file()
 

@@ -57,6 +57,7 @@ DEPENDS = {
     ("classifier", "steps"): {*CLASSIFIER_STEPS.values(), 1000},
 }
 IN_WORDS = {
+    "gradient",
     "threads",
     "spacing",
     "eta",

@@ -25,7 +25,7 @@ from .machine import device_of
 from .output import counted, finite, say, writable
 from .parser import guess
 
-STEPS, COUNT = 100, 16  # unless the user or the latents say otherwise
+MODEL, STEPS, COUNT = "digits", 100, 16  # unless the user or the latents say otherwise
 SHOWN = 64  # images in the picture of the samples, at most
 RECORD = "summary.json"
 
@@ -53,8 +53,10 @@ def options_of(checkpoint: Checkpoint, chain: Chain, splitting: str | None) -> d
     return {"prediction": checkpoint.prediction, "splitting": split}
 
 
-def sampler_of(name: str, window: int | None) -> Any:
-    """Return the method of `sample` that the options name."""
+def sampler_of(name: str, window: int | None, error: float | None = None) -> Any:
+    """Return the method of `sample` that the options name; one that it has no use for is refused."""
+    if error is not None and name == "sequential":
+        raise ValueError(f"--error: of the methods that sample in parallel, got --method {name}, which is exact")
     if window is not None and name not in ("parallel", "all-steps"):
         raise ValueError(f"--window: of the methods parallel and all-steps, got --method {name}")
     objects = {"all-steps": Parallel(window), "coarse-to-fine": CoarseToFine()}
@@ -71,10 +73,19 @@ def noise(seed: int, count: int, checkpoint: Checkpoint, device: torch.device) -
 def run_sample(args: Namespace) -> dict[str, Any]:
     """Sample images and write them; return the summary."""
     device = device_of(args.device)
-    checkpoint = load(args.model, device)
-    latents = _latents(args, checkpoint)
+    sampler_of(args.method, args.window, args.error)
+    found = None if args.latents is None else read_latents(args.latents)
+    name = args.model or (found.chain.get("model") if found else None) or MODEL
+    try:
+        checkpoint = load(name, device)
+    except FileNotFoundError as error:
+        if args.model is not None or found is None:
+            raise
+        raise FileNotFoundError(f"--model: required, the latents are of {name}, which is not here") from error
+    latents = _latents(args, checkpoint, found)
     steps = args.steps if args.steps is not None else latents.chain.get("steps", STEPS)
-    chain = checkpoint.schedule.chain(steps, chain_spacing(args, latents), args.eta)
+    eta = args.eta if args.eta is not None else latents.chain.get("eta")
+    chain = checkpoint.schedule.chain(steps, chain_spacing(args, latents), eta)
     if args.pictures:
         pictures.require_matplotlib()
     x_T = latents.x_T.to(device) * (1.0 if args.latents else chain.init_noise_sigma)
@@ -96,7 +107,8 @@ def run_sample(args: Namespace) -> dict[str, Any]:
             "converged": sum(int(part.converged.sum()) for part in parts), "seconds": seconds,
             "output": str(folder), "files": files,
         }  # fmt: skip
-        known = header(latents.names, model=checkpoint.name, steps=len(chain), spacing=chain_spacing(args, latents))
+        own = {"steps": len(chain), "spacing": chain_spacing(args, latents), "eta": float(chain.eta)}
+        known = header(latents.names, model=checkpoint.name, **own)
         write_tensors(folder / "samples.safetensors", {"x_T": x_T.cpu(), "x_0": x_0}, known)
         if args.pictures:
             title = f"{checkpoint.name}: {args.method} DDIM, T = {len(chain)}"
@@ -108,18 +120,18 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     return summary
 
 
-def _latents(args: Namespace, checkpoint: Checkpoint) -> Latents:
-    """The latents of the file that the user names, or fresh ones."""
-    if args.latents is None:
+def _latents(args: Namespace, checkpoint: Checkpoint, latents: Latents | None) -> Latents:
+    """The latents that the file holds which the user names, or fresh ones."""
+    if latents is None:
         count = args.count or COUNT
         return Latents(noise(args.seed, count, checkpoint, torch.device("cpu")), numbered(count))
-    latents = read_latents(args.latents)
     if tuple(latents.x_T.shape[1:]) != checkpoint.shape:
         got = tuple(latents.x_T.shape[1:])
         whose = f": they are of --model {latents.chain['model']}" if "model" in latents.chain else ""
         wanted = f"of {checkpoint.name}, {checkpoint.shape}, are required"
         raise ValueError(f"--latents {args.latents}: {wanted}, got {got}{whose}")
-    for name, given in {"model": checkpoint.name, "steps": args.steps, "spacing": args.spacing}.items():
+    asked = {"model": checkpoint.name, "steps": args.steps, "spacing": args.spacing, "eta": args.eta}
+    for name, given in asked.items():
         theirs = latents.chain.get(name)
         if theirs is not None and given not in (None, theirs):
             say(f"deq-ddim: warning: the latents are of {name} {theirs}: with {given} they make other images")

@@ -31,6 +31,7 @@ from .record import SETTINGS, TENSORS, Record, under_way
 
 SHOWN = 16  # images in the picture of the reconstructions, at most
 LONGEST_NAME = 12  # letters of a name above an image
+OPTIONS = {"epochs": ("naive", "deq"), "lr": ("naive", "deq"), "gradient": ("deq",), "error": ("exact",)}
 GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}
 
 
@@ -59,6 +60,7 @@ def read_images(path: str, shape: tuple[int, int, int], resize: bool, count: int
 
 def run_invert(args: Namespace) -> dict[str, Any]:
     """Find the latents of images, from where an earlier run stopped; return the summary."""
+    _check_used(args)
     device = device_of(args.device)
     checkpoint = load(args.model, device)
     chain = checkpoint.schedule.chain(args.steps, args.spacing, eta=0.0)
@@ -86,6 +88,14 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     return summary
 
 
+def _check_used(args: Namespace) -> None:
+    """Raises for an option that the method has no use for."""
+    for option, methods in OPTIONS.items():
+        if getattr(args, option) is not None and args.method not in methods:
+            raise ValueError(f"--{option}: of {' and '.join(methods)}, got --method {args.method}")
+    args.gradient = args.gradient or "phantom"
+
+
 def _images(args: Namespace, checkpoint: Checkpoint) -> tuple[Tensor, list[str]]:
     """The images to invert, and their names."""
     if args.images is not None:
@@ -107,7 +117,7 @@ def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: t
     return {
         "model": checkpoint.name, "weights": fingerprint(checkpoint.model.state_dict().values()), "images": len(images),
         "pixels": fingerprint([images]),
-        "method": args.method, "steps": args.steps,
+        "method": args.method, "steps": args.steps, "eta": 0.0,
         "spacing": args.spacing or getattr(checkpoint.schedule, "spacing", None),
         "splitting": splitting_of(checkpoint, args.splitting), "batch": args.batch, "device": device.type,
         "error": args.error, "max_rounds": args.max_rounds,

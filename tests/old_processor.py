@@ -14,6 +14,7 @@ RMS, FLOAT32, MIX = 0, 1, 1  # as in csrc
 
 
 def load(path):
+    ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)  # the module names none: elsewhere torch has loaded one
     spec = importlib.util.spec_from_file_location("_native", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -35,7 +35,7 @@ docs: $(INSTALLED)  ## the documentation, warnings as errors; docs/_build/html/i
 
 # A test runs on one thread, so two at a time; tests of a file stay together for what they share. ARGS="-n 0" for a debugger.
 test: $(INSTALLED)  ## all tests but the heavy ones; ARGS="-k anderson" chooses
-	@echo "test: about ten minutes on two cores; a dot is a test that passed"
+	@echo "test: about five minutes on two cores; a dot is a test that passed"
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not check" $(ARGS)
 
 check: $(INSTALLED)  ## heavy tests (sanitizers, emulation, archives), and random cases in full number

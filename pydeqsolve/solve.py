@@ -128,8 +128,9 @@ def solve(
             history=history, keep_history=keep_history, snapshots=snapshots, admissible=admissible, merit=merit,
         )  # fmt: skip
     seen, recorder = _with_phantom(problem, flat, found, gradient), Recorder()
-    attached = gradient is not None and flat.shape[0] and not in_graph
-    z = gradient.attach(problem, flat, found, recorder) if gradient is not None and attached else found.z
+    z = found.z
+    if gradient is not None and flat.shape[0] and not in_graph:
+        z = gradient.attach(problem, flat, found, recorder)
     aux = auxiliary(problem, found.residual.isfinite(), z, gradient is not None) if has_aux else None
     if where is not None:
         found = where.measured(found)

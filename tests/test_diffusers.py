@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from mixture import Mixture, latents, means
+from networks import Rough
 
 from diffusion import Schedule, invert, sample
 
@@ -67,19 +68,6 @@ def test_images_held_in_range_are_those_of_the_ddim_scheduler(prediction, eta, h
     for method in ("sequential", "parallel"):
         got = sample(model, x, chains[0], prediction=kind, method=method, error=1e-8, generator=seeded()).x_0
         assert ((got - state).norm() / state.norm()).item() < 1e-5, method
-
-
-class Rough(torch.nn.Module):
-    """A network of some size that depends on x and t, defined also where there is no signal."""
-
-    def __init__(self, size=12):
-        super().__init__()
-        self.weight = 0.3 * torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        self.eval()
-
-    def forward(self, x, t):
-        time = (t.double() / 1000)[:, None]
-        return (1.5 * torch.tanh(x.flatten(1) @ self.weight + time) - time).reshape(x.shape)
 
 
 def loop(scheduler, model, x, steps, generator=None, **options):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from mixture import latents
+from networks import Rough
 
 from diffusion import Schedule, sample
 
@@ -54,19 +55,6 @@ CASES = [
     *[("EulerDiscreteScheduler", settings, {}) for settings in EULER],
     *[("EDMEulerScheduler", settings, {}) for settings in EDMS],
 ]
-
-
-class Rough(torch.nn.Module):
-    """A network that depends on x and t, and hears of the noise level by t alone."""
-
-    def __init__(self, size=12):
-        super().__init__()
-        self.weight = 0.3 * torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        self.eval()
-
-    def forward(self, x, t):
-        time = (t.double() / 1000)[:, None]
-        return (1.5 * torch.tanh(x.double().flatten(1) @ self.weight + time) - time).reshape(x.shape).to(x)
 
 
 def loop(scheduler, model, noise, **arguments):

@@ -84,7 +84,7 @@ std::int64_t append(const Krylov<Scalar>& c, int k, const Scalar* product, Scala
         if (s == 2) {
           const double* const h = totals + vectors;
           if (is_rounding(vectors, h, h[vectors], c.eps)) return;  // nothing to subtract: w stays
-          own[0] = subtract(vectors, c.vectors, row, first, last, h, w);
+          own[0] = subtract<false>(vectors, c.vectors, row, first, last, h, w, sums);
           return;
         }
         sums.clear();
@@ -93,7 +93,7 @@ std::int64_t append(const Krylov<Scalar>& c, int k, const Scalar* product, Scala
           for (std::int64_t e = first; e < last; ++e) w[e] = q[e] - p[e];
           dot(vectors, c.vectors, row, first, last, w, sums);
         } else {
-          own[vectors] = subtract_and_dot(vectors, c.vectors, row, first, last, totals, w, sums);
+          own[vectors] = subtract<true>(vectors, c.vectors, row, first, last, totals, w, sums);
         }
         sums.write(own);
       },

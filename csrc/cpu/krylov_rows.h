@@ -88,46 +88,11 @@ inline void dot(int k, Scalar* const* q, std::int64_t row, std::int64_t first, s
   for (; j < k; ++j) dot_rows<1>(j, q, row, first, last, w, sums);
 }
 
-// w -= sum_j h_j q_j over the entries first ... last, rounded to Scalar, then sums += q_j . w. Returns w . w.
-template <class Scalar>
-inline double subtract_and_dot(int k, Scalar* const* q, std::int64_t row, std::int64_t first, std::int64_t last,
-                               const double* h, Scalar* w, Sums& sums) {
-  Lanes squares = {};
-  double rest = 0;
-  for_tiles(
-      first, last,
-      [&](std::int64_t e, auto width) {
-        constexpr int W = decltype(width)::value;
-        Lanes x[W];
-        for (int v = 0; v < W; ++v) x[v] = get(w + e + v * kLanes);
-        for (int j = 0; j < k; ++j) {
-          const Lanes weight = all<Lanes>(h[j]);
-          const Scalar* const p = q[j] + row + e;
-          for (int v = 0; v < W; ++v) x[v] -= weight * get(p + v * kLanes);
-        }
-        for (int v = 0; v < W; ++v) put(w + e + v * kLanes, x[v]), x[v] = get(w + e + v * kLanes);
-        for (int v = 0; v < W; ++v) squares += x[v] * x[v];
-        for (int j = 0; j < k; ++j) {
-          const Scalar* const p = q[j] + row + e;
-          Lanes sum = *sums.of(j);
-          for (int v = 0; v < W; ++v) sum += x[v] * get(p + v * kLanes);
-          *sums.of(j) = sum;
-        }
-      },
-      [&](std::int64_t e) {
-        double x = w[e];
-        for (int j = 0; j < k; ++j) x -= h[j] * static_cast<double>(q[j][row + e]);
-        w[e] = static_cast<Scalar>(x), x = w[e];
-        rest += x * x;
-        for (int j = 0; j < k; ++j) sums.tail.data[j] += x * static_cast<double>(q[j][row + e]);
-      });
-  return sum_lanes(squares) + rest;
-}
-
-// The same without sums but that of w . w, which it returns.
-template <class Scalar>
+// w -= sum_j h_j q_j over the entries first ... last, rounded to Scalar; with kDot then sums += q_j . w, else sums is
+// not touched. Returns w . w.
+template <bool kDot, class Scalar>
 inline double subtract(int k, Scalar* const* q, std::int64_t row, std::int64_t first, std::int64_t last,
-                       const double* h, Scalar* w) {
+                       const double* h, Scalar* w, Sums& sums) {
   Lanes squares = {};
   double rest = 0;
   for_tiles(
@@ -143,12 +108,23 @@ inline double subtract(int k, Scalar* const* q, std::int64_t row, std::int64_t f
         }
         for (int v = 0; v < W; ++v) put(w + e + v * kLanes, x[v]), x[v] = get(w + e + v * kLanes);
         for (int v = 0; v < W; ++v) squares += x[v] * x[v];
+        if constexpr (kDot) {
+          for (int j = 0; j < k; ++j) {
+            const Scalar* const p = q[j] + row + e;
+            Lanes sum = *sums.of(j);
+            for (int v = 0; v < W; ++v) sum += x[v] * get(p + v * kLanes);
+            *sums.of(j) = sum;
+          }
+        }
       },
       [&](std::int64_t e) {
         double x = w[e];
         for (int j = 0; j < k; ++j) x -= h[j] * static_cast<double>(q[j][row + e]);
         w[e] = static_cast<Scalar>(x), x = w[e];
         rest += x * x;
+        if constexpr (kDot) {
+          for (int j = 0; j < k; ++j) sums.tail.data[j] += x * static_cast<double>(q[j][row + e]);
+        }
       });
   return sum_lanes(squares) + rest;
 }

@@ -28,8 +28,7 @@ from .grid import TimeGrid
 from .visits import Visits
 
 SOLVER = Anderson(memory=2, coupling="causal")
-# Steps. On digits at T = 300: 9 T rows in 39 rounds, 18 T in 39 without a window, which hardly ends at T = 1000.
-CLIPPED_WINDOW = 100
+CLIPPED_WINDOW = 100  # steps; without a window a chain of 1000 that clips hardly ends
 FEWEST_STEPS = 60  # with fewer the nodes are too few to tell what they miss
 FEWEST_KNOWN = 50  # of a chain near one that is known: what changes is smoother
 START = 2  # first rounds that are made on the nodes
@@ -51,9 +50,11 @@ NEAR_FLOOR = 5.0  # an estimate within so many floors that no longer falls has c
 class Parallel:
     """All time steps in every round.
 
-    window: time steps evaluated at once, at most, so a round holds at most window·B states; None is all, or 100 for a
-    chain that clips, whose clipped pixels are stiff: far ahead of the converged prefix their remainders are of no use
-    yet. Without a window the first two rounds of a chain of 60 steps and more evaluate a few time steps.
+    window: time steps evaluated at once, at most, so a round holds at most window·B states; None is all. Without a
+    window the first two rounds of a chain of 60 steps and more evaluate a few time steps. A chain that clips is sampled
+    one step after the other unless a window or a callback is given, or `max_rounds` allows fewer rounds: then every
+    step is solved for to the network's rounding, 100 at once where no window says otherwise, because clipped pixels are
+    stiff and far ahead of the converged prefix their remainders are of no use yet.
     solver: Anderson(2, coupling="causal") or any other forward solver of `pydeqsolve`.
     """
 
@@ -67,7 +68,8 @@ class Parallel:
 
     def find(self, problem: ChainProblem, goal: Goal, watch: Watch, guess: Tensor | None = None) -> Found:
         """States, their error and status, from a guess of N (B, T, D)."""
-        found = Found.of(problem.base().clone(), torch.zeros_like(problem.base()[:, 1:]))
+        base = problem.base()
+        found = Found.of(base.clone(), torch.zeros_like(base[:, 1:]))
         together = Together(problem, goal, self.solver, width(problem, self.window), watch, found)
         # All steps together to rounding took 291 rounds and 83 T evaluations of digits at T = 300: one by one is less.
         if together.exact and self.window is None and watch.callback is None and goal.left >= len(problem.map.chain):

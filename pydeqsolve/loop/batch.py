@@ -44,10 +44,14 @@ class Batch:
             self.mapped = torch.arange(self.size, device=self.z.device)
         return self.mapped
 
+    @property
+    def _partial(self) -> bool:
+        """fn sees all samples, of which some have finished."""
+        return not self.problem.compact and self.size != self.full.shape[0]
+
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f (n, T, D), contiguous, at the current iterates; wanted (n, T) bool: the blocks that are needed of it."""
-        z, asked = self.z, None
-        partial = not self.problem.compact and self.size != self.full.shape[0]
+        z, asked, partial = self.z, None, self._partial
         if partial:
             z = self.full.index_copy(0, self.rows, z)
         if wanted is not None and self.problem.causal:
@@ -66,7 +70,7 @@ class Batch:
 
     def ask(self, question: Callable[..., Any], name: str, z: Tensor) -> Any:
         """question(z, *inputs) of the samples that fn sees, for the n of z (n, T, D) alone; z is not to be changed."""
-        partial = not self.problem.compact and self.size != self.full.shape[0]
+        partial = self._partial
         seen = self.full.index_copy(0, self.rows, z) if partial else z
         given = Untouched(seen, self.inputs, self._asked, name, self.problem.names)
         self._asked += 1

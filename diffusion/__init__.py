@@ -13,6 +13,7 @@ from .methods.coarse import CoarseToFine
 from .methods.fastest import fastest
 from .methods.parallel import Parallel
 from .methods.sequential import Sequential
+from .models.calls import FixedRows
 from .models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .models.clip import Clip
 from .models.statistics import Statistics
@@ -32,6 +33,7 @@ __all__ = [
     "Descent",
     "DiffusersModel",
     "Exact",
+    "FixedRows",
     "Guided",
     "Inpaint",
     "Inversion",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pydeqsolve import Anderson, Broyden, Picard
 
 from .chain import Chain
-from .checks import count
 
 
 def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, inputs: Sequence[Tensor]) -> None:
@@ -42,11 +41,8 @@ def check_arguments(model: Any, x: Any, name: str, chain: Any, prediction: str, 
             raise ValueError(f"inputs[{i}]: a tensor ({len(x)}, …) is required, got {got}")
 
 
-def check_settings(*, counts: Mapping[str, Any], tensors: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
-    """Raises, by name, for a count below 1, what is no tensor or no function; None is always allowed."""
-    for name, value in counts.items():
-        if value is not None:
-            count(name, value, least=1)
+def check_settings(*, tensors: Mapping[str, Any], functions: Mapping[str, Any]) -> None:
+    """Raises, by name, for what is no tensor or no function; None is always allowed."""
     for name, value in tensors.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name}: a tensor or None is required, got {type(value).__name__}")

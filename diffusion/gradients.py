@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from pydeqsolve import GMRES, Adjoint, Front, Implicit, Phantom, Solution, Status, Stop, leaves, solve
 
+from .models.calls import CPU_ROWS
 from .problem import ChainProblem
 from .ranks import evaluate_shared, sum_shared
-from .remainder import CPU_ROWS, Remainders, reachable, rotate
+from .remainder import Remainders, reachable, rotate
 from .trajectory import EditedChain, LinearChain
 
 
@@ -163,13 +165,16 @@ class ChainAdjoint:
     def _local_products(self, x: Tensor, k: Tensor, u: Tensor, *conditioning: Tensor) -> Tensor:
         out, network = torch.zeros_like(x), self.map.network
         calls = network.calls + 1
-        for part in self._parts(len(x)):
+
+        def one(part: slice) -> None:
             with torch.enable_grad():
                 state = x[part].detach().requires_grad_()
                 eps = self.map.epsilon(state, k[part], [c[part] for c in conditioning])
             if eps.requires_grad:
                 (product,) = torch.autograd.grad(eps, state, u[part], allow_unused=True)
                 out[part] = 0.0 if product is None else product
+
+        network.portions.each(len(x), x.device, one, CPU_ROWS)  # each portion has a graph
         network.calls = calls  # a round, in however many portions
         return out
 
@@ -181,10 +186,13 @@ class ChainAdjoint:
         (B, T), group = (len(trajectory), len(self.map.chain)), self.map.network.group
         if not needed:
             return sums
-        parts = self._parts(B * T)
-        for part in parts if group is None else parts[group.rank() :: group.size()]:
-            rows = torch.arange(B * T, device=trajectory.device)[part]
-            i, k = rows // T, rows % T
+        portions, device = self.map.network.portions, trajectory.device
+        # the same on every rank, whatever fits there
+        most, own = portions.asked(device, CPU_ROWS), None if group is None else (group.rank(), group.size())
+        starts = list(range(0, B * T, most))
+
+        def one(rows: Tensor, part: slice) -> None:
+            i, k = rows[part] // T, rows[part] % T
             with torch.enable_grad():
                 conditioning = [c.detach().requires_grad_(at in needed) for at, c in enumerate(rest[: self.count])]
                 eps = self.map.epsilon(trajectory[i, k].detach(), k, [c[i] for c in conditioning])
@@ -192,12 +200,11 @@ class ChainAdjoint:
                 wanted = [conditioning[at] if at < self.count else rest[at] for at in needed]
                 u = self.map.chain.c[k, None] * adjoint[i, k + 1]
                 add(sums, needed, torch.autograd.grad(eps, wanted, u, allow_unused=True))
-        return sums if group is None else {i: sum_shared(total, group) for i, total in sums.items()}
 
-    def _parts(self, rows: int) -> list[slice]:
-        """The rows in portions that hold a graph at the same time."""
-        most = self.map.network.rows or CPU_ROWS
-        return [slice(at, min(at + most, rows)) for at in range(0, rows, most)]
+        for start in starts if own is None else starts[own[0] :: own[1]]:
+            rows = torch.arange(start, min(start + most, B * T), device=device)
+            portions.each(len(rows), device, partial(one, rows), CPU_ROWS)
+        return sums if group is None else {i: sum_shared(total, group) for i, total in sums.items()}
 
     def _report(self, adjoint: Tensor, residual: Tensor, evaluations: Tensor) -> None:
         """Leaves the outcome: adjoint (B, …) as found, residual (B,), zero for what was substituted step by step.

@@ -25,6 +25,7 @@ from .inversion.one_pass import OnePass
 from .methods.parallel import Parallel
 from .methods.sequential import Sequential
 from .models.answers import check_generator
+from .models.calls import FixedRows, check_rows
 from .problem import ChainProblem
 from .remainder import Model
 
@@ -115,7 +116,7 @@ def invert(
     state: Mapping[str, Tensor] | None = None,
     callback: Callable[[Epoch], Any] | None = None,
     progress: bool = False,
-    rows_per_call: int | None = None,
+    rows_per_call: int | FixedRows | None = None,
 ) -> Inversion:
     """The latents x_T from which the chain samples the images x_0.
 
@@ -170,10 +171,11 @@ def find_latents(
     splitting: str | Tensor | Splitting | None = None, inputs: Sequence[Tensor] = (), error: float | None = None,
     max_rounds: int | None = None, generator: torch.Generator | Sequence[torch.Generator] | None = None,
     state: Mapping[str, Tensor] | None = None, callback: Callable[[Epoch], Any] | None = None, progress: bool = False,
-    rows_per_call: int | None = None,
+    rows_per_call: int | FixedRows | None = None,
 ) -> Inversion:  # fmt: skip
     """`invert` of states of any range, such as an autoencoder's latents."""
-    check_settings(counts={"rows_per_call": rows_per_call}, tensors={}, functions={"callback": callback})
+    check_rows(rows_per_call)
+    check_settings(tensors={}, functions={"callback": callback})
     chosen = _method(method)
     problem = ChainProblem.of(
         model, x_0, chain, name="x_0", prediction=prediction, splitting="v" if splitting is None else splitting,

@@ -17,6 +17,7 @@ from pydeqsolve import Solution, Status
 from .arguments import check_arguments, model_dtype
 from .chain import Chain, Splitting
 from .models.answers import draw
+from .models.calls import FixedRows
 from .remainder import Model, Network, Remainders, forward_map, move, rotate
 from .trajectory import Edit, EditedChain
 
@@ -46,7 +47,7 @@ class ChainProblem:
         model: Model, latent: Tensor | tuple[Tensor, Tensor], chain: Chain, *, name: str = "latent",
         prediction: str = "epsilon", splitting: str | Tensor | Splitting = "v", inputs: Sequence[Tensor] = (),
         edit: Edit | None = None, noises: Tensor | None = None, generator: Any = None, group: Any = None,
-        rows: int | None = None, fresh: bool = True,
+        rows: int | FixedRows | None = None, fresh: bool = True,
     ) -> ChainProblem:  # fmt: skip
         """The problem that arguments of `sample` state; `name` is what the caller calls its latent.
 

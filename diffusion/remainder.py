@@ -17,10 +17,9 @@ from torch import Tensor
 from .chain import Chain, Splitting
 from .methods.visits import Visits
 from .models.answers import checked, explained, warn_of_training
+from .models.calls import Calls, FixedRows, filled
 from .ranks import evaluate_shared
 from .trajectory import Edit, EditedChain, LinearChain, TwoStepChain
-
-CPU_ROWS = 256  # rows per model call on a CPU: enough to use it fully, few enough to stay in its caches
 
 SMALLEST_SCALE = 1e-3
 
@@ -29,7 +28,7 @@ Model = Callable[..., Tensor]
 
 @dataclass(eq=False)
 class Network:
-    """The model's own prediction, in its dtype and in calls of at most `rows` rows.
+    """The model's own prediction, in its dtype and in calls of at most `rows` rows (`diffusion.models.calls`).
 
     Attributes:
         basis: Q (D, D) or None: states are y = Qᵀ x, the model is asked at x and its answer turned to y. DDIM's steps
@@ -41,12 +40,14 @@ class Network:
     prediction: str
     shape: torch.Size  # of one image
     dtype: torch.dtype
-    rows: int | None = None
+    rows: int | FixedRows | None = None
     group: Any = None
     basis: Tensor | None = None
     calls: int = field(default=0, init=False)
+    portions: Calls = field(init=False)
 
     def __post_init__(self) -> None:
+        self.portions = Calls(self.rows, self.shape.numel())
         warn_of_training(self.model)
 
     def __call__(self, x: Tensor, t: Tensor, conditioning: Sequence[Tensor] = (), alone: bool = False) -> Tensor:
@@ -58,29 +59,29 @@ class Network:
         if self.group is not None and not alone and not torch.is_grad_enabled():
             own = lambda x, t, *conditioning: self(x, t, conditioning, alone=True)  # noqa: E731
             return evaluate_shared(own, [x, t, *conditioning], self.group).to(x.dtype)
-        n, inputs = x.shape[0], conditioning
-        most = self.rows or (CPU_ROWS if x.device.type == "cpu" else max(1, n))
-        parts = []
-        for at in range(0, n, most):
-            state, time = x, t
-            if n > most:
-                part = slice(at, at + most)
-                state, time, inputs = x[part], t[part], [c[part] for c in conditioning]
-            if self.basis is not None:
-                state = rotate(state.to(self.basis.dtype), self.basis.T)
-            state = state.to(self.dtype).reshape(-1, *self.shape)
-            try:
-                value = self.model(state, time, *inputs)
-            except (TypeError, RuntimeError, ValueError, IndexError) as error:
-                told = explained(error, state, time, inputs)
-                if told is None:
-                    raise
-                raise told from error
-            value = checked(value, state)
-            value = value if value.dim() == x.dim() else value.flatten(1)
-            parts.append(value if self.basis is None else rotate(value.to(self.basis.dtype), self.basis))
+        one = lambda part: self._portion([rows[part] for rows in (x, t, *conditioning)])  # noqa: E731
+        # a graph that is kept frees nothing between portions: whoever asked for it makes them smaller
+        parts = self.portions.each(len(x), x.device, one, retry=not torch.is_grad_enabled())
         out = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x.new_empty(x.shape)
         return out if alone else out.to(x.dtype)
+
+    def _portion(self, rows: list[Tensor]) -> Tensor:
+        """One call of the model, on x, t and the conditioning."""
+        n, flat = len(rows[0]), rows[0].dim() == 2
+        state, time, *inputs = rows if self.portions.fixed is None else filled(rows, self.portions.fixed)
+        if self.basis is not None:
+            state = rotate(state.to(self.basis.dtype), self.basis.T)
+        state = state.to(self.dtype).reshape(-1, *self.shape)
+        try:
+            value = self.model(state, time, *inputs)
+        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+            told = None if isinstance(error, torch.OutOfMemoryError) else explained(error, state, time, inputs)
+            if told is None:
+                raise
+            raise told from error
+        value = checked(value, state)[:n]
+        value = value.flatten(1) if flat else value
+        return value if self.basis is None else rotate(value.to(self.basis.dtype), self.basis)
 
 
 def rotate(x: Tensor, Q: Tensor) -> Tensor:

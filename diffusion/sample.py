@@ -16,6 +16,7 @@ from .chain import Chain, Splitting
 from .gradients import attach, check_gradient
 from .methods.fastest import Method, check_method, method_of
 from .methods.goal import Goal, Watch
+from .models.calls import FixedRows, check_rows
 from .problem import ChainProblem
 from .ranks import agree
 from .remainder import Model
@@ -75,7 +76,7 @@ def sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     group: Any = None,
     max_rounds: int | None = None,
-    rows_per_call: int | None = None,
+    rows_per_call: int | FixedRows | None = None,
     callback: Callable[[int, Tensor, Tensor], Any] | None = None,
     progress: bool = False,
 ) -> Sample:
@@ -120,7 +121,9 @@ def sample(
             callback that stops one rank stops all. See `diffusion.ranks`.
         max_rounds: model calls in all, first guesses and the measurement of the error included; None is no limit. What
             is not done by then ends MAX_STEPS. "auto" then takes no time to choose: it is "parallel".
-        rows_per_call: evaluations per model call; None is 256 on a CPU, all on a GPU. Calls of one round count once.
+        rows_per_call: evaluations per model call, at most; None is 256 on a CPU, elsewhere as many as have 4,194,304
+            entries together. Halved, and tried again, where memory does not suffice. `FixedRows(n)`: exactly so many
+            in every call, for compiled networks and CUDA graphs. Calls of one round count once.
         callback: callback(round, trajectory, residual) after each round that evaluates every step of the chain; a true
             return stops there, before the error is measured. Of sequential sampling, `edit` sees every state.
 
@@ -136,10 +139,8 @@ def sample(
     """
     if group is not None:
         callback = agree(group, locals())  # which are the arguments alone, here
-    check_settings(
-        counts={"rows_per_call": rows_per_call}, tensors={"noises": noises},
-        functions={"edit": edit, "callback": callback},
-    )  # fmt: skip
+    check_rows(rows_per_call)
+    check_settings(tensors={"noises": noises}, functions={"edit": edit, "callback": callback})
     check_method(method)
     problem = ChainProblem.of(
         model, latent, chain, prediction=prediction, splitting=splitting, inputs=inputs, edit=edit, noises=noises,

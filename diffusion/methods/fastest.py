@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..chain import Chain, Splitting
+from ..models.calls import FixedRows
 from ..problem import ChainProblem, Found
-from ..remainder import CPU_ROWS, Model
+from ..remainder import Model
 from ..trajectory import Edit
 from .coarse import CoarseToFine
 from .goal import Goal, Watch
@@ -117,7 +118,7 @@ def parallel(problem: ChainProblem) -> Parallel | CoarseToFine:
 def fastest(
     model: Model, latent: Tensor, chain: Chain, *, prediction: str = "epsilon",
     splitting: str | Tensor | Splitting = "v", inputs: Sequence[Tensor] = (), edit: Edit | None = None,
-    rows_per_call: int | None = None,
+    rows_per_call: int | FixedRows | None = None,
 ) -> Method:  # fmt: skip
     """The method that should take the least time on this device; the arguments are those of `sample`.
 
@@ -171,7 +172,8 @@ class Timed:
 def timing(problem: ChainProblem) -> Timing:
     """The times of this model on this batch, measured if they are not known."""
     network, x = problem.map.network, problem.latent
-    most = network.rows or (CPU_ROWS if x.device.type == "cpu" else MANY * len(x))
+    most = network.portions.most(x.device)
+    most = most if x.device.type == "cpu" or network.rows is not None else min(most, MANY * len(x))
     key = (tuple(x.shape), network.dtype, str(x.device), torch.get_num_threads(), most)
     try:
         kept = _kept.setdefault(network.model, {})

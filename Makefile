@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # CUDA kernels for every GPU generation take minutes to compile: by default only where there is a GPU.
 export PYDEQSOLVE_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 
-.PHONY: help install demo docs report test check lint format types cuda-check arm-check emulate fuzz defects wheel clean
+.PHONY: help install demo docs notebooks report test check lint format types cuda-check arm-check emulate fuzz defects wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,9 +29,12 @@ report: $(READY)  ## the paper's figures and tables measured anew; report-output
 	@echo "report: goes to report-output/, and goes on from there when interrupted"
 	@$(BIN)/deq-ddim report --output report-output $(ARGS)
 
-docs: $(INSTALLED)  ## the documentation, warnings as errors; docs/_build/html/index.html
+docs: $(INSTALLED)  ## the documentation, warnings as errors, notebooks run; docs/_build/html/index.html
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs: open docs/_build/html/index.html"
+
+notebooks: $(INSTALLED)  ## docs/gallery/*.ipynb, run, from the scripts of docs/examples
+	@$(BIN)/python docs/notebooks.py $(ARGS)
 
 # A test runs on one thread, so two at a time; tests of a file stay together for what they share. ARGS="-n 0" for a debugger.
 test: $(INSTALLED)  ## all tests but the heavy ones; ARGS="-k anderson" chooses
@@ -77,7 +80,7 @@ wheel:  ## wheels in dist/, each installed and used; ARGS="--all" for every Pyth
 	@$(PYTHON) release/wheels.py $(ARGS)
 
 clean:  ## removes .venv and everything built
-	rm -rf $(VENV) build dist demo-output report-output docs/_build *.egg-info pydeqsolve/_native*.so
+	rm -rf $(VENV) build dist demo-output report-output docs/_build docs/gallery *.egg-info pydeqsolve/_native*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Two stages: what using it needs, then what developing it needs on top. Each says what it does, and is done once.

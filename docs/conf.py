@@ -1,6 +1,7 @@
 """How Sphinx builds these pages: no network, no scripts of others, formulas as MathML."""
 
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -104,4 +105,6 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", escape_plain_text, priority=0)  # before napoleon, which makes markup
     app.connect("autodoc-process-docstring", set_blocks_apart, priority=900)
     app.connect("autodoc-process-signature", without_factories)
+    run_notebooks = [sys.executable, str(Path(__file__).parent / "notebooks.py")]
+    subprocess.run(run_notebooks, check=True, stdout=subprocess.DEVNULL)
     architecture.draw(Path(__file__).parents[1], Path(__file__).parent / "_build" / "architecture.svg")

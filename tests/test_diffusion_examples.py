@@ -27,24 +27,6 @@ def test_two_processes_share_the_rows_of_one_image():
     assert float(error) < 1e-3
 
 
-def test_latents_are_optimised_until_a_classifier_sees_the_target():
-    printed = output_of(str(EXAMPLES / "optimise_latent.py"), "--iterations", "8", "--steps", "20", "--images", "3")
-    before, after = (
-        [float(p) for p in line.split(",")] for line in re.findall(r"probability of 8: ([\d., ]+) \(", printed)
-    )
-    accuracy = float(re.search(r"classifier: ([\d.]+)%", printed).group(1))
-    assert accuracy > 90
-    assert sum(after) > sum(before) + 1
-
-
-def test_a_walk_between_two_inverted_images_starts_and_ends_at_them(tmp_path):
-    picture = tmp_path / "walk.png"
-    printed = output_of(str(EXAMPLES / "interpolate.py"), "--steps", "50", "--count", "5", "--output", str(picture))
-    ends = [float(e) for e in re.search(r"real images: (\S+), (\S+) \(", printed).groups()]
-    assert max(ends) < 1e-3
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 def test_digits_change_their_class_and_noise_maps_lose_nothing_at_any_guidance(tmp_path):
     picture = tmp_path / "edited.png"
     options = ["--count", "10", "--steps", "20", "--guidance", "1", "7.5", "--ways", "noise maps", "plain DDIM"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
+from .shards import WHOLE, Whole
 from .step.ring import Method
 
 
@@ -28,6 +29,12 @@ class Problem:
     causal: bool = False
     has_aux: bool = False
     names: Sequence[str] = ()  # of the inputs, where they come from a nest
+    split: Whole | None = None  # `shards`, where there are several
+
+    @property
+    def shards(self) -> Whole:
+        """Who holds which features of the state; a default of the field would be in the compiler's way."""
+        return WHOLE if self.split is None else self.split
 
     def __call__(self, z: Tensor, inputs: Sequence[Tensor], wanted: Tensor | None = None) -> Tensor:
         """f (n, T, D) at the flat state z (n, T, D) and its inputs (n, …); wanted (n, T) bool goes with `causal`."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .agreement import join, refuse, shards_of
 from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
@@ -45,6 +46,7 @@ def solve(
     admissible: Callable[..., Tensor] | None = None,
     merit: Callable[..., Tensor] | None = None,
     segments: Tensor | None = None,
+    group: Any = None,
     has_aux: bool = False,
 ) -> Solution:
     """Solves z = fn(z, *inputs) for each of B samples by itself and returns a `Solution`.
@@ -87,6 +89,12 @@ def solve(
             graphs in PyTorch Geometric. Norms, weights, status, counts and tolerances are then per sample, (G,); fn,
             admissible and merit see all N rows, and inputs of any shape pass unchanged. Samples lie padded to the rows
             of the largest: 2 (m + 1) + 5 words per entry of G times that.
+        group: a torch.distributed process group whose ranks hold shards of every sample's features: z0 (B, …) is this
+            rank's, of whatever size, and fn maps it to this rank's share of the new state and does the communication
+            that this takes. Norms, weights and decisions are those of the whole state: one all-reduce per step, of
+            2 m + 2 numbers per sample (`docs/distributed.md`). All other arguments but the values of `inputs` and
+            `callback` must be the same on every rank. A state is admissible where every rank says so; its merit is the
+            largest that a rank returns. Without gradients so far.
 
     Returns:
         Solution: per sample the best measured iterate, its residual, status and evaluations. Its tensors share memory
@@ -96,29 +104,46 @@ def solve(
         TypeError, ValueError: an argument is of the wrong kind, or fn returns another structure than z0's. Tensors
             without memory of their own (meta, fake, sparse, storage let go of) are a TypeError; a change of fn's
             arguments in place is a ValueError, one past autograd (z.data, z.numpy()) where the first two calls show it.
+            Ranks of a group that were given different arguments all raise a ValueError.
+        RuntimeError: another rank of the group has failed; its error is reported there.
 
     A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
     Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps. Under
     torch.compile and torch.export a solve without gradient by `Picard` or `Anderson` is one loop of the graph
     (`loop.traced`); `steps` is a tensor then.
     """
-    history = None
-    if isinstance(z0, Solution):
-        z0, history = detached(z0.z), z0.history
-    where = None if segments is None else Segments.of(segments)
-    problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front, where, has_aux)
-    if where is not None:
-        callback, stop = where.told(callback, stop.norm), where.tolerance(stop)
-    elif not any(problem.layout.shapes):
-        _warn_of_one_dimension(z0, flat.shape[0])
-    if history is not None:
-        if not history.is_of(segments):
-            raise ValueError("segments must be those of the history that z0 holds: start from its z alone, z0=z0.z")
-        history.check(solver.method(), flat)
-    _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
-    gated = admissible is not None or merit is not None
-    refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0], gated=gated)
-    options = (front, trace, callback, history, keep_history, snapshots, gated, where, has_aux)
+    shards, history = shards_of(group), None
+    try:
+        if isinstance(z0, Solution):
+            z0, history = detached(z0.z), z0.history
+        where = None if segments is None else Segments.of(segments)
+        problem, flat = _prepare(fn, z0, inputs, solver, stop, gradient, compact, front, where, has_aux)
+        if where is not None:
+            callback, stop = where.told(callback, stop.norm), where.tolerance(stop)
+        elif not any(problem.layout.shapes):
+            _warn_of_one_dimension(z0, flat.shape[0])
+        if history is not None:
+            if not history.is_of(segments):
+                raise ValueError("segments must be those of the history that z0 holds: start from its z alone, z0=z0.z")
+            history.check(solver.method(), flat, shards.size)
+        _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
+        gated = admissible is not None or merit is not None
+        refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0], gated=gated)
+        if shards.many and gradient is not None and torch.is_grad_enabled():
+            raise NotImplementedError("group: gradient must be None, or gradients off")
+    except Exception:
+        refuse(shards)
+        raise
+    if shards.many:
+        settings = {
+            "solver": solver, "stop": stop, "gradient": gradient if torch.is_grad_enabled() else None, "front": front,
+            "trace": trace, "keep_history": keep_history, "snapshots": snapshots, "admissible": admissible is None,
+            "merit": merit is None, "segments": segments, "has_aux": has_aux, "compact": problem.compact,
+            "inputs": len(problem.inputs), "z0": (flat.shape[:2], flat.dtype, problem.layout.is_complex, not history),
+        }  # fmt: skip
+        shards, callback = join(shards, settings, flat.shape[2], callback)
+        problem = replace(problem, split=shards)
+    options = (front, trace, callback, history, keep_history, snapshots, gated, where, has_aux, shards.many)
     in_graph = torch.compiler.is_compiling() and _is_one_graph(solver, gradient, options)
     if in_graph:
         found = traced(problem, flat.detach(), solver=solver, stop=stop)
@@ -136,6 +161,8 @@ def solve(
         found = where.measured(found)
         if found.history is not None:
             found.history.segments = where.segments.clone()
+    if found.history is not None:
+        found.history.ranks = shards.size
     return Solution(
         problem.layout.unpack(z), found.residual, found.evaluations, found.status, found.steps, found.rejections,
         found.rank_losses, found.trace, seen, found.history, found.course, recorder, aux,
@@ -240,7 +267,8 @@ def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: G
     found = []
     for z in outcome.snapshots:
         if gradient is not None:
-            residual = torch.where(z.isfinite().flatten(1).all(1), outcome.residual, torch.inf)
+            finite = problem.shards.everywhere(z.isfinite().flatten(1).all(1))
+            residual = torch.where(finite, outcome.residual, torch.inf)
             z = phantom.attach(problem, start, replace(outcome, z=z, residual=residual), Recorder())
         found.append(problem.layout.unpack(z))
     return found

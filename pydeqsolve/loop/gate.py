@@ -43,7 +43,7 @@ class Gate:
             self.known = refused
             return z_next
         if self.admissible is not None:
-            refused = accelerated & ~_claims(batch.ask(self.admissible, "admissible", z_next), "admissible", len(rows))
+            refused = accelerated & ~_claims(batch, self.admissible, "admissible", z_next)
         if self.merit is not None:
             refused = self._raised(batch, z_next, accelerated, refused)
         judge.samples["rejections"] = judge.samples["rejections"] + refused
@@ -56,8 +56,8 @@ class Gate:
         assert self.merit is not None
         now = self.value
         if not z_next.is_cpu or not bool(self.known.all()):
-            now = torch.where(self.known, now, _merits(batch.ask(self.merit, "merit", batch.z), len(now)))
-        value = _merits(batch.ask(self.merit, "merit", z_next), len(now))
+            now = torch.where(self.known, now, _merits(batch, self.merit, batch.z))
+        value = _merits(batch, self.merit, z_next)
         refused = refused | (accelerated & (value.isnan() | (value - now > ROUNDING * EPS * now.abs())))
         self.value, self.known = value, accelerated & ~refused
         return refused
@@ -67,14 +67,28 @@ class Gate:
         self.value, self.known = self.value[keep], self.known[keep]
 
 
-def _claims(answer: Any, name: str, n: int) -> Tensor:
+def _claims(batch: Batch, question: Question, name: str, z: Tensor) -> Tensor:
+    """(n,) bool: what is answered of z (n, T, D), by all shards."""
+    shards = batch.problem.shards
+    ask = lambda: _claim(batch.ask(question, name, z), name, len(z))  # noqa: E731
+    return shards.everywhere(shards.attempt(ask, lambda: torch.ones(len(z), dtype=torch.bool, device=z.device)))
+
+
+def _merits(batch: Batch, question: Question, z: Tensor) -> Tensor:
+    """(n,) float64: the merit of z (n, T, D), the largest that a shard answers."""
+    shards = batch.problem.shards
+    ask = lambda: _merit(batch.ask(question, "merit", z), len(z))  # noqa: E731
+    return shards.largest(shards.attempt(ask, lambda: torch.zeros(len(z), dtype=torch.float64, device=z.device)))
+
+
+def _claim(answer: Any, name: str, n: int) -> Tensor:
     """`answer`, if it is one truth value per sample."""
     if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != (n,):
         raise TypeError(f"{name} must return a bool tensor ({n},), one per sample, got {_words(answer)}")
     return answer
 
 
-def _merits(answer: Any, n: int) -> Tensor:
+def _merit(answer: Any, n: int) -> Tensor:
     """`answer` in float64, if it is one number per sample."""
     if not isinstance(answer, Tensor) or not answer.is_floating_point() or answer.shape != (n,):
         raise TypeError(f"merit must return a floating-point tensor ({n},), one per sample, got {_words(answer)}")

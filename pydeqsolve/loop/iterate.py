@@ -103,9 +103,10 @@ def loop(
     batch, step = assemble(problem, z0, solver, stop, front, history, keep_history, admissible, merit)
     verdict: Verdict | None = None
     interval, steps, eps, stopped = stop.interval(z0.device), 0, batch.eps, False
+    shards = problem.shards
     while steps < stop.max_steps and batch.size:
         wanted = step.judge.wanted(z0.shape[1])
-        f = batch.evaluate(wanted)
+        f = batch.evaluate(wanted) if not shards.many else _attempted(batch, wanted)
         if batch.eps > eps:
             eps = batch.eps
             step.judge.computes_in(eps)
@@ -137,6 +138,11 @@ def loop(
     )  # fmt: skip
 
 
+def _attempted(batch: Batch, wanted: Tensor | None) -> Tensor:
+    """f (n, T, D), or what may be measured in its place until the other ranks know that fn has failed on this one."""
+    return batch.problem.shards.attempt(lambda: batch.evaluate(wanted), lambda: batch.z)
+
+
 def assemble(
     problem: Problem, z0: Tensor, solver: Solver, stop: Stop, front: Front | None, history: History | None,
     keep_history: bool, admissible: Question | None = None, merit: Question | None = None,
@@ -148,7 +154,8 @@ def assemble(
     method = solver.method()
     B, T, D = z0.shape
     ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
-    rule = _rule(solver, stop, z0, by_blocks=front is not None, with_merit=merit is not None)
+    entries = problem.shards.entries(D if front is not None else T * D)
+    rule = _rule(solver, stop, z0, entries, by_blocks=front is not None, with_merit=merit is not None)
     backend = choose(ring, rule, front)
     batch = Batch(problem, z0, z0 if history is None else history.z, backend)
     judge = _judge(batch, stop, front, solver)
@@ -158,7 +165,8 @@ def assemble(
     gate = Gate(backend, admissible, merit, B) if gated else None
     if keep_history:
         return batch, KeepingStep(backend, judge, History.begin(method, ring, z0.clone()), gate)
-    if isinstance(backend, NativeCPU) and type(judge) is SampleJudge and gate is None:
+    fusable = gate is None and not problem.shards.many
+    if isinstance(backend, NativeCPU) and type(judge) is SampleJudge and fusable:
         return batch, FusedStep(backend, judge)
     return batch, Step(backend, judge, gate)
 
@@ -174,13 +182,11 @@ def check_together(solver: Solver, front: Front | None, with_history: bool, gate
         raise ValueError("line_search must be 0 with a front or a history")
 
 
-def _rule(solver: Solver, stop: Stop, z0: Tensor, by_blocks: bool, with_merit: bool) -> Rule:
-    """How samples, or blocks, of z0 (B, T, D) are judged; a line search goes back along a step at which the safeguard
-    would throw history away, and a merit refuses it beforehand."""
-    _, T, D = z0.shape
+def _rule(solver: Solver, stop: Stop, z0: Tensor, entries: int, by_blocks: bool, with_merit: bool) -> Rule:
+    """How samples, or blocks, of so many entries are judged; a line search goes back along a step at which the
+    safeguard would throw history away, and a merit refuses it beforehand."""
     unguarded = with_merit or bool(getattr(solver, "line_search", 0))
     safeguard = torch.inf if unguarded else solver.safeguard
-    entries = D if by_blocks else T * D
     return Rule(
         safeguard if solver.method().memory else 0.0, torch.finfo(z0.dtype).eps, stop.norm, entries,
         0 if by_blocks else entries,

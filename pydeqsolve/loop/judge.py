@@ -107,7 +107,7 @@ class SampleJudge:
         if z.dtype == torch.float64 and self.rule.norm != "max":
             unseen = leaving & is_unseen(samples)
             if bool((unseen & (samples["status"] == float(Status.CONVERGED.value))).any()):
-                doubt(samples, unseen & (z != 0).flatten(1).any(1))
+                doubt(samples, unseen & batch.problem.shards.somewhere((z != 0).flatten(1).any(1)))
         self.left.table[batch.rows[leaving]] = samples.table[leaving]
 
     def settle(self, eps: float) -> None:

@@ -28,6 +28,7 @@ class History:
     counts: Tensor  # (B, T) rows of each block when its sample finished
     open: Tensor  # (B,) bool, not finished yet
     segments: Tensor | None = None  # (N,) which rows were whose, where samples are groups of rows (`solve`)
+    ranks: int = 1  # over which the Gram matrices were added up
 
     @staticmethod
     def begin(method: Method, ring: Ring, z0: Tensor) -> History:
@@ -70,10 +71,15 @@ class History:
             self.heads = torch.full_like(self.heads, ring.head)
         return self
 
-    def check(self, method: Method, z0: Tensor) -> None:
-        """Raises ValueError unless a solve by `method` of states like z0 (B, T, D) can go on from here."""
+    def check(self, method: Method, z0: Tensor, ranks: int = 1) -> None:
+        """Raises ValueError unless a solve by `method` of states like z0 (B, T, D), on so many ranks, can go on from
+        here."""
         if method != self.method:
             raise ValueError(f"z0 holds the history of {self.method}, which {method} cannot use")
+        if ranks != self.ranks:
+            raise ValueError(
+                f"z0 holds a history of {self.ranks} ranks, group has {ranks}: start from its z alone, z0=z0.z"
+            )
         if self.z.shape != z0.shape or self.z.dtype != z0.dtype or self.z.device != z0.device:
             raise ValueError(
                 f"z0 holds a history of shape {tuple(self.z.shape)} in {self.z.dtype} on {self.z.device}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..shards import Shards
 from ..status import Status
 from ..step.backend import Backend, NativeCPU
 from ..step.records import KEEP, REJECT
@@ -24,8 +25,24 @@ class Step:
     def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
         """Takes in f (n, T, D), the value at batch.z, of the blocks `wanted` (n, T). last: no step will follow."""
         norms = self.backend.measure(f, batch.z, batch.rows, wanted)
+        if batch.problem.shards.many:
+            norms = self._over_shards(batch, norms)
         dropped, self._dropped = self._dropped, None
         return self.judge.judge(batch, f, norms, dropped, wanted)
+
+    def _over_shards(self, batch: Batch, norms: Tensor) -> Tensor:
+        """Adds up what was measured over the shards, in one exchange; norms (n, T, 2) of all features."""
+        shards, backend, rows = batch.problem.shards, self.backend, batch.rows
+        assert isinstance(shards, Shards)
+        sums = backend.sums(rows)
+        maxima = shards.placed(norms) if backend.rule.norm == "max" else norms.new_empty(0)
+        found, eps = shards.reduced(torch.cat([sums.flatten(), maxima.flatten()]), batch.eps)
+        sums, maxima = found[: sums.numel()].view_as(sums), found[sums.numel() :].view_as(maxima)
+        backend.put_sums(rows, sums)
+        if eps > batch.eps:
+            batch.eps = eps
+            self.judge.computes_in(eps)
+        return maxima.amax(0) if len(maxima) else sums[..., :2].contiguous()
 
     def advance(self, batch: Batch, verdict: Verdict) -> None:
         """Moves every sample to its next iterate."""

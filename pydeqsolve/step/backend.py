@@ -71,6 +71,8 @@ class Backend:
     def sums(self, rows: Tensor) -> Tensor:
         """What the last `measure` summed over features, (n, T, K) float64: r·r, f·f, right-hand side, new Gram entries.
 
+        K is 2 m + 2 where the Gram matrix is symmetric, 3 m + 2 for Anderson I, 4 m + 2 for Broyden's good update.
+
         The first half of a step reduces, the second (`advance`) reads nothing of other features: where these are held
         apart, each part measures its own, and `put_sums` takes the sums of all. Norms are summed, or maximised, alike.
         """
@@ -83,10 +85,11 @@ class Backend:
     def put_sums(self, rows: Tensor, sums: Tensor) -> None:
         """Takes `sums` (n, T, K) in place of those of the last `measure`."""
         ring, M = self.ring, self.ring.slots
-        kinds = 3 if ring.steps_gram is None else 4
+        kinds = 4 if ring.steps_gram is not None else 3 if ring.by_steps else 2
         ring.squares[rows] = sums[..., :2]
-        rhs, row, column, *steps = sums[..., 2:].unflatten(-1, (M - 1, kinds)).unbind(-1)
-        head, ages = ring.head, [(ring.head - a) % M for a in range(M - 1)]
+        rhs, row, *others = sums[..., 2:].unflatten(-1, (M - 1, kinds)).unbind(-1)
+        column, *steps = others or [row]
+        head, ages = ring.head, self._ages()
         ring.rhs[rows, :, : M - 1] = rhs
         pairs = [(ring.gram, row, column)]
         if ring.steps_gram is not None:
@@ -97,14 +100,20 @@ class Backend:
             matrices[rows] = own
 
     def _summed(self) -> tuple[Tensor, Tensor]:
-        """squares (B, T, 2), and by age (B, T, M − 1, 3 or 4): right-hand side, new row and column of the Gram matrix,
-        new row of that of steps."""
-        ring, M = self.ring, self.ring.slots
-        head, ages = ring.head, [(ring.head - a) % M for a in range(M - 1)]
-        found = [ring.rhs[..., : M - 1], ring.gram[:, :, head, ages], ring.gram[:, :, ages, head]]
+        """squares (B, T, 2), and by age (B, T, M − 1, 2 to 4): right-hand side, new row of the Gram matrix, column of
+        one that is not symmetric, new row of that of steps."""
+        ring, head, ages = self.ring, self.ring.head, self._ages()
+        found = [ring.rhs[..., : ring.slots - 1], ring.gram[:, :, head, ages]]
+        if ring.by_steps:
+            found.append(ring.gram[:, :, ages, head])
         if ring.steps_gram is not None:
             found.append(ring.steps_gram[:, :, head, ages])
         return ring.squares, torch.stack(found, dim=-1)
+
+    def _ages(self) -> Tensor:
+        """(M − 1,) int64: the slots of the differences, newest first."""
+        M = self.ring.slots
+        return (self.ring.head - torch.arange(M - 1, device=self.ring.gram.device)) % M
 
     def judge(self, samples: Records, norms: Tensor, dropped: Tensor | None) -> tuple[Tensor, int | None, int | None]:
         """Mode (n, T): MIX, REJECT, or KEEP when finished; samples finished, samples left behind.

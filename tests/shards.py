@@ -1,0 +1,288 @@
+"""Processes that hold a state in shards, and the cases each of them runs: what tests/test_group.py starts."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pydeqsolve import Anderson, Broyden, Front, Picard, Solution, Stop, solve
+
+f64 = torch.float64
+D, B = 31, 4  # features, samples
+SILENCE = 6.0  # seconds
+SOLVERS = {
+    "picard": Picard(0.7),
+    "anderson II": Anderson(),
+    "anderson I": Anderson(kind="I"),
+    "ridge": Anderson(8, ridge=1e-6, damping=0.8),
+    "broyden good": Broyden(),
+    "broyden bad": Broyden(kind="bad"),
+    "line search": Broyden(line_search=3),
+}
+
+
+def start(folder: Path, seconds: float = 200) -> tuple[dict[str, list[dict[str, Any]]], list[int | None]]:
+    """What each of three processes found, by phase, and their exit codes."""
+    context = torch.multiprocessing.get_context("spawn")
+    children = [context.Process(target=_child, args=(rank, folder)) for rank in range(3)]
+    for child in children:
+        child.start()
+    end = time.monotonic() + seconds
+    for child in children:
+        child.join(max(0.0, end - time.monotonic()))
+    hanging = [rank for rank, child in enumerate(children) if child.is_alive()]
+    for rank in hanging:
+        children[rank].kill()
+        children[rank].join()
+    assert not hanging, f"ranks {hanging} were still running after {seconds} s"
+    phases = {phase: sorted(folder.glob(f"{phase}-*.pt")) for phase in ("pair", "three", "lost")}
+    found = {phase: [torch.load(path, weights_only=False) for path in paths] for phase, paths in phases.items()}
+    return found, [child.exitcode for child in children]
+
+
+def _child(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3, timeout=timedelta(seconds=60)
+    )
+    pair, short = dist.new_group([0, 1]), dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    if rank < 2:
+        torch.save(together(Part(pair)), folder / f"pair-{rank}.pt")
+    torch.save(together(Part(dist.group.WORLD)), folder / f"three-{rank}.pt")
+    torch.save(losing_a_rank(rank, short), folder / f"lost-{rank}.pt")
+    os._exit(0)  # a group that has lost a rank would wait for it when it is taken down
+
+
+class Part:
+    """The features of one rank, or all of them; `gathered` is the communication that a map does for itself."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        cuts = [D * k * k // self.size**2 for k in range(self.size + 1)]  # of different sizes
+        self.features = slice(cuts[self.rank], cuts[self.rank + 1])
+
+    def of(self, x: Tensor) -> Tensor:
+        return x[..., self.features].clone()
+
+    def gathered(self, z: Tensor) -> Tensor:
+        full = torch.zeros(*z.shape[:-1], D, dtype=z.dtype)
+        full[..., self.features] = z
+        if self.group is not None:
+            dist.all_reduce(full, group=self.group)
+        return full
+
+    def solve(self, fn: Callable[..., Tensor], z0: Tensor, inputs: Any = (), **options: Any) -> Solution:
+        options.setdefault("gradient", None)
+        return solve(fn, self.of(z0), [self.of(x) for x in inputs], group=self.group, **options)
+
+
+def weights(dtype: torch.dtype = f64) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(D, D, generator=g, dtype=f64)
+    return (2.4 * W / torch.linalg.matrix_norm(W, 2)).to(dtype)
+
+
+def injection(dtype: torch.dtype = f64) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(B, D, generator=g, dtype=f64).to(dtype)
+
+
+def layer(part: Part, W: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """tanh(z Wᵀ + x): a layer whose neurons are divided among the ranks."""
+    return lambda z, x: torch.tanh(part.gathered(z) @ part.of(W.T) + x)
+
+
+def solved(part: Part, dtype: torch.dtype = f64, **options: Any) -> Solution:
+    options.setdefault("stop", Stop(1e-8, max_steps=90))
+    return part.solve(layer(part, weights(dtype)), torch.zeros(B, D, dtype=dtype), (injection(dtype),), **options)
+
+
+def resumed(part: Part) -> Solution:
+    first = solved(part, keep_history=True, stop=Stop(1e-8, max_steps=9))
+    fn = layer(part, weights())
+    return solve(fn, first, [part.of(injection())], stop=Stop(1e-8), gradient=None, group=part.group)
+
+
+def with_front(part: Part) -> Solution:
+    """A causal chain of five blocks."""
+    W, x = weights() / 2.4, injection()[:, :1].expand(B, D)
+
+    def fn(z: Tensor, *, wanted: Tensor) -> Tensor:
+        before = torch.nn.functional.pad(part.gathered(z), (0, 0, 1, 0))[:, :-1]
+        return torch.tanh(before @ part.of(W.T) + part.of(x)[:, None])
+
+    return part.solve(fn, torch.zeros(B, 5, D, dtype=f64), solver=Anderson(2, coupling="causal"), front=Front())
+
+
+def with_segments(part: Part) -> Solution:
+    segments = torch.tensor([0, 0, 0, 1])
+    fn = layer(part, weights())
+    x = part.of(injection())
+    return part.solve(lambda z: fn(z, x), torch.zeros(B, D, dtype=f64), segments=segments, stop=Stop(1e-6, 1e-7))
+
+
+def with_gates(part: Part) -> Solution:
+    """A trust region that only one rank's features leave, and an energy of the whole state."""
+
+    def merit(z: Tensor, x: Tensor) -> Tensor:
+        return part.gathered(z).square().sum(1).cos()
+
+    return solved(part, admissible=lambda z, x: (z.abs() < 0.93).all(1), merit=merit)
+
+
+def complex_states(part: Part) -> Solution:
+    W = weights().to(torch.complex128) * torch.exp(torch.tensor(0.3j))
+    fn = layer(part, W / 2)
+    return part.solve(fn, torch.zeros(B, D, dtype=torch.complex128), (injection().to(torch.complex128),))
+
+
+CASES: dict[str, Callable[[Part], Solution]] = {
+    **{f"{name}, {norm}": lambda part, s=s, norm=norm: solved(part, solver=s, stop=Stop(1e-8, norm=norm, max_steps=90))
+       for name, s in SOLVERS.items() for norm in ("rms", "max")},
+    "l2": lambda part: solved(part, stop=Stop(1e-8, norm="l2")),
+    "tolerances of samples": lambda part: solved(part, stop=Stop(torch.tensor([1e-3, 1e-6, 1e-9, 1e-12]), 1e-12)),
+    "all samples at every step": lambda part: solved(part, compact=False),
+    "flags read late": lambda part: solved(part, stop=Stop(1e-8, check_every=7)),
+    "history": resumed,
+    "front": with_front,
+    "segments": with_segments,
+    "gates": with_gates,
+    "complex": complex_states,
+    "trace": lambda part: solved(part, trace=True, snapshots=(3,)),
+    "no samples": lambda part: part.solve(layer(part, weights()), torch.zeros(0, D, dtype=f64), (torch.zeros(0, D),)),
+    "bad sample": lambda part: with_nan(part),
+}  # fmt: skip
+
+
+def with_nan(part: Part) -> Solution:
+    """One sample whose last feature, on the last rank, is NaN."""
+    x = injection()
+    x[1, -1] = torch.nan
+    return part.solve(layer(part, weights()), torch.zeros(B, D, dtype=f64), (x,), stop=Stop(1e-8))
+
+
+def plain(out: Solution, part: Part) -> dict[str, Any]:
+    names = ("residual", "evaluations", "status", "rejections", "trace", "steps")
+    return {"z": out.z, "snapshots": out.snapshots, **{name: getattr(out, name) for name in names}}
+
+
+# What ranks can disagree on: the arguments of a call on this rank, by the name that the error is to say.
+DIFFERENT: dict[str, Callable[[int], dict[str, Any]]] = {
+    "solver": lambda rank: {"solver": Anderson(3 + rank)},
+    "stop": lambda rank: {"stop": Stop(1e-3 / (1 + rank))},
+    "stop (tensor)": lambda rank: {"stop": Stop(torch.full((B,), 1e-3 / (1 + rank)))},
+    "trace": lambda rank: {"trace": rank == 0},
+    "admissible": lambda rank: {"admissible": (lambda z, x: z[:, 0] < 9) if rank else None},
+    "compact": lambda rank: {"compact": rank == 0},
+    "segments": lambda rank: {"segments": torch.tensor([0, 0, 1, 1 + min(rank, 1)]), "compact": False},
+    "z0 (dtype)": lambda rank: {"dtype": torch.float32 if rank else f64},
+}
+
+
+def message(action: Callable[[], Any]) -> str:
+    """Kind and text of the error that action() raises, or nothing."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def failing(part: Part, call: int = 3, on: int = 1) -> Callable[[], Solution]:
+    """A map that fails on one rank, once it has spoken to the others."""
+    fn, calls = layer(part, weights()), 0
+
+    def fails(z: Tensor, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        value = fn(z, x)
+        if calls == call and part.rank == on:
+            raise MemoryError("no room")
+        return value
+
+    return lambda: part.solve(fails, torch.zeros(B, D, dtype=f64), (injection(),))
+
+
+def gives_up(*_: Any) -> Any:
+    raise MemoryError("no room")
+
+
+def counted(part: Part) -> dict[str, Any]:
+    """The exchanges of a solve beside those of the map, and the largest message in bytes."""
+    sent: list[int] = []
+    reduce, gather = dist.all_reduce, dist.all_gather
+
+    def counting(x: Tensor, *args: Any, **keywords: Any) -> Any:
+        sent.append(x.nbytes)
+        return reduce(x, *args, **keywords)
+
+    gathers: list[int] = []
+    dist.all_gather = lambda out, x, **keywords: (gathers.append(x.nbytes), gather(out, x, **keywords))[1]
+    dist.all_reduce = counting
+    try:
+        x, s = injection(), part.size
+        fn = lambda z, x: torch.tanh(0.9 * z + x)  # noqa: E731
+        out = part.solve(fn, torch.zeros(B, D, dtype=f64), (x,), solver=Anderson(5), stop=Stop(1e-8))
+    finally:
+        dist.all_reduce, dist.all_gather = reduce, gather
+    return {"reductions": len(sent), "gathers": gathers, "steps": out.steps, "bytes": sent[0] - 8 * s, "ranks": s}
+
+
+@torch.no_grad()
+def together(part: Part) -> dict[str, Any]:
+    """Every case that must end well, or in an error on all ranks."""
+    warnings.simplefilter("error")
+    found: dict[str, Any] = {name: plain(case(part), part) for name, case in CASES.items()}
+    wrong = {name: of(part.rank) for name, of in DIFFERENT.items()}
+    found["different"] = {name: message(lambda o=o: solved(part, **o)) for name, o in wrong.items()}
+    found["refused on one"] = message(lambda: solved(part, stop="soon" if part.rank == 1 else Stop()))
+    found["refused by all"] = message(lambda: solved(part, stop="soon"))
+    found["fails"] = message(failing(part))
+    found["fails at once"] = message(failing(part, call=1))
+    found["question fails"] = message(lambda: solved(part, merit=gives_up if part.rank == 1 else lambda z, x: z[:, 0]))
+    found["callback fails"] = message(lambda: solved(part, callback=gives_up if part.rank == 1 else None))
+    found["stopped"] = solved(part, callback=(lambda step, *_: step == 4) if part.rank == 1 else None).steps
+    other = lambda z, x: torch.tanh(part.gathered(z)[:, :1] + x).to(torch.bfloat16 if part.rank else f64)  # noqa: E731
+    found["coarse on some"] = plain(part.solve(other, torch.zeros(B, D, dtype=f64), (injection(),)), part)
+    first = solved(part, keep_history=True)
+    alone = lambda: solve(lambda z: 0.5 * z, first, gradient=None)  # noqa: E731
+    found["history without its group"] = message(alone)
+    found["counted"] = counted(part)
+    found["after errors"] = plain(solved(part), part)
+    return found
+
+
+@torch.no_grad()
+def losing_a_rank(rank: int, short: Any) -> dict[str, Any]:
+    """Rank 1 keeps rank 0 waiting for longer than their group's limit; then rank 2 dies."""
+    found: dict[str, Any] = {}
+
+    def sleeps(z: Tensor) -> Tensor:
+        if rank == 1:
+            time.sleep(SILENCE)
+        return 0.5 * z + 1
+
+    def dies(z: Tensor) -> Tensor:
+        if rank == 2:
+            os._exit(7)
+        return 0.5 * z + 1
+
+    z0 = torch.zeros(2, 3, dtype=f64)
+    if rank < 2:
+        begin = time.monotonic()
+        found["silent"] = message(lambda: solve(sleeps, z0, gradient=None, group=short))
+        found["silent seconds"] = time.monotonic() - begin
+    dist.barrier()
+    found["dead"] = message(lambda: solve(dies, z0, gradient=None, group=dist.group.WORLD))
+    return found

@@ -22,7 +22,7 @@ from .sample import Sample, sample
 from .schedule import Schedule
 
 if TYPE_CHECKING:
-    from .pipeline import DEQDDIMPipeline as DEQDDIMPipeline
+    from .pipelines.ddim import DEQDDIMPipeline as DEQDDIMPipeline
     from .training.fit import fit
 
 __all__ = [
@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
 
         return fit
     if name == "DEQDDIMPipeline":
-        from .pipeline import DEQDDIMPipeline
+        from .pipelines.ddim import DEQDDIMPipeline
 
         return DEQDDIMPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

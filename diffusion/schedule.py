@@ -256,7 +256,8 @@ class Schedule:
             timesteps: integers of N − 1 … 0 that fall, instead of `steps` and `spacing`; each step ends where the next
                 starts.
 
-        With `diffusers_steps` each step ends ⌊N/T⌋ below its own t, as diffusers' DDIMScheduler has it.
+        With `diffusers_steps` each step ends ⌊N/T⌋ below its own t, as diffusers' DDIMScheduler has it, but those of a
+        "quadratic" spacing, which is not diffusers', where the next one starts.
         """
         N, alphas = len(self), self.alphas_cumprod
         steps = steps_of(steps, spacing, timesteps=timesteps)
@@ -270,7 +271,7 @@ class Schedule:
         else:
             spacing = self.spacing if spacing is None else spacing
             t = time_steps_of(N, steps, spacing, self.steps_offset, self.diffusers_steps or self.ancestral)
-        if self.diffusers_steps and timesteps is None and rule == "ddim":
+        if self.diffusers_steps and timesteps is None and rule == "ddim" and spacing != "quadratic":
             previous = t - N // steps
             after = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
         else:

@@ -134,7 +134,7 @@ DEFECTS = [
            "self.found.error[images] = self.goal.floor[images]",
            "test_error.py::test_a_network_as_easy_as_a_tenth_of_x_is_not_said_to_have_converged_before_it_has"),
     # Schedules and pipelines.
-    Defect("a scheduler is replaced in silence", "diffusion/pipeline.py",
+    Defect("a scheduler is replaced in silence", "diffusion/pipelines/ddim.py",
            "self.register_modules(unet=unet, scheduler=scheduler,",
            "self.register_modules(unet=unet, scheduler=__import__('diffusers').DDIMScheduler(),",
            "test_pipeline.py::test_another_scheduler_is_refused_by_name_however_it_comes_in"),

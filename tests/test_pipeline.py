@@ -407,7 +407,9 @@ def test_clipped_model_output_is_that_of_the_ddim_pipeline(network):
     assert relative(images[1], images[0]) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["strength", "guidance_rescale", "height", "stpo", "chain"])
+@pytest.mark.parametrize(
+    "name", ["height", "callback_on_step_end_tensor_inputs", "num_images_per_prompt", "stpo", "chain"]
+)
 def test_an_argument_that_the_pipeline_does_not_have_is_named(name, network):
     pipe = DEQDDIMPipeline(network, diffusers.DDIMScheduler())
     with pytest.raises(TypeError, match=f"^{name}: not an argument of DEQDDIMPipeline"):

@@ -253,20 +253,24 @@ def components(index: dict[str, Any]) -> dict[str, str]:
     return {name: str(value[1]) for name, value in parts.items() if len(value) == 2 and value[1] is not None}
 
 
-def check_parts(place: str, index: dict[str, Any], own: set[str], given: dict[str, Any]) -> None:
+def check_parts(place: str, index: dict[str, Any], own: set[str], given: dict[str, Any], pipeline: str) -> None:
     """Raises for parts of a folder that a pipeline of parts `own` has no use for, and that are not given as None.
 
     Raises:
         TypeError: a scheduler that is not reproduced.
         ValueError: any other part, by name.
     """
-    for name, kind in components(index).items():
-        if name not in own and (name not in given or given[name] is not None):
-            raise ValueError(
-                f"{place}: {name} ({kind}) is not used by DEQDDIMPipeline; {name}=None leaves it out; prompts come as "
-                "prompt_embeds"
-            )
-        if name == "scheduler" and name not in given:
-            file = Path(place) / name / SCHEDULER  # which may say another class than the index
-            for said in {kind, str(read_json(file).get("_class_name", kind)) if file.is_file() else kind}:
-                known_class(said, f"{place}: scheduler")
+    parts = components(index)
+    rest = {n: kind for n, kind in parts.items() if n not in own and (n not in given or given[n] is not None)}
+    if rest:
+        named, (are, them) = ", ".join(f"{n} ({kind})" for n, kind in rest.items()), ("is", "it")
+        if len(rest) > 1:
+            are, them = "are", "them"
+        raise ValueError(
+            f"{place}: {named} {are} not used by {pipeline}; {', '.join(f'{n}=None' for n in rest)} leaves {them} out; "
+            "prompts come as prompt_embeds"
+        )
+    if "scheduler" in parts and "scheduler" not in given:
+        kind, file = parts["scheduler"], Path(place) / "scheduler" / SCHEDULER  # which may say another class
+        for said in {kind, str(read_json(file).get("_class_name", kind)) if file.is_file() else kind}:
+            known_class(said, f"{place}: scheduler")

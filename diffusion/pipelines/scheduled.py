@@ -11,9 +11,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..chain import Chain
+from ..models.clip import Clip
+from ..models.continuous import ContinuousSchedule
 from ..schedule import Schedule
-from .clip import Clip
-from .continuous import ContinuousSchedule
 
 
 def chain_of(
@@ -31,10 +31,10 @@ def chain_of(
         clip_sample: False leaves predicted images as they are, True clips them to [−1, 1] where the scheduler does not
             clip; None does as the scheduler does.
         anew: whether ε is taken anew from an image that is clipped; None does as the scheduler does.
-        own: timesteps or sigmas instead of `steps`, or None.
+        own: timesteps or sigmas instead of `steps`, or None; spacing, None is the scheduler's own.
     """
     schedule = Schedule.from_diffusers(scheduler)
-    length = steps if all(values is None for values in own.values()) else None
+    length = steps if own.get("timesteps") is None and own.get("sigmas") is None else None
     for name, value in (("clip_sample", clip_sample), ("use_clipped_model_output", anew)):
         if value not in (None, True, False):
             raise TypeError(f"{name}: true, false or None is required, got {value!r}")

@@ -41,10 +41,22 @@ class Autoencoder:
     def _per_channel(values: Any, otherwise: float) -> Tensor:
         return torch.tensor([otherwise]) if values is None else torch.tensor(values).view(1, -1, 1, 1)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [−1, 1] → latents (B, c, h, w)."""
+    def encode(self, images: Tensor, generator: Any = None, drawn: bool = False) -> Tensor:
+        """(B, C, H, W) in [−1, 1] → latents (B, c, h, w).
+
+        drawn: from the distribution that an AutoencoderKL says, as diffusers' img2img has it, by one generator or one
+        for each image; else its mean.
+        """
         encoded = self.vae.encode(images.to(self.vae.dtype))
-        z = encoded.latents if isinstance(self.vae, VQModel) else encoded.latent_dist.mean
+        if isinstance(self.vae, VQModel):
+            z = encoded.latents
+        elif not drawn:
+            z = encoded.latent_dist.mean
+        elif isinstance(generator, list):
+            each = [self.vae.encode(image[None].to(self.vae.dtype)).latent_dist for image in images]
+            z = torch.cat([one.sample(g) for one, g in zip(each, generator, strict=True)])
+        else:
+            z = encoded.latent_dist.sample(generator)
         return (z - self.shift.to(z)) * self.scale.to(z)
 
     def decode(self, latents: Tensor) -> Tensor:

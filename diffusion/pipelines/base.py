@@ -1,0 +1,251 @@
+"""What the pipelines of diffusers have in common: parts, images in and out, the start of a chain, hooks."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from diffusers import DiffusionPipeline
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.utils import BaseOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError("the pipelines need diffusers: pip install pydeqsolve[diffusers]") from error
+
+from ..arguments import check_options
+from ..chain import Chain
+from ..invert import Inversion, find_latents, warn_of_range
+from ..methods.fastest import Method as Sampling
+from ..methods.sequential import Sequential
+from ..models.wrappers import check_parts
+from ..sample import sample
+from ..schedule import Schedule
+from .autoencoder import Autoencoder
+from .scheduled import noises_of
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+GIVEN = {"model", "latent", "x_0", "chain", "prediction", "method", "inputs", "noises"}  # by the pipeline itself
+HUB = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")  # options of a download
+Callback = Callable[..., dict[str, Any]]
+
+
+@dataclass
+class DEQPipelineOutput(BaseOutput):
+    """What a pipeline returns.
+
+    images: as `output_type` says. rounds: model calls one after the other. evaluations: (B,) network evaluations per
+    image, a guided one counts once. converged: (B,) bool, the image meets the error asked for; of sequential sampling,
+    it is finite.
+    """
+
+    images: Any
+    rounds: int
+    evaluations: Tensor
+    converged: Tensor
+
+
+@dataclass
+class Start:
+    """What a call starts from: `count` states, drawn, given as latents, or images with noise.
+
+    generator: one, or one for each. latents: standard normal; with images, their noise. image: as diffusers takes them.
+    """
+
+    count: int
+    generator: Any
+    latents: Tensor | None
+    image: Any
+
+
+class DEQPipeline(DiffusionPipeline):
+    """Sampling and inversion of what a network, a scheduler and an autoencoder make. `part` names the network."""
+
+    part: str
+    usual_strength: float  # of images that a call starts from, as diffusers has it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            self._check_scheduler(value)  # raises for what is not reproduced
+        super().__setattr__(name, value)
+
+    def _check_scheduler(self, scheduler: Any) -> None:
+        Schedule.from_diffusers(scheduler)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """The pipeline of a folder or repository of diffusers; `options` are those of DiffusionPipeline.
+
+        A part that it has no use for is refused by name, unless it is left out by name: text_encoder=None.
+
+        Raises:
+            TypeError: a scheduler that is not reproduced, by name.
+            ValueError: a part that is neither used nor left out.
+        """
+        place = {name: options[name] for name in HUB if name in options}
+        index = cls.load_config(pretrained_model_name_or_path, **place)
+        own = set(inspect.signature(cls.__init__).parameters)
+        check_parts(str(pretrained_model_name_or_path), index, own, options, cls.__name__)
+        options = {name: value for name, value in options.items() if name in own or name not in index}
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @property
+    def _network(self) -> Any:
+        return getattr(self, self.part)
+
+    @property
+    def _autoencoder(self) -> Autoencoder | None:
+        raise NotImplementedError
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of a latent that is drawn."""
+        raise NotImplementedError
+
+    def _processor(self) -> Any:
+        coder = self._autoencoder
+        factor = 1 if coder is None else 2 ** (len(coder.vae.config.block_out_channels) - 1)
+        # By default it would take images of four channels for latents and leave them as they are.
+        return VaeImageProcessor(do_resize=False, vae_scale_factor=factor, vae_latent_channels=0)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        return x.to(self._execution_device, self._network.dtype if x.is_floating_point() else None)
+
+    def _start(self, count: int | None, inputs: list[Tensor], generator: Any, latents: Any, image: Any) -> Start:
+        """The number of images, and what they start from; raises where arguments disagree about it."""
+        shown = None if image is None else self._pixels(image)
+        warn_of_range(shown)
+        given = [x for x in (latents, *inputs) if x is not None]
+        n = count if count is not None else len(given[0]) if given else 1 if shown is None else len(shown)
+        if any(len(x) != n for x in given):
+            raise ValueError(f"batch_size: {n} latents or conditions are required, got {[len(x) for x in given]}")
+        if isinstance(generator, list) and len(generator) != n:
+            raise ValueError(f"generator: one for each of the {n} images is required, got {len(generator)}")
+        if shown is not None and len(shown) not in (1, n):
+            raise ValueError(f"image: one, or one for each of the {n} images, is required, got {len(shown)}")
+        return Start(n, generator, latents, None if shown is None else shown.expand(n, -1, -1, -1))
+
+    def _pixels(self, image: Any) -> Tensor:
+        """(n, C, H, W) in [−1, 1] of what diffusers' image processor takes."""
+        x_0: Tensor = self._processor().preprocess(image).to(self._execution_device, self._network.dtype)
+        return x_0
+
+    @torch.no_grad()
+    def _encoded(self, x_0: Tensor, generator: Any = None, drawn: bool = False) -> Tensor:
+        """The chain's own images of pixels (n, C, H, W); drawn: from what the autoencoder says of them."""
+        coder = self._autoencoder
+        return x_0 if coder is None else coder.encode(x_0, generator, drawn).to(self._network.dtype)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """Latents (B, C, H, W) as the network takes them."""
+        return x
+
+    def _partial(self, chain: Chain, strength: float | None, start: Start) -> Chain:
+        """The part of the chain that `strength` asks for."""
+        if strength is None and start.image is None:
+            return chain
+        if start.image is None and start.latents is None:
+            raise ValueError("strength: of images or latents to start from, image=… or latents=…; none came")
+        return self._late(chain, self.usual_strength if strength is None else strength)
+
+    def _late(self, chain: Chain, strength: float) -> Chain:
+        return chain.partial(strength)
+
+    def _first(self, chain: Chain, start: Start) -> tuple[Tensor, dict[str, Any]]:
+        """The state that the chain starts from, and how noise is drawn."""
+        draw = {"generator": start.generator, "device": self._execution_device, "dtype": self._network.dtype}
+        x_0 = None if start.image is None else self._packed(self._encoded(start.image, start.generator, True))
+        latents = start.latents
+        if latents is not None:
+            noise = latents.to(self._execution_device)
+        else:
+            noise = self._packed(randn_tensor((start.count, *self._latent_shape()), **draw))
+        if x_0 is None:
+            return noise * chain.init_noise_sigma, draw
+        return chain.add_noise(x_0, noise.to(x_0)), draw
+
+    def _sample(
+        self, model: Any, inputs: list[Tensor], chain: Chain, start: Start, noises: Tensor | None, method: Any,
+        output_type: str, callback: Callback | None, options: dict[str, Any],
+    ) -> DEQPipelineOutput:  # fmt: skip
+        """The images that the chain makes."""
+        check_options(options, sample, GIVEN | {"generator", "callback"}, type(self).__name__)
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type: one of {', '.join(OUTPUTS)} is required, got {output_type!r}")
+        x_T, draw = self._first(chain, start)
+        noises = noises_of(self.scheduler, chain, x_T, draw) if noises is None else noises
+        self._interrupt = False
+        with self.progress_bar(total=len(chain)) as bar:
+            hooks = self._hooks(chain, bar, callback, method, options.pop("edit", None))
+            fixed: dict[str, Any] = {"inputs": inputs, "noises": noises, "prediction": chain.prediction or "epsilon"}
+            out = sample(model, x_T, chain, method=method, **fixed, **hooks, **options)
+        images = out.x_0 if output_type == "latent" else self._decoded(out.x_0, output_type)
+        self.maybe_free_model_hooks()
+        return DEQPipelineOutput(images, out.rounds, out.evaluations, out.converged)
+
+    def _given(self, chain: Chain, inputs: list[Tensor], options: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `find_latents` besides model, images, chain and method."""
+        check_options(options, find_latents, GIVEN, f"{type(self).__name__}.invert")
+        return {"prediction": chain.prediction or "epsilon", "inputs": inputs, **options}
+
+    def _found(self, found: Inversion, chain: Chain) -> Inversion:
+        """The latents in the unit that the call takes them in."""
+        found.x_T = found.x_T / chain.init_noise_sigma
+        self.maybe_free_model_hooks()
+        return found
+
+    def _hooks(
+        self, chain: Chain, bar: Any, callback: Callback | None, method: str | Sampling, edit: Any
+    ) -> dict[str, Any]:
+        """The hooks of `sample` that move the bar and call the callback."""
+        times = chain.timesteps.tolist()
+
+        def after_round(step: int, trajectory: Tensor, residual: Tensor) -> bool:
+            bar.update()
+            if callback is not None:
+                latents = trajectory[:, -1].to(self._network.dtype)
+                returned = callback(self, step - 1, times[0], {"latents": latents}) or {}
+                if returned.get("latents", latents) is not latents:
+                    raise ValueError("callback_on_step_end: the states of a parallel chain are changed by edit=")
+            return bool(self._interrupt)
+
+        def after_step(x: Tensor, k: int, image: Tensor) -> Tensor:
+            bar.update()
+            x = x if edit is None else edit(x, k, image)
+            if callback is None:
+                return x
+            latents = x.to(self._network.dtype)
+            returned = (callback(self, k - 1, times[k - 1], {"latents": latents}) or {}).get("latents", latents)
+            return x if returned is latents else returned.to(x)
+
+        if method == "sequential" or isinstance(method, Sequential):
+            if chain.past is not None and callback is not None:
+                raise ValueError("callback_on_step_end: of a chain of two-step rule, with a parallel method alone")
+            return {"edit": after_step if chain.past is None else edit}
+        quiet = callback is None and bar.disable
+        return {"edit": edit, "callback": None if quiet else after_round}
+
+    def _decoded(self, x_0: Tensor, output_type: str) -> Any:
+        if (autoencoder := self._autoencoder) is not None:
+            x_0 = autoencoder.decode(x_0)
+        # numpy and PIL have no bfloat16
+        x_0 = x_0 if output_type == "pt" or x_0.dtype != torch.bfloat16 else x_0.float()
+        return self._processor().postprocess(x_0, output_type)
+
+
+def tell_of_spacing(found: Inversion, schedule: Any, spacing: str | None, method: Any) -> None:
+    """Warns where images were missed on time steps of a scheduler's own spacing, of what helps."""
+    missed = int((~found.converged).sum())
+    own = isinstance(schedule, Schedule) and schedule.clip is None and spacing != "quadratic"
+    if missed and own and method == "exact":
+        warnings.warn(
+            f"image: {missed} of {len(found.loss)} missed the error asked for on the scheduler's time steps; "
+            'spacing="quadratic", here and where the latents are sampled, has more of them next to the image, where '
+            "inversion is hard",
+            stacklevel=3,
+        )

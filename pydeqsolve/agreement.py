@@ -59,7 +59,7 @@ def _shared(shards: Shards, callback: Callback | None) -> Callback:
 
     def called(*seen: Any) -> bool:
         answer = shards.attempt(lambda: callback is not None and bool(callback(*seen)), lambda: False)
-        return bool(shards.somewhere(torch.tensor([answer]))[0])
+        return shards.any_claims(answer)
 
     return called
 

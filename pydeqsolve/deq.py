@@ -64,11 +64,12 @@ class DEQ(nn.Module):
         """Forgets the last solution, so that the next call starts cold."""
         self.solution = None
 
-    def forward(self, *inputs: Any, z0: Any = None, segments: Tensor | None = None) -> Any:
+    def forward(self, *inputs: Any, z0: Any = None, segments: Tensor | None = None, group: Any = None) -> Any:
         """z* for inputs (B, …) each; with `has_aux` a pair, z* and aux.
 
         z0, by name: the first guess in the structure of the state, or a `Solution`; by default zeros like the first
-        input. segments, by name: which rows belong to which sample (`solve`). Raises as `solve` does.
+        input. segments, by name: which rows belong to which sample; group, by name: whose ranks hold shards of every
+        sample's features (`solve`). Raises as `solve` does.
         """
         for i, x in enumerate(inputs):
             if isinstance(x, Solution):
@@ -76,7 +77,7 @@ class DEQ(nn.Module):
         start = self._start(inputs, segments) if z0 is None else z0
         solution = solve(
             self.cell, start, inputs, solver=self.solver, stop=self.stop, gradient=self.gradient,
-            keep_history=self.keep_history, segments=segments, has_aux=self.has_aux,
+            keep_history=self.keep_history, segments=segments, group=group, has_aux=self.has_aux,
         )  # fmt: skip
         aux = copied(solution.aux) if self.has_aux else None
         self.solution = replace(solution, z=copied(solution.z), aux=aux)

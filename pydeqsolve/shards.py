@@ -27,6 +27,10 @@ class Whole:
         """Σ of x over all shards."""
         return x
 
+    def summed(self, parts: list[Tensor]) -> list[Tensor]:
+        """`total` of each, differentiable: the gradient is that of the sum of what all shards make of it."""
+        return parts
+
     def largest(self, x: Tensor) -> Tensor:
         """The largest of x over all shards, NaN where one is."""
         return x
@@ -51,8 +55,23 @@ class Whole:
         """The largest of a machine epsilon over all shards."""
         return eps
 
+    def any_claims(self, claim: bool) -> bool:
+        """Whether a claim is true on any rank."""
+        return claim
+
+    def all_claim(self, claim: bool) -> bool:
+        """Whether a claim is true on every rank."""
+        return claim
+
+    def check_alike(self, claim: bool, what: str) -> None:
+        """Raises ValueError on every rank unless the claim is true on all of them, or on none."""
+
     def attempt(self, action: Callable[[], Found], otherwise: Callable[[], Found]) -> Found:
         """action(); where that fails and others wait for this rank, otherwise(), until the next exchange raises."""
+        return action()
+
+    def stage(self, action: Callable[[], Found]) -> Found:
+        """action(), which exchanges nothing here; raises on every rank where it fails on one."""
         return action()
 
 
@@ -85,6 +104,11 @@ class Shards(Whole):
     def total(self, x: Tensor) -> Tensor:
         return self.reduced(x)[0].to(x.dtype)
 
+    def summed(self, parts: list[Tensor]) -> list[Tensor]:
+        total = _Total.apply(torch.cat([x.flatten() for x in parts]), self)
+        split = total.split([x.numel() for x in parts])
+        return [own.view_as(x) for own, x in zip(split, parts, strict=True)]
+
     def largest(self, x: Tensor) -> Tensor:
         return self.reduced(self.placed(x))[0].amax(0).to(x.dtype)
 
@@ -101,7 +125,21 @@ class Shards(Whole):
         return n // self.own * self.whole
 
     def coarsest(self, eps: float) -> float:
-        return self.reduced(torch.zeros(0), eps)[1]
+        return self.reduced(torch.zeros(0, device="cpu"), eps)[1]
+
+    def any_claims(self, claim: bool) -> bool:
+        return self._count(claim) > 0
+
+    def all_claim(self, claim: bool) -> bool:
+        return self._count(claim) == self.size
+
+    def _count(self, claim: bool) -> int:
+        return int(self.reduced(torch.tensor([float(claim)], device="cpu"))[0])
+
+    def check_alike(self, claim: bool, what: str) -> None:
+        count = self._count(claim)
+        if 0 < count < self.size:
+            raise ValueError(f"group: ranks differ in {what}: {count} of {self.size} do; the same is required on all")
 
     def attempt(self, action: Callable[[], Found], otherwise: Callable[[], Found]) -> Found:
         try:
@@ -109,6 +147,12 @@ class Shards(Whole):
         except Exception as error:  # whatever it was: the other ranks wait for this one
             self._failure = self._failure or error
             return otherwise()
+
+    def stage(self, action: Callable[[], Found]) -> Found:
+        found: list[Found] = []
+        self.attempt(lambda: found.append(action()), lambda: None)
+        self.coarsest(0.0)
+        return found[0]
 
     def placed(self, x: Tensor) -> Tensor:
         """x in this rank's place of (ranks, …): summed over the ranks, it holds what each of them has."""
@@ -119,7 +163,7 @@ class Shards(Whole):
     def reduced(self, x: Tensor, eps: float = 0.0) -> tuple[Tensor, float]:
         """Σ of x over the ranks, float64, and the largest of their eps: the one all-reduce of all exchanges here."""
         device = exchanging(self.group, x.device)
-        about = torch.zeros(self.size, dtype=torch.float64)
+        about = torch.zeros(self.size, dtype=torch.float64, device="cpu")
         about[self.rank] = eps if self._failure is None else -1.0
         message = torch.cat([x.reshape(-1).to(device, torch.float64), about.to(device)])
         self._exchange(lambda: dist.all_reduce(message, group=self.group))
@@ -156,6 +200,19 @@ class Shards(Whole):
         if ranks:
             where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks)}"
             raise RuntimeError(f"group: solve failed on {where}; the error is reported there")
+
+
+class _Total(torch.autograd.Function):
+    """`Shards.total`; the gradient is summed over the ranks likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: Shards) -> Tensor:
+        ctx.shards = shards
+        return shards.total(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Total.apply(grads[0], ctx.shards), None
 
 
 def check_group(group: Any) -> None:

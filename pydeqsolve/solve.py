@@ -16,6 +16,7 @@ from .arguments import check_gradient, check_inputs, check_solver, check_stop, c
 from .checks import check_count, check_flag
 from .derivative.auxiliary import auxiliary
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
+from .derivative.linearise import is_wanted
 from .layout import Layout, detached, named_leaves, nested
 from .loop.iterate import Outcome, check_together, iterate
 from .loop.kept import History
@@ -94,7 +95,8 @@ def solve(
             that this takes. Norms, weights and decisions are those of the whole state: one all-reduce per step, of
             2 m + 2 numbers per sample (`docs/distributed.md`). All other arguments but the values of `inputs` and
             `callback` must be the same on every rank. A state is admissible where every rank says so; its merit is the
-            largest that a rank returns. Without gradients so far.
+            largest that a rank returns. Gradients are those of the sum of all ranks' losses, where fn communicates by
+            functions that autograd knows; every rank must take them.
 
     Returns:
         Solution: per sample the best measured iterate, its residual, status and evaluations. Its tensors share memory
@@ -129,14 +131,12 @@ def solve(
         _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
         gated = admissible is not None or merit is not None
         refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0], gated=gated)
-        if shards.many and gradient is not None and torch.is_grad_enabled():
-            raise NotImplementedError("group: gradient must be None, or gradients off")
     except Exception:
         refuse(shards)
         raise
     if shards.many:
         settings = {
-            "solver": solver, "stop": stop, "gradient": gradient if torch.is_grad_enabled() else None, "front": front,
+            "solver": solver, "stop": stop, "gradient": gradient if is_wanted() else None, "front": front,
             "trace": trace, "keep_history": keep_history, "snapshots": snapshots, "admissible": admissible is None,
             "merit": merit is None, "segments": segments, "has_aux": has_aux, "compact": problem.compact,
             "inputs": len(problem.inputs), "z0": (flat.shape[:2], flat.dtype, problem.layout.is_complex, not history),
@@ -156,7 +156,9 @@ def solve(
     z = found.z
     if gradient is not None and flat.shape[0] and not in_graph:
         z = gradient.attach(problem, flat, found, recorder)
-    aux = auxiliary(problem, found.residual.isfinite(), z, gradient is not None) if has_aux else None
+    aux = None
+    if has_aux:
+        aux = shards.stage(lambda: auxiliary(problem, found.residual.isfinite(), z, gradient is not None))
     if where is not None:
         found = where.measured(found)
         if found.history is not None:

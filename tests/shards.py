@@ -14,7 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pydeqsolve import Anderson, Broyden, Front, Picard, Solution, Stop, solve
+from pydeqsolve import (
+    DEQ,
+    GMRES,
+    Anderson,
+    Broyden,
+    Front,
+    Implicit,
+    Neumann,
+    Phantom,
+    Picard,
+    Solution,
+    Stop,
+    Unrolled,
+    solve,
+)  # fmt: skip
 
 f64 = torch.float64
 D, B = 31, 4  # features, samples
@@ -62,6 +76,20 @@ def _child(rank: int, folder: Path) -> None:
     os._exit(0)  # a group that has lost a rank would wait for it when it is taken down
 
 
+class Gathered(torch.autograd.Function):
+    """The sum over the ranks of x; its gradient is summed likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, total = group, x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return Gathered.apply(grads[0], ctx.group), None
+
+
 class Part:
     """The features of one rank, or all of them; `gathered` is the communication that a map does for itself."""
 
@@ -76,11 +104,8 @@ class Part:
         return x[..., self.features].clone()
 
     def gathered(self, z: Tensor) -> Tensor:
-        full = torch.zeros(*z.shape[:-1], D, dtype=z.dtype)
-        full[..., self.features] = z
-        if self.group is not None:
-            dist.all_reduce(full, group=self.group)
-        return full
+        full = torch.nn.functional.pad(z, (self.features.start, D - self.features.stop))
+        return full if self.group is None else Gathered.apply(full, self.group)
 
     def solve(self, fn: Callable[..., Tensor], z0: Tensor, inputs: Any = (), **options: Any) -> Solution:
         options.setdefault("gradient", None)
@@ -172,6 +197,54 @@ def with_nan(part: Part) -> Solution:
     return part.solve(layer(part, weights()), torch.zeros(B, D, dtype=f64), (x,), stop=Stop(1e-8))
 
 
+GRADIENTS = {
+    "gmres": Implicit(stop=Stop(1e-10)),
+    "restarted": Implicit(GMRES(restart=4), stop=Stop(1e-10, max_steps=400)),
+    "neumann": Implicit(Neumann(120), stop=Stop(1e-6, max_steps=200)),
+    "anderson": Implicit(Anderson(8), stop=Stop(1e-10)),
+    "broyden": Implicit(Broyden(), stop=Stop(1e-10)),
+    "phantom": Phantom(3, 0.7),
+    "unrolled": Unrolled(),
+}
+
+
+def differentiated(part: Part, gradient: Any, bad: bool = False, second: bool = False) -> dict[str, Any]:
+    """Gradients of a loss that is a sum over features: x's of these features, the part of W's that they make."""
+    W = (weights() / 2).requires_grad_()
+    x = injection()
+    if bad:
+        x[1, -1] = torch.nan
+    x = part.of(x).requires_grad_()
+    z0 = part.of(torch.zeros(B, D, dtype=f64))
+    stop, group = Stop(1e-12, max_steps=60), part.group
+    out = solve(layer(part, W), z0, [x], solver=Anderson(), stop=stop, gradient=gradient, group=group)
+    taken = out.z[out.converged]
+    loss = (taken * part.of(torch.linspace(1, 2, D, dtype=f64))).sin().sum()
+    found = torch.autograd.grad(loss, [x, W], create_graph=second)
+    if second:
+        found = torch.autograd.grad(found[0].square().sum(), [x, W])
+    products = None if out.adjoint is None else out.adjoint.evaluations
+    return {"x": found[0], "W": found[1], "products": products, "status": out.status}
+
+
+def in_a_layer(part: Part) -> dict[str, Any]:
+    """A DEQ layer whose neurons are divided, with a warm start."""
+    W = (weights() / 2).requires_grad_()
+    deq = DEQ(layer(part, W), stop=Stop(1e-10), warm_start=True)
+    x = part.of(injection()).requires_grad_()
+    for _ in range(2):
+        z = deq(x, group=part.group)
+    return {"evaluations": deq.solution.evaluations, "x": torch.autograd.grad(z.sin().sum(), x)[0]}
+
+
+def with_aux(part: Part) -> dict[str, Any]:
+    x = part.of(injection()).requires_grad_()
+    fn = layer(part, weights() / 2)
+    both = lambda z, x: (fn(z, x), z * x)  # noqa: E731
+    out = solve(both, torch.zeros_like(x), [x], stop=Stop(1e-12), group=part.group, has_aux=True)
+    return {"aux": out.aux.detach(), "x": torch.autograd.grad(out.aux.sin().sum(), x)[0]}
+
+
 def plain(out: Solution, part: Part) -> dict[str, Any]:
     names = ("residual", "evaluations", "status", "rejections", "trace", "steps")
     return {"z": out.z, "snapshots": out.snapshots, **{name: getattr(out, name) for name in names}}
@@ -212,6 +285,39 @@ def failing(part: Part, call: int = 3, on: int = 1) -> Callable[[], Solution]:
         return value
 
     return lambda: part.solve(fails, torch.zeros(B, D, dtype=f64), (injection(),))
+
+
+SOME = {"implicit": Implicit(), "phantom": Phantom()}
+
+
+def depending(part: Part, gradient: Any) -> Callable[[], Solution]:
+    """A map that asks for a gradient on one rank alone."""
+    x = part.of(injection()).requires_grad_(part.rank == 0)
+    return lambda: solve(layer(part, weights() / 2), torch.zeros_like(x), [x], gradient=gradient, group=part.group)
+
+
+class Fragile(torch.autograd.Function):
+    """The identity, whose gradient gives up at its third call."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        Fragile.calls += 1
+        return gives_up() if Fragile.calls == 3 else grads[0]
+
+
+def failing_backward(part: Part) -> Callable[[], Any]:
+    """A map whose products fail on one rank, once it has spoken to the others."""
+    x = part.of(injection()).requires_grad_()
+    inner, Fragile.calls = layer(part, weights() / 2), 0
+    fn = lambda z, x: inner(Fragile.apply(z) if part.rank == 1 else z, x)  # noqa: E731
+    out = solve(fn, torch.zeros_like(x), [x], group=part.group)
+    return lambda: torch.autograd.grad(out.z.sum(), x)
 
 
 def gives_up(*_: Any) -> Any:
@@ -259,6 +365,13 @@ def together(part: Part) -> dict[str, Any]:
     alone = lambda: solve(lambda z: 0.5 * z, first, gradient=None)  # noqa: E731
     found["history without its group"] = message(alone)
     found["counted"] = counted(part)
+    with torch.enable_grad():
+        found["gradients"] = {name: differentiated(part, gradient) for name, gradient in GRADIENTS.items()}
+        found["gradients"]["bad sample"] = differentiated(part, Implicit(stop=Stop(1e-10)), bad=True)
+        found["gradients"]["second"] = differentiated(part, Implicit(stop=Stop(1e-10)), second=True)
+        found["layer"], found["aux"] = in_a_layer(part), with_aux(part)
+        found["depends on some"] = {name: message(depending(part, g)) for name, g in SOME.items()}
+        found["product fails"] = message(failing_backward(part))
     found["after errors"] = plain(solved(part), part)
     return found
 

@@ -41,6 +41,41 @@ def test_shards_take_the_steps_of_one_process(found, case):
     torch.testing.assert_close(z, alone.z, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("case", [*shards.GRADIENTS, "bad sample", "second"])
+def test_gradients_are_those_of_one_process(found, case):
+    gradient = shards.GRADIENTS.get(case, shards.Implicit(stop=shards.Stop(1e-10)))
+    alone = shards.differentiated(shards.Part(), gradient, case == "bad sample", case == "second")
+    parts = [rank["gradients"][case] for rank in found]
+    scale = alone["W"].abs().max()
+    torch.testing.assert_close(torch.cat([part["x"] for part in parts], -1), alone["x"], rtol=0, atol=1e-8)
+    torch.testing.assert_close(sum(part["W"] for part in parts) / scale, alone["W"] / scale, rtol=0, atol=1e-8)
+    for part in parts:
+        assert part["status"].tolist() == alone["status"].tolist()
+        if alone["products"] is not None:
+            assert part["products"].tolist() == alone["products"].tolist()
+
+
+def test_a_layer_divided_among_ranks_is_that_of_one_process(found):
+    alone = shards.in_a_layer(shards.Part())
+    for rank in found:
+        assert rank["layer"]["evaluations"].tolist() == alone["evaluations"].tolist() == [1] * shards.B
+    gradient = torch.cat([rank["layer"]["x"] for rank in found], -1)
+    torch.testing.assert_close(gradient, alone["x"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_map_returns_besides_is_of_this_ranks_features(found):
+    alone = shards.with_aux(shards.Part())
+    for name in alone:
+        joined = torch.cat([rank["aux"][name] for rank in found], -1)
+        torch.testing.assert_close(joined, alone[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", shards.SOME)
+def test_a_gradient_that_some_ranks_alone_ask_for_is_an_error_on_all(found, gradient):
+    for rank in found:
+        assert rank["depends on some"][gradient].startswith("ValueError: group: ranks differ in whether fn depends on")
+
+
 @torch.no_grad()
 def test_traces_and_snapshots_are_those_of_the_whole_state(found):
     alone = shards.CASES["trace"](shards.Part())
@@ -83,7 +118,7 @@ def test_what_is_wrong_on_all_ranks_alike_is_said_as_of_one(found):
         assert rank["refused by all"].startswith("TypeError: stop must be a Stop")
 
 
-@pytest.mark.parametrize("case", ["fails", "fails at once", "question fails", "callback fails"])
+@pytest.mark.parametrize("case", ["fails", "fails at once", "question fails", "callback fails", "product fails"])
 def test_a_function_that_fails_on_one_rank_is_an_error_on_all(found, case):
     assert found[1][case] == "MemoryError: no room"
     for rank in [found[0], *found[2:]]:

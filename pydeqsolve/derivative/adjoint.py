@@ -13,13 +13,15 @@ from torch import Tensor
 from ..layout import Layout
 from ..loop.iterate import iterate
 from ..problem import Problem, Solver
+from ..shards import WHOLE, Whole
 from ..solution import Adjoint, ConvergenceError, Recorder, Status
 from ..status import describe_adjoint
 from ..stop import Stop
 from .arnoldi import Arnoldi
-from .gmres import GMRES, Known, is_direct, rest
+from .gmres import GMRES, Known, in_pytorch, is_direct, rest
 from .linear import Products, System, blurred
 from .linearise import Good
+from .neumann import Neumann, series
 from .small import Rest, Small
 
 LOOSEST = 0.1  # of the tolerance that follows the forward solve: at 1, u = 0 would do
@@ -32,7 +34,7 @@ class AdjointSolve:
     """How u = g + Aᵀ u is solved, and where the outcome is left; settings as in `Implicit`.
 
     follows: the tolerance was left to the library, which asks for no more than the precision allows. eps: that of the
-    products, which may be computed in less than the dtype of g.
+    products, which may be computed in less than the dtype of g. shards: who holds which entries of g and u.
     """
 
     solver: Any
@@ -41,6 +43,7 @@ class AdjointSolve:
     on_failure: str
     recorder: Recorder
     eps: float
+    shards: Whole = WHOLE
 
     def __call__(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> Tensor:
         """u (n, T, D) of u = g + products(u), zero for the samples that are not `good`.
@@ -66,7 +69,7 @@ class AdjointSolve:
         self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good
     ) -> tuple[Tensor, Adjoint, int] | None:
         """`_solve` by native passes, with the number of good samples that failed; None where they do not serve."""
-        if not isinstance(self.solver, GMRES):
+        if not isinstance(self.solver, GMRES) or self.shards.many:
             return None
         wide = g.to(torch.promote_types(g.dtype, torch.float32)).contiguous()
         stop = self.stop
@@ -99,17 +102,17 @@ class AdjointSolve:
 
     def _solve(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> tuple[Tensor, Adjoint]:
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
-        finite = g.isfinite().flatten(1).all(1)
+        finite = self.shards.everywhere(g.isfinite().flatten(1).all(1))
         rhs = torch.where(finite[:, None, None], g, 0.0).to(wide).flatten(1)
 
         def product(u: Tensor) -> Tensor:
-            return products(u.reshape(g.shape)).to(wide).flatten(1)
+            found = self.shards.attempt(lambda: products(u.reshape(g.shape)), lambda: torch.zeros_like(g))
+            return found.to(wide).flatten(1)
 
-        system = System.of(product, rhs, self._stop(good, g.device))
+        system = System.of(product, rhs, self._stop(good, g.device), self.shards)
         eps = max(self.eps, torch.finfo(g.dtype).eps)
         pursued = replace(self.stop, rtol=0.0, atol=torch.maximum(system.goal, eps * system.norm), norm="l2")
-        solve = getattr(self.solver, "solve", None) or _by_fixed_point(self.solver)
-        u, outcome = solve(product, system.rhs, pursued)
+        u, outcome = self._method()(product, system.rhs, pursued)
         lost = ~finite | ~(outcome.residual < torch.inf)
         raised, size, again = system.deliver(u, outcome.residual * system.norm, g.dtype)
         status, residual = self._judge(system, u, outcome.status, size, eps)
@@ -119,9 +122,18 @@ class AdjointSolve:
         raised = torch.where((lost & raised.isfinite().all(1))[:, None], torch.nan, raised)
         return raised.reshape(g.shape), Adjoint(status, residual, outcome.evaluations + again)
 
+    def _method(self) -> Callable[[Products, Tensor, Stop], tuple[Tensor, Adjoint]]:
+        """The solver for g (n, N) of ‖g‖ about 1 and an absolute tolerance."""
+        solver, shards = self.solver, self.shards
+        if shards.many and isinstance(solver, GMRES):
+            return lambda A, g, stop: in_pytorch(solver, A, g, stop, shards=shards)
+        if shards.many and isinstance(solver, Neumann):
+            return lambda A, g, stop: series(solver, A, g, stop, shards)
+        return getattr(solver, "solve", None) or _by_fixed_point(solver, shards)
+
     def _judge(self, system: System, u: Tensor, status: Tensor, size: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Status and relative residual (n,) of u (n, N), whose residual was measured to be `size` (n,)."""
-        floor = blurred(torch.zeros_like(size), u, eps)
+        floor = blurred(torch.zeros_like(size), u, eps, self.shards)
         size, goal = torch.maximum(size, floor), system.goal
         if self.follows:
             # No finer than rounding, but half of the digits are the least that deserve the name.
@@ -186,15 +198,16 @@ def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
     return full
 
 
-def _by_fixed_point(solver: Solver) -> Callable[[Products, Tensor, Stop], tuple[Tensor, Adjoint]]:
+def _by_fixed_point(solver: Solver, shards: Whole) -> Callable[[Products, Tensor, Stop], tuple[Tensor, Adjoint]]:
     """u = g + A u by a forward solver, as an adjoint solver for g (n, N) of ‖g‖ about 1 and an absolute tolerance."""
+    split = shards if shards.many else None
 
     def solve(A: Products, g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
         rhs = g[:, None]
         layout = Layout.of(rhs, by_blocks=True)
-        problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False)
+        problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False, split=split)
         solved = iterate(problem, rhs, solver=solver, stop=stop)
-        norm = torch.linalg.vector_norm(g.double(), dim=1)
+        norm = shards.lengths(g)
         residual = solved.residual / torch.where(norm > 0, norm, 1.0)
         none = solved.evaluations == 0  # a budget of no products: u = 0, whose residual is g
         u = torch.where(none[:, None], 0.0, solved.z[:, 0])

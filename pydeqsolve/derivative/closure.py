@@ -34,10 +34,11 @@ class Closure:
         """
         inputs = {x.grad_fn for x in at.good.inputs if x.grad_fn is not None}
         older = {node for node in (nodes(at.f, inputs) if inputs else at.behind) if _is_older(node, at)}
-        if not older:
+        shards = problem.shards
+        if not shards.any_claims(bool(older)):
             return Closure([], hidden=False)
         with torch.enable_grad(), _Reading(older) as reading:
-            evaluate(problem, at.z, at.good.inputs)
+            shards.attempt(lambda: evaluate(problem, at.z, at.good.inputs), lambda: at.f)
         found = list(reading.found.values())
         known = inputs | {x.grad_fn for x in found}
         return Closure(found, any(_is_older(node, at) for node in nodes(at.f, known)))

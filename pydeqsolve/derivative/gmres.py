@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
+from ..shards import WHOLE, Whole
 from ..solution import Adjoint, Status
 from ..stop import Stop
 from .arnoldi import Arnoldi
 from .dense import Dense
 from .krylov import Krylov
-from .linear import Products, System, blurred, check_right_side, lengths
+from .linear import Products, System, blurred, check_right_side
 from .small import Rest, Small
 
 DENSE = 4  # unknowns up to which a matrix takes no more products, and less memory, than a Krylov basis
@@ -62,16 +63,16 @@ def is_direct(gmres: GMRES, g: Tensor, stop: Stop) -> bool:
 
 
 def in_pytorch(
-    gmres: GMRES, A: Products, g: Tensor, stop: Stop, matrix: Tensor | None = None
+    gmres: GMRES, A: Products, g: Tensor, stop: Stop, matrix: Tensor | None = None, shards: Whole = WHOLE
 ) -> tuple[Tensor, Adjoint]:
     """`GMRES.solve`, on any device. matrix (N, B, N): the columns of I − A, where they are known."""
-    system, eps = System.of(A, g, stop), torch.finfo(g.dtype).eps
-    most = min(gmres.restart, g.shape[1])
-    direct = matrix is not None or is_direct(gmres, g, stop)
+    system, eps = System.of(A, g, stop, shards), torch.finfo(g.dtype).eps
+    most = min(gmres.restart, shards.entries(g.shape[1]))
+    direct = matrix is not None or (not shards.many and is_direct(gmres, g, stop))
     method = Dense(system, eps, matrix) if direct else Krylov(system, eps, most)
     least = 1 if matrix is not None else 2
     u, residual = torch.zeros_like(g), system.rhs
-    best = lengths(residual)
+    best = shards.lengths(residual)
     evaluations = torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
     stalled, calls = torch.zeros_like(best, dtype=torch.bool), 0
     while True:
@@ -80,7 +81,7 @@ def in_pytorch(
             break
         candidate, residual, size, used = _corrected(system, method, u, residual, active, stop.max_steps - calls, eps)
         # A residual that is mostly the rounding of a huge u is hardly known: it has to be less by more than that.
-        doubtful = eps * lengths(candidate) > 0.5 * size
+        doubtful = eps * shards.lengths(candidate) > 0.5 * size
         enough = torch.where(doubtful, 0.5 * best, 0.999 * best)
         better = active & ((size < enough) | ((size < best) & (size <= system.goal)))
         stalled |= active & ~better
@@ -142,4 +143,4 @@ def _corrected(
 def _measured(system: System, u: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """u (B, N), its residual (B, N), and how large that is known to be, (B,)."""
     residual = system.residual(u)
-    return u, residual, blurred(lengths(residual), u, eps)
+    return u, residual, blurred(system.shards.lengths(residual), u, eps, system.shards)

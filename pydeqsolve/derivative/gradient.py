@@ -21,7 +21,8 @@ from ..stop import Stop
 from .adjoint import AdjointSolve, following
 from .gmres import GMRES
 from .implicit import attach
-from .linearise import Good, Replace, evaluate, is_wanted, of_finite
+from .linearise import DEPENDS, Good, Replace, evaluate, is_wanted, of_finite
+from .neumann import Neumann
 from .unroll import unroll
 
 
@@ -76,8 +77,11 @@ class Implicit:
             raise TypeError(f"solver must be GMRES(), Neumann() or a forward solver, got {type(self.solver).__name__}")
 
     def attach(self, problem: Problem, start: Tensor, outcome: Outcome, recorder: Recorder) -> Tensor:
+        if problem.shards.many and hasattr(self.solver, "solve") and not isinstance(self.solver, (GMRES, Neumann)):
+            name = type(self.solver).__name__
+            raise NotImplementedError(f"group: {name} knows of one process: use GMRES, Neumann or a forward solver")
         chosen = following(outcome.stop) if self.stop is None else self.stop
-        how = AdjointSolve(self.solver, chosen, self.stop is None, self.on_failure, recorder, eps=0.0)
+        how = AdjointSolve(self.solver, chosen, self.stop is None, self.on_failure, recorder, 0.0, problem.shards)
         return attach(how, problem, outcome.residual.isfinite(), outcome.z)
 
 
@@ -111,7 +115,9 @@ class Phantom:
 
         good, moved = of_finite(problem, finite, steps)
         good.tell_lost(moved)
-        if not moved.requires_grad and forward_ad.unpack_dual(moved).tangent is None:
+        moves = moved.requires_grad or forward_ad.unpack_dual(moved).tangent is not None
+        problem.shards.check_alike(moves, DEPENDS)
+        if not moves:
             return z
         # The value stays that of z, whose residual was measured.
         return good.put(Replace.apply(moved, good.take(z).detach()), z)

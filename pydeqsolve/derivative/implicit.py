@@ -21,7 +21,7 @@ from .adjoint import AdjointSolve, worst
 from .batched import is_stacked, one_by_one
 from .closure import Closure, cut
 from .leaves import leaves, leaves_among, leaves_before, nodes
-from .linearise import Good, Linearised, evaluate
+from .linearise import DEPENDS, Good, Linearised, evaluate
 
 
 def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closure: Closure | None = None) -> Tensor:
@@ -29,7 +29,9 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closu
 
     closure: what fn closes over, where that is known.
     """
-    at = Linearised.of(problem, finite, z)
+    shards = problem.shards
+    at = shards.attempt(lambda: Linearised.of(problem, finite, z), lambda: None)
+    shards.check_alike(at is not None, DEPENDS)
     if at is None:
         return z
     # Autograd must know of every tensor that a second derivative reaches without passing through f: the inputs, and
@@ -39,7 +41,7 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closu
     closed = [x for x in closure.tensors if all(x is not y for y in given)]
     before = leaves_before(at.f, {x.grad_fn for x in closed}) if closed else leaves_among(at.behind)
     reached = [x for x in before if x is not at.z]
-    how = replace(how, eps=max(how.eps, of_graph(at.f, at.z, at.behind)))
+    how = replace(how, eps=shards.coarsest(max(how.eps, of_graph(at.f, at.z, at.behind))))
     step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z), Closure(closed, closure.hidden))
     value = at.z.detach().view(at.f.shape)
     return at.good.put(_ImplicitFunction.apply(at.f, value, step, *given, *reached, *closed), z)
@@ -148,6 +150,7 @@ class _Step:
         before, now = self.at.f.detach(), f.detach()
         allowed = torch.finfo(f.dtype).eps ** 0.5 * torch.linalg.vector_norm(before.double())
         same = bool(torch.linalg.vector_norm((now - before).double()) <= allowed) or not bool(before.isfinite().all())
+        same = self.problem.shards.all_claim(same)
         behind = set(nodes(f))
         known = {id(x) for x in leaves(f)} | {id(x) for x in self.closure.tensors if x.grad_fn in behind}
         if not same or any(id(x) not in known for x in reached):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..shards import Whole
 from .linear import System, lengths
 
 FIRST = 8  # vectors for which there is room at first
@@ -27,15 +28,15 @@ class Krylov:
         A row's d is NaN when a product is not finite. budget: most calls of A.
         """
         most = min(self.most, budget)
-        beta = torch.where(active, lengths(r), 1.0)
-        basis = Basis(torch.where(active[:, None], r / beta.to(r.dtype)[:, None], 0.0), most)
+        beta = torch.where(active, self.system.shards.lengths(r), 1.0)
+        basis = Basis(torch.where(active[:, None], r / beta.to(r.dtype)[:, None], 0.0), most, self.system.shards)
         small = LeastSquares(torch.where(active, beta, 0.0))
         used = torch.zeros(len(r), dtype=torch.int64, device=r.device)
         going, broken = active, torch.zeros_like(active)
         for k in range(most):
             newest = basis.vectors[k]
             w, h = basis.orthogonal(newest - self.system.A(newest))
-            length, size = lengths(w), lengths(h)
+            length, size = self.system.shards.lengths(w), lengths(h)
             finite = (length + size).isfinite()
             broken = broken | (going & ~finite)
             used += going
@@ -65,8 +66,8 @@ class Krylov:
 class Basis:
     """Orthonormal vectors (k, B, N), in memory that grows with them."""
 
-    def __init__(self, first: Tensor, most: int) -> None:
-        self.most, self.count = most, 1
+    def __init__(self, first: Tensor, most: int, shards: Whole) -> None:
+        self.most, self.count, self.shards = most, 1, shards
         self.vectors = first.new_empty(min(FIRST, most), *first.shape)
         self.vectors[0] = first
 
@@ -83,7 +84,7 @@ class Basis:
         Q = self.vectors[: self.count].transpose(0, 1)
         total = torch.zeros(len(w), self.count, dtype=torch.float64, device=w.device)
         for _ in range(2):  # twice is enough to keep the basis orthogonal to rounding
-            h = torch.bmm(Q, w[..., None])
+            h = self.shards.total(torch.bmm(Q, w[..., None]))
             w = torch.baddbmm(w[:, None], h.transpose(1, 2), Q, alpha=-1)[:, 0]
             total += h[..., 0]
         return w, total

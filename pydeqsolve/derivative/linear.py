@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import check_dense
+from ..shards import WHOLE, Whole
 from ..stop import Stop
 
 Products = Callable[[Tensor], Tensor]  # (B, N) to (B, N), row by row
@@ -28,17 +29,19 @@ class System:
     norm: Tensor  # (B,) float64: ‖rhs‖, one where it is zero
     goal: Tensor  # (B,) float64: the largest ‖rhs + A u − u‖ that is asked for
     exponent: Tensor  # (B,) int64: g = rhs · 2^exponent
+    shards: Whole = WHOLE  # who holds which entries of a row
 
     @staticmethod
-    def of(A: Products, g: Tensor, stop: Stop) -> System:
+    def of(A: Products, g: Tensor, stop: Stop, shards: Whole = WHOLE) -> System:
         """A maps (B, N) to (B, N); g (B, N) is finite; the goal is atol + rtol ‖g‖, per row."""
-        _, exponent = torch.frexp(g.abs().amax(1)) if g.shape[1] else (None, g.new_zeros(len(g)))
+        _, exponent = torch.frexp(shards.largest(g.abs().amax(1))) if g.shape[1] else (None, g.new_zeros(len(g)))
         exponent = exponent.long()
         rhs = _times_power(g, -exponent)
-        norm = torch.linalg.vector_norm(rhs.double(), dim=1)
+        norm = shards.lengths(rhs)
         norm = torch.where(norm > 0, norm, 1.0)
         rtol, atol = (torch.as_tensor(t, dtype=torch.float64, device=g.device).expand(len(g)) for t in _of(stop))
-        return System(A, rhs, norm, rtol * norm + _times_power(atol[:, None], -exponent)[:, 0], exponent)
+        goal = rtol * norm + _times_power(atol[:, None], -exponent)[:, 0]
+        return System(A, rhs, norm, goal, exponent, shards)
 
     def lowered(self, u: Tensor) -> Tensor:
         """The unknown of this system for the u (B, N) of the unscaled one."""
@@ -60,10 +63,10 @@ class System:
         """
         raised = self.raised(u).to(dtype)
         back = self.lowered(raised.to(u.dtype))
-        changed = (back != u).any(1) & size.isfinite()
+        changed = self.shards.somewhere((back != u).any(1)) & size.isfinite()
         if bool(changed.any()):
-            fits = raised.isfinite().all(1)
-            again = lengths(self.residual(torch.where(fits[:, None], back, 0.0)))
+            fits = self.shards.everywhere(raised.isfinite().all(1))
+            again = self.shards.lengths(self.residual(torch.where(fits[:, None], back, 0.0)))
             size = torch.where(changed, torch.where(fits, again, torch.inf), size)
         return raised, size, changed
 
@@ -79,13 +82,13 @@ def check_right_side(g: Any) -> None:
 
 
 def lengths(r: Tensor) -> Tensor:
-    """‖r‖ per row of r (B, N), (B,) float64."""
-    return torch.linalg.vector_norm(r.double(), dim=1)
+    """‖r‖ per row of r (B, N), (B,) float64, of what is here."""
+    return WHOLE.lengths(r)
 
 
-def blurred(residual: Tensor, u: Tensor, eps: float) -> Tensor:
+def blurred(residual: Tensor, u: Tensor, eps: float, shards: Whole = WHOLE) -> Tensor:
     """What is known of a residual (B,) that was measured at u (B, N) with rounding eps: not less than eps ‖u‖."""
-    return torch.maximum(residual, eps * lengths(u))
+    return torch.maximum(residual, eps * shards.lengths(u))
 
 
 def _of(stop: Stop) -> tuple[float | Tensor, float | Tensor]:

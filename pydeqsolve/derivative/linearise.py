@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.autograd import forward_ad
 from ..layout import Layout
 from ..problem import Problem
 from .leaves import leaves_among, nodes
+
+DEPENDS = "whether fn depends on a tensor that requires a gradient"  # what ranks may differ in
 
 
 def evaluate(problem: Problem, z: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -93,8 +96,9 @@ def of_finite(problem: Problem, finite: Tensor, value: Callable[[Good], Tensor])
     """
     while True:
         good = Good.of(problem, finite)
-        found = value(good)
-        lost = good.mask_taken() & ~found.isfinite().flatten(1).all(1)
+        taken, shards = good.mask_taken(), problem.shards
+        found = shards.attempt(partial(value, good), partial(torch.zeros, len(taken), 1, device=taken.device))
+        lost = taken & shards.somewhere(~found.isfinite().flatten(1).all(1))
         if not bool(lost.any()):
             return good, found
         finite = good.without(lost)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
+from ..shards import WHOLE, Whole
 from ..solution import Adjoint, Status
 from ..stop import Stop
-from .linear import Products, System, blurred, check_right_side, lengths
+from .linear import Products, System, blurred, check_right_side
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,21 @@ class Neumann:
         times if that is less. TypeError or ValueError says what else g is.
         """
         check_right_side(g)
-        system = System.of(A, g, stop)
-        count = min(self.terms, stop.max_steps)
-        u = term = system.rhs if count else torch.zeros_like(g)
-        for _ in range(count - 1):
-            term = A(term)
-            u = u + term
-        left = system.residual(u) if count else system.rhs
-        size = blurred(lengths(left), u, torch.finfo(g.dtype).eps)
-        u, size, again = system.deliver(u, size, g.dtype)
-        evaluations = torch.full((g.shape[0],), count, dtype=torch.int64, device=g.device) + again
-        status = torch.where(size <= system.goal, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(size.isfinite(), status, int(Status.NONFINITE))
-        return u, Adjoint(status, size / system.norm, evaluations)
+        return series(self, A, g, stop)
+
+
+def series(neumann: Neumann, A: Products, g: Tensor, stop: Stop, shards: Whole = WHOLE) -> tuple[Tensor, Adjoint]:
+    """`Neumann.solve`, of rows that may be held in shards."""
+    system = System.of(A, g, stop, shards)
+    count = min(neumann.terms, stop.max_steps)
+    u = term = system.rhs if count else torch.zeros_like(g)
+    for _ in range(count - 1):
+        term = A(term)
+        u = u + term
+    left = system.residual(u) if count else system.rhs
+    size = blurred(shards.lengths(left), u, torch.finfo(g.dtype).eps, shards)
+    u, size, again = system.deliver(u, size, g.dtype)
+    evaluations = torch.full((g.shape[0],), count, dtype=torch.int64, device=g.device) + again
+    status = torch.where(size <= system.goal, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    status = torch.where(size.isfinite(), status, int(Status.NONFINITE))
+    return u, Adjoint(status, size / system.norm, evaluations)

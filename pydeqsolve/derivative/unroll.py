@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..loop.iterate import Outcome
 from ..problem import Problem
+from ..shards import Whole
 from ..step.reference import PIVOT_CUTOFF
 from ..step.ring import Method
 from .linearise import Good, Replace, evaluate, of_finite
@@ -27,9 +29,9 @@ def unroll(problem: Problem, z0: Tensor, outcome: Outcome) -> Tensor:
         lambda good: _replay(problem, good, good.take(z0), outcome.solver.method(), outcome),
     )
     z = good.take(outcome.z).detach()
-    apart = (replayed.detach() - z).double().flatten(1).abs().amax(1)
-    allowed = max(ELSEWHERE, 8 * torch.finfo(z.dtype).eps) * z.double().flatten(1).abs().amax(1)
-    elsewhere = good.mask_taken() & ~(apart <= allowed)
+    apart, size = (x.double().flatten(1).abs().amax(1) for x in (replayed.detach() - z, z))
+    allowed = max(ELSEWHERE, 8 * torch.finfo(z.dtype).eps) * problem.shards.largest(size)
+    elsewhere = good.mask_taken() & ~(problem.shards.largest(apart) <= allowed)
     same = good.without(elsewhere)
     if not bool((same | ~outcome.residual.isfinite()).all()):
         warnings.warn(
@@ -51,14 +53,14 @@ def _replay(problem: Problem, good: Good, z: Tensor, method: Method, outcome: Ou
     residuals: list[Tensor] = []
     for k in range(1, int(steps.max()) if steps.numel() else 0):
         running = (steps > k)[:, None, None]
-        f = evaluate(problem, z, good.inputs)
+        f = problem.shards.attempt(partial(evaluate, problem, z, good.inputs), z.clone)
         values = [*values, f][-method.memory - 1 :]
         residuals = [*residuals, f - z][-method.memory - 1 :]
-        z = torch.where(running, _update(method, values, residuals), z)
+        z = torch.where(running, _update(method, values, residuals, problem.shards), z)
     return z
 
 
-def _update(method: Method, values: list[Tensor], residuals: list[Tensor]) -> Tensor:
+def _update(method: Method, values: list[Tensor], residuals: list[Tensor], shards: Whole) -> Tensor:
     """f − Σ γ_a (f_a − f_{a+1}) damped, by age (newest first), differentiable in the weights too."""
     f, r, undamped = values[-1], residuals[-1], 1 - method.damping
     x = f - undamped * r
@@ -68,9 +70,11 @@ def _update(method: Method, values: list[Tensor], residuals: list[Tensor]) -> Te
     dF, dR = F[:, :-1] - F[:, 1:], R[:, :-1] - R[:, 1:]
     W = dR if method.kind in ("anderson II", "broyden bad") else dF - dR
     y, w, flat = (t.flatten(2).double() for t in (dR, W, r[:, None]))
-    A, b = w @ y.transpose(1, 2), (w @ flat.transpose(1, 2))[..., 0]
-    if method.kind == "broyden good":
-        A = A + (w @ w.transpose(1, 2)).triu(1)
+    products = [w @ x.transpose(1, 2) for x in ((y, flat, w) if method.kind == "broyden good" else (y, flat))]
+    A, b, *steps = shards.summed(products)
+    b = b[..., 0]
+    if steps:
+        A = A + steps[0].triu(1)
     elif method.kind == "broyden bad":
         A = A.tril()
     tiny = torch.finfo(A.dtype).tiny

@@ -3,15 +3,18 @@
 Run: OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling_rounds.py --model digits --steps 100 1000 --noises 20
 An image at a time (--batch): rounds and rows are then that image's own. Time is the median over the noises, the ways
 taken in turn for every noise; `network` is the part of it spent inside the model. `met` is the share of images within
---error, which is what is asked for, of sequential sampling.
+--error, which is what is asked for, of sequential sampling. --json writes rounds, rows and errors, which are counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import json
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--error", type=float, default=1e-3, help="relative error of x_0 asked for")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     checkpoint = load_checkpoint(args.model)
@@ -64,6 +68,7 @@ def main() -> None:
           f"asked for {args.error:g}; torch {torch.__version__}, {platform.machine()}")  # fmt: skip
     print(f"{'T':>5} {'way':20} {'rounds':>10} {'rows/T':>6} {'error: median':>14} {'99 %':>8} {'largest':>8} "
           f"{'met':>6} {'ms':>8} {'network':>8} {'speed':>6}")  # fmt: skip
+    rows = []
     for steps in args.steps:
         chain = checkpoint.schedule.chain(steps)
         generator = torch.Generator().manual_seed(args.seed)
@@ -78,11 +83,21 @@ def main() -> None:
                 options["splitting"] = splittings[basis]
             return sample(model, x, chain, prediction=checkpoint.prediction, **options)
 
-        table(steps, args, model, run, latents)
+        rows += table(steps, args, model, run, latents)
+    if args.json:
+        about = {
+            "pydeqsolve": importlib.metadata.version("pydeqsolve"), "torch": torch.__version__,
+            "machine": platform.machine(), "model": args.model, "noises": args.noises, "batch": args.batch,
+            "error": args.error, "seed": args.seed,
+        }  # fmt: skip
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
-def table(steps: int, args: Any, model: Timed, run: Callable[[str, Tensor], Sample], latents: Any) -> None:
-    """Print one line per way."""
+def table(
+    steps: int, args: Any, model: Timed, run: Callable[[str, Tensor], Sample], latents: Any
+) -> list[dict[str, Any]]:
+    """Print one line per way, and return what is counted."""
+    counted = []
     ways = ["sequential", *[way for way in args.ways if way != "sequential"]]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     network: dict[str, list[float]] = {way: [] for way in ways}
@@ -107,6 +122,18 @@ def table(steps: int, args: Any, model: Timed, run: Callable[[str, Tensor], Samp
         met = (error <= args.error).double().mean()
         times = f"{median(seconds[way]) * 1e3:8.1f} {median(network[way]) * 1e3:8.1f}"
         print(f"{steps:5} {way:20} {counts} {errors} {met:6.1%} {times} {base / median(seconds[way]):6.2f}", flush=True)
+        counted.append(
+            {
+                "steps": steps,
+                "way": way,
+                "rounds": rounds.median().item(),
+                "most_rounds": rounds.max().item(),
+                "evaluations_per_step": rows.mean().item(),
+                "largest_error": error.max().item(),
+                "met": met.item(),
+            }
+        )
+    return counted
 
 
 def median(values: list[float]) -> float:

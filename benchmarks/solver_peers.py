@@ -1,7 +1,7 @@
 """pydeqsolve beside TorchDEQ, SciPy, cvxgrp/aa and KINSOL on the solver problems of the tests: evaluations, residuals.
 
     pip install torchdeq==0.1.0 anderson-acceleration==0.0.3; apt-get install libsundials-dev
-    python benchmarks/solver_peers.py
+    python benchmarks/solver_peers.py [--json FILE]
 
 Every solver gets the same map, start and goal ‖f(z) − z‖₂. An evaluation is counted where it happens, inside the map;
 "to goal" is the call at which the residual first met the goal, "-" if it never did. Peers run with their own defaults
@@ -11,11 +11,14 @@ README names. A peer that is not installed is said to be missing.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
+import platform
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,17 @@ except OSError:
     sundials = None
 
 
+@dataclass(frozen=True)
+class Row:
+    problem: str
+    goal: float
+    solver: str
+    to_goal: int | None  # evaluations until the residual first met the goal
+    total: int
+    least: float | None  # ‖r‖ of the best evaluation
+    status: str
+
+
 @dataclass
 class Counted:
     """A map of one sample that keeps the residual of every evaluation."""
@@ -69,10 +83,10 @@ class Counted:
         """(D,)"""
         return self.problem.start[0].double().numpy().copy()
 
-    def line(self, goal: float, status: str) -> str:
-        first = next((str(k + 1) for k, r in enumerate(self.residuals) if r <= goal), "-")
-        finite = [r for r in self.residuals if r == r]
-        return f"{first:>8}{len(self.residuals):>8}{min(finite, default=float('nan')):>12.1e}  {status}"
+    def row(self, problem: str, solver: str, goal: float, status: str) -> Row:
+        first = next((k + 1 for k, r in enumerate(self.residuals) if r <= goal), None)
+        least = min((r for r in self.residuals if np.isfinite(r)), default=None)
+        return Row(problem, goal, solver, first, len(self.residuals), least, status)
 
 
 def ours(solver: Any) -> Callable[[Counted, float, int], str]:
@@ -169,31 +183,40 @@ def table() -> list[tuple[str, problems.Map, int, float, int]]:
     ]
 
 
-def compare() -> None:
+def contenders(memory: int) -> dict[str, Callable[[Counted, float, int], str]]:
+    """Every solver that is here, at this memory."""
+    found: dict[str, Any] = {
+        f"pydeqsolve Anderson({memory})": ours(Anderson(memory)),
+        f"pydeqsolve Anderson({memory}, I)": ours(Anderson(memory, kind="I")),
+        f"pydeqsolve Broyden({memory})": ours(Broyden(memory)),
+        "pydeqsolve Picard": ours(Picard()),
+        # Their m counts stored values, one more than differences.
+        f"TorchDEQ anderson(m={memory + 1})": of_torchdeq("anderson", m=memory + 1) if torchdeq else None,
+        f"TorchDEQ broyden(LBFGS_thres={memory})": of_torchdeq("broyden", LBFGS_thres=memory) if torchdeq else None,
+        f"SciPy anderson(M={memory})": of_scipy("anderson", M=memory) if scipy_optimize else None,
+        "SciPy broyden1": of_scipy("broyden1") if scipy_optimize else None,
+        "SciPy broyden2": of_scipy("broyden2") if scipy_optimize else None,
+        f"cvxgrp/aa({memory})": of_aa(memory, type1=False) if aa else None,
+        f"cvxgrp/aa({memory}, I)": of_aa(memory, type1=True, regularization=1e-8) if aa else None,
+        f"KINSOL anderson({memory})": of_kinsol(memory) if sundials else None,
+        "KINSOL Picard": of_kinsol(0) if sundials else None,
+    }
+    return {label: run for label, run in found.items() if run is not None}
+
+
+def compare() -> list[Row]:
+    rows = []
     print(f"{'problem / solver':<42}{'to goal':>8}{'total':>8}{'least ‖r‖':>12}  status")
     for name, problem, memory, goal, budget in table():
         print(f"{name}, goal {goal:.1e}")
-        contenders: dict[str, Any] = {
-            f"pydeqsolve Anderson({memory})": ours(Anderson(memory)),
-            f"pydeqsolve Anderson({memory}, I)": ours(Anderson(memory, kind="I")),
-            f"pydeqsolve Broyden({memory})": ours(Broyden(memory)),
-            "pydeqsolve Picard": ours(Picard()),
-            # Their m counts stored values, one more than differences.
-            f"TorchDEQ anderson(m={memory + 1})": of_torchdeq("anderson", m=memory + 1) if torchdeq else None,
-            f"TorchDEQ broyden(LBFGS_thres={memory})": of_torchdeq("broyden", LBFGS_thres=memory) if torchdeq else None,
-            f"SciPy anderson(M={memory})": of_scipy("anderson", M=memory) if scipy_optimize else None,
-            "SciPy broyden1": of_scipy("broyden1") if scipy_optimize else None,
-            "SciPy broyden2": of_scipy("broyden2") if scipy_optimize else None,
-            f"cvxgrp/aa({memory})": of_aa(memory, type1=False) if aa else None,
-            f"cvxgrp/aa({memory}, I)": of_aa(memory, type1=True, regularization=1e-8) if aa else None,
-            f"KINSOL anderson({memory})": of_kinsol(memory) if sundials else None,
-            "KINSOL Picard": of_kinsol(0) if sundials else None,
-        }
-        for label, run in contenders.items():
-            if run is not None:
-                fn = Counted(problem)
-                status = attempt(run, fn, goal, budget)
-                print(f"  {label:<40}{fn.line(goal, status)}")
+        for label, run in contenders(memory).items():
+            fn = Counted(problem)
+            row = fn.row(name, label, goal, attempt(run, fn, goal, budget))
+            first = "-" if row.to_goal is None else row.to_goal
+            least = float("nan") if row.least is None else row.least
+            print(f"  {label:<40}{first:>8}{row.total:>8}{least:>12.1e}  {row.status}", flush=True)
+            rows.append(row)
+    return rows
 
 
 def compare_batches() -> None:
@@ -245,6 +268,9 @@ def compare_adjoints() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the evaluations there")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     version = importlib.import_module("importlib.metadata").version
     print(f"pydeqsolve {build_info()}; float64, one thread")
@@ -252,7 +278,19 @@ def main() -> None:
         name = package.partition("=")[0]
         print(f"{name} {version(name)}" if module else f"{name} is missing: pip install {package}")
     print(f"KINSOL {sundials.version}\n" if sundials else "KINSOL is missing: apt-get install libsundials-dev\n")
-    compare()
+    rows = compare()
+    if args.json:
+        present = {
+            package.partition("=")[0]: version(package.partition("=")[0]) for module, package in PACKAGES if module
+        }
+        about = {
+            "pydeqsolve": version("pydeqsolve"),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            **present,
+        }
+        about |= {"KINSOL": sundials.version} if sundials else {}
+        args.json.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     print()
     compare_batches()
     print()

@@ -105,6 +105,6 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", escape_plain_text, priority=0)  # before napoleon, which makes markup
     app.connect("autodoc-process-docstring", set_blocks_apart, priority=900)
     app.connect("autodoc-process-signature", without_factories)
-    run_notebooks = [sys.executable, str(Path(__file__).parent / "notebooks.py")]
-    subprocess.run(run_notebooks, check=True, stdout=subprocess.DEVNULL)
+    for program in ("notebooks.py", "counts.py"):  # both write into gallery/
+        subprocess.run([sys.executable, str(Path(__file__).parent / program)], check=True, stdout=subprocess.DEVNULL)
     architecture.draw(Path(__file__).parents[1], Path(__file__).parent / "_build" / "architecture.svg")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .arguments import check_cell, check_gradient, check_solver, check_stop
 from .checks import check_flag
 from .derivative.gradient import Gradient
+from .derivative.lifted import is_transformed
+from .derivative.transformed import outside
 from .layout import copied
 from .problem import Solver
 from .solution import Solution
@@ -24,7 +26,7 @@ class DEQ(nn.Module):
 
     cell: a module (or function) called as cell(z, *inputs), kept as `layer.cell`; its value has the shape of z.
     `layer(*inputs, z0=None)` returns z*. The last `Solution`, detached and in memory of its own, is at
-    `layer.solution`, for inspection and as a warm start, `layer(x, z0=layer.solution)`.
+    `layer.solution`, for inspection and as a warm start, `layer(x, z0=layer.solution)`; None after a call in a vmap.
 
     warm_start: without z0, start from the last solution if that is one tensor of the shape of the first input, as for
     frames of a video or a training set seen in the same order; `reset` forgets it. keep_history: the solver's history
@@ -79,8 +81,11 @@ class DEQ(nn.Module):
             self.cell, start, inputs, solver=self.solver, stop=self.stop, gradient=self.gradient,
             keep_history=self.keep_history, segments=segments, group=group, has_aux=self.has_aux,
         )  # fmt: skip
-        aux = copied(solution.aux) if self.has_aux else None
-        self.solution = replace(solution, z=copied(solution.z), aux=aux)
+        if is_transformed():
+            self.solution = outside(solution)
+        else:
+            aux = copied(solution.aux) if self.has_aux else None
+            self.solution = replace(solution, z=copied(solution.z), aux=aux)
         return (solution.z, solution.aux) if self.has_aux else solution.z
 
     def _start(self, inputs: tuple[Any, ...], segments: Tensor | None) -> Any:

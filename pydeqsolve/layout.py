@@ -164,7 +164,7 @@ class Layout:
         ):
             n = tree.shape[0] if tree.dim() else 0
             if n and tree.shape[1:] == self.shapes[0] and tree.device == self.device:
-                return tree.view(n, self.blocks, -1)
+                return tree.reshape(n, self.blocks, -1)  # a view, but of what stands for others in a vmap
         leaves = leaves_like(self.template, tree, name)
         for leaf in leaves:
             check_dense(name, leaf)

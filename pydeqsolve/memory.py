@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def address(x: Tensor, name: str = "a tensor") -> int:
         start = x.data_ptr()
     except RuntimeError as error:
         check_dense(name, x)
-        raise NotImplementedError(f"solve inside a torch.func transform is not supported ({name})") from error
+        raise NotImplementedError(f"{name} is a value inside a torch.func transform, without memory") from error
     check_dense(name, x)
     if x.is_neg():
         raise TypeError(f"{name} must not be negated lazily: take its resolve_neg()")
@@ -86,6 +87,14 @@ def _instead_of_dense(x: Tensor) -> str:
     if not start or (x.storage_offset() + size) * x.element_size() > held:
         return f"one of shape {tuple(x.shape)} whose storage holds {held} bytes"
     return ""
+
+
+_functorch: Any = getattr(torch._C, "_functorch", None)
+
+
+def is_stacked(x: Tensor) -> bool:
+    """Whether x stands for several tensors inside a vmap."""
+    return _functorch is not None and (_functorch.is_legacy_batchedtensor(x) or _functorch.is_batchedtensor(x))
 
 
 _uses = getattr(torch._C, "_storage_Use_Count", None)

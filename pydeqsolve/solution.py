@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .memory import is_stacked
 from .status import Course, Status, describe
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Solution:
 
     def __repr__(self) -> str:
         """One line: samples per status, evaluations, largest residual. Waits for the device."""
+        if is_stacked(self.status):
+            return f"Solution({len(self.status)} samples inside a vmap)"
         counts = {s.name: int((self.status == int(s)).sum()) for s in Status}
         ended = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "no samples"
         if not self.status.numel():
@@ -87,6 +90,10 @@ class Solution:
     def check(self) -> Solution:
         """Returns self, or raises ConvergenceError that counts the samples of each status and cause, and says what to
         change. Waits for the device."""
+        if is_stacked(self.status):
+            raise NotImplementedError(
+                "check inside torch.func.vmap is not supported: return solution.status and look at it outside"
+            )
         failures = describe(self.status, self.course)
         if failures:
             raise ConvergenceError(f"solve did not converge: {failures}")

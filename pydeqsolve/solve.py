@@ -16,7 +16,9 @@ from .arguments import check_gradient, check_inputs, check_solver, check_stop, c
 from .checks import check_count, check_flag
 from .derivative.auxiliary import auxiliary
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
+from .derivative.lifted import is_transformed
 from .derivative.linearise import is_wanted
+from .derivative.transformed import refuse_options, transformed
 from .layout import Layout, detached, named_leaves, nested
 from .loop.iterate import Outcome, check_together, iterate
 from .loop.kept import History
@@ -112,7 +114,8 @@ def solve(
     A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
     Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps. Under
     torch.compile and torch.export a solve without gradient by `Picard` or `Anderson` is one loop of the graph
-    (`loop.traced`); `steps` is a tensor then.
+    (`loop.traced`); `steps` is a tensor then. Inside transforms of torch.func, with `Implicit`, `Phantom` or None, all
+    derivatives are right, and a vmap is one solve of all its samples; what is not there raises NotImplementedError.
     """
     shards, history = shards_of(group), None
     try:
@@ -131,6 +134,13 @@ def solve(
         _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
         gated = admissible is not None or merit is not None
         refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0], gated=gated)
+        apart = is_transformed() and not torch.compiler.is_compiling()
+        if apart:
+            refuse_options(
+                front=front, trace=trace, callback=callback, history=history, keep_history=keep_history,
+                snapshots=snapshots, admissible=admissible, merit=merit, segments=where, has_aux=has_aux,
+                group=shards.many,
+            )  # fmt: skip
     except Exception:
         refuse(shards)
         raise
@@ -145,16 +155,19 @@ def solve(
         problem = replace(problem, split=shards)
     options = (front, trace, callback, history, keep_history, snapshots, gated, where, has_aux, shards.many)
     in_graph = torch.compiler.is_compiling() and _is_one_graph(solver, gradient, options)
-    if in_graph:
+    recorder = Recorder()
+    if apart:
+        found = transformed(problem, flat, solver, stop, gradient, recorder)
+    elif in_graph:
         found = traced(problem, flat.detach(), solver=solver, stop=stop)
     else:
         found = iterate(
             problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback,
             history=history, keep_history=keep_history, snapshots=snapshots, admissible=admissible, merit=merit,
         )  # fmt: skip
-    seen, recorder = _with_phantom(problem, flat, found, gradient), Recorder()
+    seen = _with_phantom(problem, flat, found, gradient)
     z = found.z
-    if gradient is not None and flat.shape[0] and not in_graph:
+    if gradient is not None and flat.shape[0] and not in_graph and not apart:
         z = gradient.attach(problem, flat, found, recorder)
     aux = None
     if has_aux:

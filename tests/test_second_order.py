@@ -307,15 +307,3 @@ def test_reverse_over_forward_is_refused(solver):
         tangent = forward_ad.unpack_dual(z).tangent
     with pytest.raises(NotImplementedError, match="reverse mode over forward"):
         torch.autograd.grad(tangent.sum(), W)
-
-
-@pytest.mark.parametrize("gradient", [EXACT, Unrolled(), Phantom()], ids=["implicit", "unrolled", "phantom"])
-def test_transforms_of_torch_func_are_right_or_refused(gradient):
-    x = torch.tensor([[0.4]], dtype=f64)
-
-    def f(x):
-        return solve(lambda z, x: torch.tanh(0.5 * z + x), x * 0, (x,), solver=Picard(), stop=TIGHT,
-                     gradient=gradient).z  # fmt: skip
-
-    with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.jvp(f, (x,), (torch.ones_like(x),))

@@ -499,11 +499,6 @@ def test_another_default_device_changes_nothing():
         assert torch.equal(found.z, expected.z)
 
 
-def test_a_solve_inside_a_transform_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.vmap(lambda z0: solve(torch.cos, z0, gradient=None).z)(torch.ones(2, 3, 4))
-
-
 @pytest.mark.parametrize("norm", ["rms", "max"])
 def test_a_block_that_is_nan_makes_its_whole_sample_nonfinite(norm):
     def fn(z, bad):

@@ -12,11 +12,6 @@ _torch: Any = torch  # whose functions on batched tensors have no types
 _functorch: Any = getattr(torch._C, "_functorch", None)
 
 
-def is_stacked(x: Tensor) -> bool:
-    """Whether x stands for several tensors inside a vmap."""
-    return _functorch is not None and (_functorch.is_legacy_batchedtensor(x) or _functorch.is_batchedtensor(x))
-
-
 def one_by_one(fn: Callable[[Tensor], Sequence[Tensor | None]], x: Tensor) -> list[Tensor | None]:
     """fn(x), for each of the tensors that x stands for inside a vmap; what fn returns is stacked likewise.
 

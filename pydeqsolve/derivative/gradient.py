@@ -6,6 +6,7 @@ cotangent u = (I − Jᵀ)⁻¹ g for f, which autograd then carries on to θ: p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class Implicit:
     over and that are no leaves are found by one more evaluation, in the forward pass; NotImplementedError says when
     compiled code hides them. Forward mode by dual numbers
     (`torch.autograd.forward_ad`) solves v = ḟ + J v. Third derivatives, and forward mode mixed with reverse mode, raise
-    NotImplementedError.
+    NotImplementedError; inside transforms of torch.func they are right.
     """
 
     solver: Any = field(default_factory=GMRES)
@@ -108,10 +109,7 @@ class Phantom:
             return z
 
         def steps(good: Good) -> Tensor:
-            moved = good.take(z).detach()
-            for _ in range(self.steps):
-                moved = self.damping * evaluate(problem, moved, good.inputs) + (1 - self.damping) * moved
-            return moved
+            return stepped(self, lambda z: evaluate(problem, z, good.inputs), good.take(z).detach())
 
         good, moved = of_finite(problem, finite, steps)
         good.tell_lost(moved)
@@ -121,6 +119,13 @@ class Phantom:
             return z
         # The value stays that of z, whose residual was measured.
         return good.put(Replace.apply(moved, good.take(z).detach()), z)
+
+
+def stepped(how: Phantom, f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """z (…) after the steps of a phantom gradient."""
+    for _ in range(how.steps):
+        z = how.damping * f(z) + (1 - how.damping) * z
+    return z
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..memory import is_stacked
 from ..precision import of_graph
 from ..problem import Problem
 from ..solution import Adjoint, Recorder
 from .adjoint import AdjointSolve, worst
-from .batched import is_stacked, one_by_one
+from .batched import one_by_one
 from .closure import Closure, cut
 from .leaves import leaves, leaves_among, leaves_before, nodes
 from .linearise import DEPENDS, Good, Linearised, evaluate

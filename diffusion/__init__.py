@@ -23,6 +23,7 @@ from .schedule import Schedule
 
 if TYPE_CHECKING:
     from .pipelines.ddim import DEQDDIMPipeline as DEQDDIMPipeline
+    from .pipelines.flow import DEQFlowPipeline as DEQFlowPipeline
     from .training.fit import fit
 
 __all__ = [
@@ -64,4 +65,8 @@ def __getattr__(name: str) -> Any:
         from .pipelines.ddim import DEQDDIMPipeline
 
         return DEQDDIMPipeline
+    if name == "DEQFlowPipeline":
+        from .pipelines.flow import DEQFlowPipeline
+
+        return DEQFlowPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

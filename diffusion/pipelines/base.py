@@ -55,13 +55,15 @@ class DEQPipelineOutput(BaseOutput):
 class Start:
     """What a call starts from: `count` states, drawn, given as latents, or images with noise.
 
-    generator: one, or one for each. latents: standard normal; with images, their noise. image: as diffusers takes them.
+    generator: one, or one for each. latents: standard normal; with images, their noise. image: (count, C, H, W) in
+    [−1, 1]. shape: (C, h, w) of what is drawn, None is the network's own.
     """
 
     count: int
     generator: Any
     latents: Tensor | None
-    image: Any
+    image: Tensor | None
+    shape: tuple[int, ...] | None = None
 
 
 class DEQPipeline(DiffusionPipeline):
@@ -145,6 +147,10 @@ class DEQPipeline(DiffusionPipeline):
         """Latents (B, C, H, W) as the network takes them."""
         return x
 
+    def _unpacked(self, x: Tensor, start: Start) -> Tensor:
+        """The reverse."""
+        return x
+
     def _partial(self, chain: Chain, strength: float | None, start: Start) -> Chain:
         """The part of the chain that `strength` asks for."""
         if strength is None and start.image is None:
@@ -164,7 +170,8 @@ class DEQPipeline(DiffusionPipeline):
         if latents is not None:
             noise = latents.to(self._execution_device)
         else:
-            noise = self._packed(randn_tensor((start.count, *self._latent_shape()), **draw))
+            shape = self._latent_shape() if start.shape is None else start.shape
+            noise = self._packed(randn_tensor((start.count, *shape), **draw))
         if x_0 is None:
             return noise * chain.init_noise_sigma, draw
         return chain.add_noise(x_0, noise.to(x_0)), draw
@@ -184,7 +191,7 @@ class DEQPipeline(DiffusionPipeline):
             hooks = self._hooks(chain, bar, callback, method, options.pop("edit", None))
             fixed: dict[str, Any] = {"inputs": inputs, "noises": noises, "prediction": chain.prediction or "epsilon"}
             out = sample(model, x_T, chain, method=method, **fixed, **hooks, **options)
-        images = out.x_0 if output_type == "latent" else self._decoded(out.x_0, output_type)
+        images = out.x_0 if output_type == "latent" else self._decoded(self._unpacked(out.x_0, start), output_type)
         self.maybe_free_model_hooks()
         return DEQPipelineOutput(images, out.rounds, out.evaluations, out.converged)
 

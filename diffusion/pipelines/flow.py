@@ -1,0 +1,276 @@
+"""Flow transformers, SD3's and FLUX's, as a diffusers pipeline that samples all time steps at once and inverts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SchedulerMixin, SD3Transformer2DModel
+from torch import Tensor
+
+from ..chain import Chain
+from ..checks import real
+from ..invert import Inversion, find_latents, warn_of_range
+from ..invert import Method as Inverting
+from ..methods.fastest import Method as Sampling
+from ..models.answers import WRAPPERS
+from ..models.continuous import ContinuousSchedule
+from ..models.wrappers import DiffusersModel, Guided
+from ..schedule import Schedule
+from .autoencoder import Autoencoder
+from .base import Callback, DEQPipeline, DEQPipelineOutput, Start
+
+EMBEDDED = 3.5  # guidance of a network that has it as an input, unless told otherwise
+FLUX_SIDE = 128  # of FLUX's latents, whose configuration names none
+CONDITIONS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+@dataclass
+class Guidance:
+    """scale: of classifier-free guidance, 1 is none; rescale: of `Guided`; embedded: what the network is told."""
+
+    scale: float
+    rescale: float
+    embedded: float | None
+
+
+class DEQFlowPipeline(DEQPipeline):
+    """A flow sampled with all time steps at once, and inverted: SD3's transformer, or FLUX's on its packed latents.
+
+        pipe = DEQFlowPipeline(theirs.transformer, theirs.scheduler, theirs.vae)  # or from_pretrained(folder, …)
+        images = pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, num_inference_steps=28).images
+
+    From the same generator and embeddings it makes the images of diffusers' StableDiffusion3Pipeline and FluxPipeline,
+    and with image= those of their img2img, to the error asked for. Text encoders are yours to call.
+
+    Args:
+        transformer: SD3Transformer2DModel or FluxTransformer2DModel.
+        scheduler: FlowMatchEulerDiscreteScheduler, or DPMSolverMultistepScheduler with flow sigmas and prediction.
+        vae: AutoencoderKL; if given, images are decoded and encoded by it, with its scaling and shift factor.
+
+    Raises:
+        TypeError: another network, or a scheduler that is no flow or not reproduced, also when it is changed later.
+        ValueError: parts that do not fit together.
+    """
+
+    part = "transformer"
+    usual_strength = 0.6
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012  diffusers reads it off the class
+
+    def __init__(
+        self, transformer: SD3Transformer2DModel | FluxTransformer2DModel, scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if isinstance(transformer, WRAPPERS):
+            name = type(transformer).__name__
+            raise TypeError(f"transformer: the network inside {name} is required: transformer.module")
+        if not isinstance(transformer, (SD3Transformer2DModel, FluxTransformer2DModel)):
+            kind = type(transformer).__name__
+            raise TypeError(f"transformer: SD3Transformer2DModel or FluxTransformer2DModel is required, got {kind}")
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.image_processor = self._processor()
+        self._interrupt = False
+
+    def _check_scheduler(self, scheduler: Any) -> None:
+        shifts = getattr(scheduler, "config", {}).get("use_dynamic_shifting")
+        schedule = Schedule.from_diffusers(scheduler, 1.0 if shifts else None)
+        if schedule.prediction != "flow":
+            raise TypeError(f"scheduler: one of a flow is required, such as FlowMatchEulerDiscreteScheduler, got "
+                            f"{type(scheduler).__name__} of {schedule.prediction} prediction")  # fmt: skip
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt_embeds: Tensor | None = None, pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None, negative_pooled_prompt_embeds: Tensor | None = None,
+        height: int | None = None, width: int | None = None, num_inference_steps: int = 28,
+        sigmas: Sequence[float] | None = None, mu: float | None = None, guidance_scale: float | None = None,
+        true_cfg_scale: float = 1.0, guidance_rescale: float = 0.0, batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
+        image: Any = None, strength: float | None = None, output_type: str = "pil", return_dict: bool = True,
+        callback_on_step_end: Callback | None = None, method: str | Sampling = "parallel", **options: Any,
+    ) -> DEQPipelineOutput | tuple[Any]:  # fmt: skip
+        """Images sampled from the latents, which are drawn from `generator` when not given.
+
+        Args:
+            prompt_embeds (B, tokens, width), pooled_prompt_embeds (B, width): of the text encoders.
+            negative_…: the same for "no condition", where classifier-free guidance needs it.
+            height, width: of the image, in pixels; by default that of `image`, of the latents, or the network's own.
+            num_inference_steps, sigmas: as in diffusers; FLUX's sigmas are even, to 1/T, before they are shifted.
+            mu: the shift of a scheduler with use_dynamic_shifting; by default what diffusers makes of the image's size.
+            guidance_scale: SD3's classifier-free guidance, 1 by default; of FLUX what the network is told, 3.5 by
+                default, where it is distilled.
+            true_cfg_scale: FLUX's classifier-free guidance; 1 is none.
+            guidance_rescale: of `Guided`, 0 to 1; 0 is none.
+            latents: standard normal, (B, C, h, w), of FLUX packed, (B, h·w/4, 4·C). With `image`, the noise.
+            image: that noise is added to, and the last steps start from: PIL images, arrays or tensors in [0, 1].
+            strength: the share of the steps that are taken; with `image` 0.6 by default. With `latents` alone, those
+                that `invert(strength=…)` found.
+            output_type: "pil", "np", "pt" (in [0, 1]) or "latent" (x_0 as the network has it).
+            callback_on_step_end, method, options: as in `DEQDDIMPipeline`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, by name.
+        """
+        given = dict(zip(CONDITIONS, (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds,
+                                      negative_pooled_prompt_embeds), strict=True))  # fmt: skip
+        texts = [self._placed(x) for x in (prompt_embeds, pooled_prompt_embeds) if x is not None]
+        start = self._start(batch_size, texts, generator, latents, image)
+        start.shape = self._shape(start, height, width)
+        guidance = self._guidance(guidance_scale, true_cfg_scale, guidance_rescale)
+        model, inputs = self._model(given, guidance, start)
+        chain = self._partial(self._chain(num_inference_steps, sigmas, mu, start.shape), strength, start)
+        out = self._sample(model, inputs, chain, start, None, method, output_type, callback_on_step_end, options)
+        return out if return_dict else (out.images,)
+
+    def invert(
+        self, image: Any, num_inference_steps: int = 28, method: str | Inverting = "exact",
+        sigmas: Sequence[float] | None = None, mu: float | None = None, strength: float | None = None,
+        guidance_scale: float | None = None, true_cfg_scale: float = 1.0, guidance_rescale: float = 0.0, **options: Any,
+    ) -> Inversion:  # fmt: skip
+        """The latents from which the pipeline samples these images: `pipe(latents=found.x_T, …)`, all else as here.
+
+        Args:
+            image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
+            method: "exact", "ddim", "deq", "naive" or an object, see `diffusion.invert`.
+            num_inference_steps, …, guidance_rescale: as in the pipeline's call; with strength below 1 x_T is the state
+                that noise has been added to.
+            options: the embeddings of the pipeline's call, and error, max_rounds, state, … of `diffusion.invert`.
+
+        Returns:
+            Inversion, with x_T, and the loss of the latents per image.
+        """
+        given = {name: options.pop(name, None) for name in CONDITIONS}
+        pixels = self._pixels(image)
+        warn_of_range(pixels)
+        coded = self._encoded(pixels)
+        x_0 = self._packed(coded)
+        shape = tuple(coded.shape[1:])
+        start = Start(len(x_0), None, x_0, None, shape)
+        guidance = self._guidance(guidance_scale, true_cfg_scale, guidance_rescale)
+        model, inputs = self._model(given, guidance, start)
+        chain = self._partial(self._chain(num_inference_steps, sigmas, mu, shape), strength, start)
+        found = find_latents(model, x_0, chain, method, **self._given(chain, inputs, options))
+        return self._found(found, chain)
+
+    @property
+    def _flux(self) -> bool:
+        return isinstance(self.transformer, FluxTransformer2DModel)
+
+    @property
+    def _channels(self) -> int:
+        return int(self.transformer.config.in_channels) // (4 if self._flux else 1)
+
+    @property
+    def _autoencoder(self) -> Autoencoder | None:
+        return None if self.vae is None else Autoencoder(self.vae, self._channels)
+
+    def _shape(self, start: Start, height: int | None, width: int | None) -> tuple[int, ...]:
+        """(C, h, w) of the latents of this call, before FLUX packs them."""
+        factor = self._processor().config.vae_scale_factor
+        patch = 2 if self._flux else self.transformer.config.patch_size
+        usual = 2 * [FLUX_SIDE if self._flux else self.transformer.config.sample_size]
+        if start.image is not None:
+            usual = [side // factor for side in start.image.shape[2:]]
+        elif start.latents is not None and not self._flux and start.latents.dim() == 4:
+            usual = list(start.latents.shape[2:])
+        sides = []
+        for name, side, own in (("height", height, usual[0]), ("width", width, usual[1])):
+            pixels = own * factor if side is None else side
+            if pixels % (factor * patch) or pixels < 1:
+                raise ValueError(f"{name}: a multiple of {factor * patch} is required, got {pixels}")
+            sides.append(pixels // factor)
+        if start.image is not None and [side * factor for side in sides] != list(start.image.shape[2:]):
+            raise ValueError(f"image: {sides[0] * factor}x{sides[1] * factor} pixels, height and width, are required, "
+                             f"got {start.image.shape[2]}x{start.image.shape[3]}")  # fmt: skip
+        shape = (self._channels, *sides)
+        own = (sides[0] * sides[1] // 4, 4 * self._channels) if self._flux else shape
+        if start.latents is not None and tuple(start.latents.shape[1:]) != own:
+            raise ValueError(f"latents: {('B', *own)} is required for {sides[0] * factor}x{sides[1] * factor} pixels, "
+                             f"got {tuple(start.latents.shape)}")  # fmt: skip
+        return shape
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) → (B, h·w/4, 4·C), each 2×2 square one token; SD3 has its latents as they are."""
+        if not self._flux:
+            return x
+        return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def _unpacked(self, x: Tensor, start: Start) -> Tensor:
+        if not self._flux:
+            return x
+        assert start.shape is not None
+        C, h, w = start.shape
+        return x.reshape(len(x), h // 2, w // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(len(x), C, h, w)
+
+    def _late(self, chain: Chain, strength: float) -> Chain:
+        if not 0 < real("strength", strength) <= 1:
+            raise ValueError(f"strength: above 0, to 1, is required, got {strength}")
+        return chain.tail(int(len(chain) - len(chain) * strength))  # rounded as diffusers' flow pipelines have it
+
+    def _chain(self, steps: int, sigmas: Sequence[float] | None, mu: float | None, shape: tuple[int, ...]) -> Chain:
+        """The scheduler's chain for latents of this shape."""
+        options = self.scheduler.config
+        if options.get("use_dynamic_shifting") and mu is None:
+            patch = 2 if self._flux else self.transformer.config.patch_size
+            tokens = (shape[1] // patch) * (shape[2] // patch)
+            few, many = options["base_image_seq_len"], options["max_image_seq_len"]
+            slope = (options["max_shift"] - options["base_shift"]) / (many - few)
+            mu = options["base_shift"] + slope * (tokens - few)
+        if self._flux and sigmas is None and not options.get("use_flow_sigmas"):
+            sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist() if steps >= 1 else None
+        schedule = Schedule.from_diffusers(self.scheduler, mu)
+        assert isinstance(schedule, ContinuousSchedule)
+        return schedule.chain(None if sigmas is not None else steps, sigmas=sigmas)
+
+    def _guidance(self, scale: float | None, true_scale: float, rescale: float) -> Guidance:
+        """What the three arguments mean to this network."""
+        if not self._flux:
+            if true_scale != 1:
+                raise ValueError(f"true_cfg_scale: of FLUX; SD3's guidance is guidance_scale, got {true_scale}")
+            return Guidance(1.0 if scale is None else float(scale), rescale, None)
+        embeds = bool(self.transformer.config.guidance_embeds)
+        if not embeds and scale is not None:
+            raise ValueError(f"guidance_scale: this network is not told of it; true_cfg_scale guides, got {scale}")
+        return Guidance(float(true_scale), rescale, (EMBEDDED if scale is None else float(scale)) if embeds else None)
+
+    def _model(
+        self, given: dict[str, Tensor | None], guidance: Guidance, start: Start
+    ) -> tuple[DiffusersModel | Guided, list[Tensor]]:
+        """The network as model(x, t, *inputs), and the inputs."""
+        prompt, pooled, *negative = (None if (x := given[name]) is None else self._placed(x) for name in CONDITIONS)
+        if prompt is None or pooled is None:
+            raise ValueError(f"{'' if prompt is None else 'pooled_'}prompt_embeds: required by a "
+                             f"{type(self.transformer).__name__}")  # fmt: skip
+        model, inputs = DiffusersModel(self.transformer), self._inputs(prompt, pooled, guidance, start)
+        if guidance.scale == 1:
+            if guidance.rescale:
+                raise ValueError(f"guidance_rescale: of guidance by a scale other than 1, got {guidance.rescale}")
+            return model, inputs
+        nulls = []
+        for name, null, own in zip(CONDITIONS[2:], negative, (prompt, pooled), strict=True):
+            if null is None:
+                raise ValueError(f"{name}: required with guidance by {guidance.scale}")
+            if null.shape[1:] != own.shape[1:]:
+                raise ValueError(f"{name}: {tuple(own.shape[1:])} each, as {name[9:]}, is required, got "
+                                 f"{tuple(null.shape[1:])}")  # fmt: skip
+            nulls.append(null.expand_as(own))
+        without = self._inputs(nulls[0], nulls[1], guidance, start)
+        return Guided(model, guidance.scale, rescale=guidance.rescale), [*inputs, *without]
+
+    def _inputs(self, prompt: Tensor, pooled: Tensor, guidance: Guidance, start: Start) -> list[Tensor]:
+        """What the network takes besides x and t."""
+        if not self._flux:
+            return [prompt, pooled]
+        assert start.shape is not None
+        rows, columns = start.shape[1] // 2, start.shape[2] // 2
+        places = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+        ids = [torch.zeros(prompt.shape[1], 3), places]
+        shared = [self._placed(one).expand(len(prompt), -1, -1) for one in ids]
+        told = (
+            [] if guidance.embedded is None else [torch.full((len(prompt),), guidance.embedded, device=prompt.device)]
+        )
+        return [prompt, pooled, *shared, *told]

@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_static.py [--arch 90 …] [--check]
 
-Compiles csrc/cuda/step_cuda.cu to machine code with nvcc and prints, per kernel instance: registers, spills, local
+Compiles csrc/cuda/*.cu to machine code with nvcc and prints, per kernel instance: registers, spills, local
 memory, dynamic shared memory of a thread block, and how many threads a multiprocessor can hold; then bytes, launches
 and the time that memory and double precision units allow per step, for the shapes of the native step's benchmark.
 --check exits with 1 if a kernel spills or uses local memory, or if a kernel for aligned rows has no 16-byte loads.
@@ -23,7 +23,8 @@ from pathlib import Path
 
 from native_step import SHAPES
 
-SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "step_cuda.cu"
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+SOURCES = [CSRC / "cuda" / f"{name}_cuda.cu" for name in ("step", "krylov")]
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 # Per multiprocessor: threads, thread blocks, KiB of shared memory (CUDA C++ Programming Guide, technical
 # specifications per compute capability). Registers: 65,536, handed out to warps 256 at a time.
@@ -34,9 +35,12 @@ LIMITS = {
 # Bytes per second and double precision multiply-adds per second, as the vendor states them.
 DEVICES = {"H100 SXM": (3.35e12, 17e12), "RTX 4090": (1.008e12, 0.645e12)}
 WARP_FEATURES, CHUNK_FEATURES, SOLVE_IN_MIX, SOLVE_IN_MIX_ALONE = 1024, 4096, 8, 16  # csrc/cuda/step_cuda.cu
-INSTANCE = re.compile(
-    r"(measure|finish|judge|keep|sum|weights|mix)_kernel(?:I(f|d|NS_8BFloat16E|NS_4HalfE|NS0_4PackIfLb0EEE|t)?((?:L[ib]\d+E)*)E)?"
+NAMES = (
+    "measure|finish|judge|keep|sum|weights|mix|"
+    "append|append_part|append_total|coordinates|combine|pass|pass_total|pass_write|tell|count|count_total"
 )
+SCALAR = r"f|d|NS_8BFloat16E|NS_4HalfE|NS0_4PackIfLb0EEE|t|NS0_\d+[A-Z][a-z]+I[fd]EE"
+INSTANCE = re.compile(rf"({NAMES})_kernel(?:I({SCALAR})?((?:L[ib]\d+E)*)E)?")
 SCALARS = {
     "f": "float",
     "d": "double",
@@ -50,7 +54,7 @@ SCALARS = {
 
 @dataclass
 class Kernel:
-    """One instance: measure <storage, ages, many, by steps, aligned>, mix <storage, damped>, keep <word>, …"""
+    """One instance: measure <storage, ages, many, by steps, aligned>, append_part <scalar, aligned, stage>, …"""
 
     name: str
     scalar: str | None
@@ -62,7 +66,7 @@ class Kernel:
 
     @property
     def title(self) -> str:
-        arguments = ", ".join([*filter(None, [SCALARS[self.scalar]]), *map(str, self.arguments)])
+        arguments = ", ".join([*filter(None, [scalar_name(self.scalar)]), *map(str, self.arguments)])
         return f"{self.name}<{arguments}>" if arguments else self.name
 
     @property
@@ -72,10 +76,11 @@ class Kernel:
     @property
     def has_wide_loads(self) -> bool:
         """Whether it must have them: it reads rows, and these are aligned."""
-        return self.name == "mix" or (self.name == "measure" and bool(self.arguments[3]))
+        by_place = {"measure": 3, "append": 0, "append_part": 0, "combine": 0}
+        return self.name == "mix" or (self.name in by_place and bool(self.arguments[by_place[self.name]]))
 
     def shared(self) -> int:
-        """Bytes of a thread block, at the largest memory the instance is chosen for, 16 at most."""
+        """Bytes of a thread block, at the largest memory the instance is chosen for, 16 at most, and at GMRES(30)."""
         if self.name == "measure":
             ages, _, by_steps, _ = self.arguments
             m, dots = ages, 4 if by_steps else 2
@@ -83,7 +88,12 @@ class Kernel:
         if self.name == "finish":
             return 8 * ((4 if self.arguments[0] else 2) * 17 + 4)
         system = 16 * 16 + 2 * 16 + 9
-        return 8 * {"sum": 1024, "weights": 8 * system, "mix": 8 * (system + 17), "judge": 24, "keep": 0}[self.name]
+        doubles = {
+            "sum": 1024, "weights": 8 * system, "mix": 8 * (system + 17), "judge": 24, "append": 8 * 130,
+            "append_part": 186, "append_total": 186, "coordinates": 240, "combine": 240, "pass": 64, "pass_total": 4,
+            "count": 45,
+        }  # fmt: skip
+        return 8 * doubles.get(self.name, 0)
 
     def resident(self, architecture: str) -> int:
         """Threads that one multiprocessor holds at once."""
@@ -93,6 +103,12 @@ class Kernel:
         reserved = 0 if architecture == "75" else 1024  # the driver's own, per thread block
         by_shared = shared * 1024 // max(1, self.shared() + reserved)
         return min(threads // self.threads, blocks, by_registers, by_shared) * self.threads
+
+
+def scalar_name(text: str | None) -> str:
+    """The first template argument as the sources write it: a type, or a Krylov pass of one."""
+    found = re.fullmatch(r"NS0_\d+([A-Z][a-z]+)I([fd])EE", text or "")
+    return f"{found[1]}<{SCALARS[found[2]]}>" if found else SCALARS[text]
 
 
 def find_nvcc() -> str | None:
@@ -118,10 +134,10 @@ def instance(text: str) -> tuple[str, str | None, tuple[int, ...]] | None:
     return found[1], found[2], tuple(int(n) for n in re.findall(r"L[ib](\d+)E", found[3] or ""))
 
 
-def compile_kernels(nvcc: str, architecture: str, cubin: Path) -> list[Kernel]:
-    """The kernels of one architecture with what ptxas reports about them."""
+def compile_kernels(nvcc: str, architecture: str, source: Path, cubin: Path) -> list[Kernel]:
+    """The kernels of one source and architecture with what ptxas reports about them."""
     command = [nvcc, "-std=c++17", "-O3", "-Xptxas=-v", f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin)]
-    done = subprocess.run([*command, f"-I{SOURCE.parents[1]}", str(SOURCE)], capture_output=True, text=True)
+    done = subprocess.run([*command, f"-I{CSRC}", str(source)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     kernels: list[Kernel] = []
@@ -135,7 +151,7 @@ def compile_kernels(nvcc: str, architecture: str, cubin: Path) -> list[Kernel]:
             kernels[-1].stack, kernels[-1].spills = int(found[1]), int(found[2]) + int(found[3])
         elif found := re.search(r"Used (\d+) registers", line):
             kernels[-1].registers = int(found[1])
-    return sorted(kernels, key=lambda k: (k.name, SCALARS[k.scalar], k.arguments))
+    return sorted(kernels, key=lambda k: (k.name, scalar_name(k.scalar), k.arguments))
 
 
 def count_wide_loads(cuobjdump: str, cubin: Path, kernels: list[Kernel]) -> None:
@@ -224,10 +240,13 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for architecture in options.arch:
-            cubin = Path(folder) / f"sm_{architecture}.cubin"
-            kernels = compile_kernels(nvcc, architecture, cubin)
-            if cuobjdump:
-                count_wide_loads(cuobjdump, cubin, kernels)
+            kernels = []
+            for source in SOURCES:
+                cubin = Path(folder) / f"{source.stem}_{architecture}.cubin"
+                compiled = compile_kernels(nvcc, architecture, source, cubin)
+                if cuobjdump:
+                    count_wide_loads(cuobjdump, cubin, compiled)
+                kernels += compiled
             print_kernels(architecture, kernels, bool(cuobjdump))
             found += [f"sm_{architecture}: {fault}" for fault in faults(kernels, bool(cuobjdump))]
     for size in (4, 2):

@@ -11,10 +11,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "judge.h"
+#include "krylov_device.h"
 #include "krylov_solve.h"
 #include "retire.h"
 #include "ring.h"
@@ -196,6 +198,27 @@ void keep(std::int64_t n, std::int64_t bytes, Address table, Address rows, Addre
   check_launch(keep_cuda(n, bytes, at<const Sample>(table), at<const std::int64_t>(rows), at<const void>(from),
                          at<void>(to), at<void>(stream)));
 }
+
+void krylov_on_device(const std::string& name, const KrylovCall& call) {
+  int pass = 0;
+  while (pass < static_cast<int>(KrylovPass::kCount) && name != kKrylovPasses[pass]) ++pass;
+  const std::int64_t entries = call.B * call.N;
+  check_address(call.g, entries, "g");
+  check_address(call.product, name == "append" || name == "accept" || name == "remeasure" ? entries : 0, "a product");
+  check_launch(krylov_cuda(static_cast<KrylovPass>(pass), call));
+}
+
+// A field of a call as Python has it: a number, or an address.
+template <class Field>
+void bind_field(py::class_<KrylovCall>& call, const char* name, Field KrylovCall::* field) {
+  if constexpr (std::is_pointer_v<Field>) {
+    call.def_property(
+        name, [field](const KrylovCall& c) { return reinterpret_cast<Address>(c.*field); },
+        [field](KrylovCall& c, Address first) { c.*field = at<std::remove_pointer_t<Field>>(first); });
+  } else {
+    call.def_readwrite(name, field);
+  }
+}
 #endif
 
 template <std::size_t N>
@@ -208,7 +231,7 @@ py::tuple tuple_of(const char* const (&names)[N]) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/step/native.py has the same number and refuses another.
-constexpr int kInterface = 13;
+constexpr int kInterface = 14;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.step.native alone.";
@@ -256,6 +279,16 @@ PYBIND11_MODULE(_native, m) {
   m.def("choose_cpu_isa", [](const std::string& name) { return choose_cpu_isa(name.c_str()); });
 #if defined(PYDEQSOLVE_WITH_CUDA)
   m.def("keep", &keep);
+  py::class_<KrylovCall> call(m, "KrylovCall");
+  call.def(py::init<>());
+#define PYDEQSOLVE_BIND(name) bind_field(call, #name, &KrylovCall::name);
+  PYDEQSOLVE_KRYLOV_CALL(PYDEQSOLVE_BIND)
+#undef PYDEQSOLVE_BIND
+  m.def("krylov", &krylov_on_device);
+  m.def("krylov_workspace_doubles", &krylov_workspace_doubles);
+  m.attr("KRYLOV_SAMPLE_BYTES") = sizeof(KrylovSample);
+  m.attr("KRYLOV_COUNTS") = static_cast<int>(kKrylovCounts);
+  m.attr("KRYLOV_MOST_VECTORS") = kMostVectors;
   m.def("workspace_doubles", [](const Solve& solve, std::int64_t n) { return workspace_doubles(solve.ring, n); });
   m.def("device_count", &cuda_device_count);
   m.attr("cuda_architectures") = PYDEQSOLVE_CUDA_ARCHITECTURES;

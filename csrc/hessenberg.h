@@ -8,40 +8,55 @@
 namespace pydeqsolve {
 
 // Column j of sample i: j + 1 entries of the triangle, cosine, sine, and the right-hand side.
-static inline double* column_of(double* const* columns, std::int64_t i, int j) { return columns[j] + i * (j + 4); }
+PYDEQSOLVE_HD static inline double* column_of(double* const* columns, std::int64_t i, int j) {
+  return columns[j] + i * (j + 4);
+}
 
-// Takes in column k, h (k + 1) with s.below under it; h is overwritten. A column that adds nothing but rounding to the
-// span is not taken: its coordinate would be of the size of 1/eps. Says in s.going whether another one is wanted.
-static inline void take_column(KrylovSample& s, double* const* columns, std::int64_t i, int k, double* h, double eps) {
+// Takes in column k, h (k + 1) with s.below under it, to column (k + 4); h is overwritten. rotation(j): cosine and sine
+// of column j < k. A column that adds nothing but rounding to the span is not taken: its coordinate would be of the
+// size of 1/eps. Says in s.going whether another one is wanted.
+template <class Rotation>
+PYDEQSOLVE_HD static inline void take_column(KrylovSample& s, const Rotation& rotation, double* column, int k,
+                                             double* h, double eps) {
   double size = 0;
   for (int j = 0; j <= k; ++j) size += h[j] * h[j];
-  size = std::sqrt(size);
+  size = square_root(size);
   ++s.used;
   if (!(s.below + size < INFINITY)) {
     s.broken = true, s.going = false;
     return;
   }
   for (int j = 0; j < k; ++j) {
-    const double* const rotation = column_of(columns, i, j) + j + 1;
-    const double upper = rotation[0] * h[j] + rotation[1] * h[j + 1];
-    h[j + 1] = rotation[0] * h[j + 1] - rotation[1] * h[j];
+    const double* const turn = rotation(j);
+    const double upper = turn[0] * h[j] + turn[1] * h[j + 1];
+    h[j + 1] = turn[0] * h[j + 1] - turn[1] * h[j];
     h[j] = upper;
   }
-  const double radius = std::hypot(h[k], s.below), whole = std::hypot(size, s.below);
+  const double radius = hypot(h[k], s.below), whole = hypot(size, s.below);
   if (!(radius > 4 * eps * whole)) {
     s.going = false;
     return;
   }
-  if (s.sound == k && radius > std::sqrt(eps) * whole) ++s.sound;
+  if (s.sound == k && radius > square_root(eps) * whole) ++s.sound;
   ++s.taken;
-  double* const column = column_of(columns, i, k);
   for (int j = 0; j < k; ++j) column[j] = h[j];
   column[k] = radius;
   const double cosine = column[k + 1] = h[k] / radius, sine = column[k + 2] = s.below / radius;
   column[k + 3] = cosine * s.left;
   s.left *= -sine;
   // Nothing left of a vector (a breakdown) ends the cycle; whether with an answer the true residual tells.
-  s.going = std::fabs(s.left) > 0.5 * s.pursued && s.below > eps * size;
+  s.going = magnitude(s.left) > 0.5 * s.pursued && s.below > eps * size;
+}
+
+// The same from the components of w in k + 1 vectors: h of the first time, `again` (k + 1) and squares = w . w of the
+// second, `rest` the squares after that. Where `again` is but rounding nothing was subtracted.
+template <class Rotation>
+PYDEQSOLVE_HD static inline void take_components(KrylovSample& s, const Rotation& rotation, double* column, int k,
+                                                 double* h, const double* again, double squares, double rest,
+                                                 double eps) {
+  s.below = square_root(is_rounding(k + 1, again, squares, eps) ? squares : rest);
+  for (int j = 0; j <= k; ++j) h[j] += again[j];
+  take_column(s, rotation, column, k, h, eps);
 }
 
 // The minimiser over the first `count` columns of sample i, to y. Returns its length.

@@ -397,7 +397,7 @@ def test_a_bad_sample_spoils_no_other() -> None:
     assert torch.equal(mixed.evaluations[~bad], good.evaluations[~bad])
 
 
-DRIVER = [HERE / "driver.cpp"]
+DRIVERS = ("driver", "krylov_driver")
 ADDRESS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-g", "-fsanitize=thread"]
 
@@ -421,23 +421,26 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]
         folder = tmp_path_factory.mktemp("oracle")
         return [
             compile_emulated([CSRC / "cpu" / f"{name}.cpp"], folder / f"{name}.o", ["-O0", "-c", *flags])
-            for name in ("step_cpu", "dispatch")
+            for name in ("step_cpu", "dispatch", "krylov_cpu", "krylov_dispatch")
         ]
 
     return build
 
 
-def build_driver(folder: Path, flags: list[str], oracle: Callable[..., list[Path]], csrc: Path = CSRC) -> Path:
-    return compile_emulated([*DRIVER, *oracle(*flags)], folder / "driver", ["-O0", *flags], csrc)
+def build_driver(
+    name: str, folder: Path, flags: list[str], oracle: Callable[..., list[Path]], csrc: Path = CSRC
+) -> Path:
+    return compile_emulated([HERE / f"{name}.cpp", *oracle(*flags)], folder / name, ["-O0", *flags], csrc)
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize(
     ("flags", "schedules"), [(ADDRESS, (0, 1, 5)), (THREAD, (0, 6))], ids=["address and undefined", "thread"]
 )
 def test_sanitizers_find_nothing(
-    tmp_path: Path, oracle: Callable[..., list[Path]], flags: list[str], schedules: tuple[int, ...]
+    tmp_path: Path, oracle: Callable[..., list[Path]], flags: list[str], schedules: tuple[int, ...], driver: str
 ) -> None:
-    program = build_driver(tmp_path, flags, oracle)
+    program = build_driver(driver, tmp_path, flags, oracle)
     for schedule in schedules:
         done = run_driver(program, schedule)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -458,16 +461,27 @@ FAULTS = {
         "pack.set(k, p[k]);", "AddressSanitizer: heap-buffer-overflow",
     ),
     "shared memory one double too small": (
-        ["-g", "-fsanitize=address"], "step_cuda.cu", "static_cast<std::size_t>(teams * bytes)}",
+        ["-g", "-fsanitize=address"], "launch.cuh", "static_cast<std::size_t>(teams * bytes)}",
         "static_cast<std::size_t>(teams * bytes) - 8}", "AddressSanitizer: heap-buffer-overflow",
     ),
     "an alignment not checked": (
-        ["-g", "-fsanitize=alignment", "-fno-sanitize-recover=all"], "step_cuda.cu", "return bits % 16 == 0;",
+        ["-g", "-fsanitize=alignment", "-fno-sanitize-recover=all"], "launch.cuh", "return bits % 16 == 0;",
         "return bits % 16 != 1;", "misaligned address",
     ),
     "a barrier in a divergent branch": (
         [], "sums.cuh", "parts + warp * Mine::kValues);\n  team.sync();\n",
         "parts + warp * Mine::kValues);\n  if (team.rank > 0) team.sync();\n", "EMULATION ERROR: barrier not reached",
+    ),
+    "sums of warps that are read before they are written": (
+        THREAD, "krylov_sums.cuh", "parts + warp * kValues);\n  team.sync();\n", "parts + warp * kValues);\n",
+        "data race",
+    ),
+    "rotations that are read before they are there": (
+        THREAD, "krylov_append.cuh", "rotation[1];\n  }\n  team.sync();\n", "rotation[1];\n  }\n", "data race",
+    ),
+    "a column one double too small": (
+        ["-g", "-fsanitize=address"], "krylov_append.cuh", "call.column + i * (k + 4), k,",
+        "call.column + i * (k + 4) + 1, k,", "AddressSanitizer: heap-buffer-overflow",
     ),
     "a shuffle in a divergent branch": (
         [], "sums.cuh", "  add_over_warp(mine.values, lane,", "  if (lane != 5) add_over_warp(mine.values, lane,",
@@ -485,7 +499,8 @@ def test_a_planted_fault_is_caught(tmp_path: Path, oracle: Callable[..., list[Pa
     text = source.read_text()
     assert text.count(old) == 1, "the planted fault no longer fits the source"
     source.write_text(text.replace(old, new))
-    done = run_driver(build_driver(tmp_path, flags, oracle, csrc), schedule=0)
+    driver = "krylov_driver" if name.startswith("krylov") else "driver"
+    done = run_driver(build_driver(driver, tmp_path, flags, oracle, csrc), schedule=0)
     assert done.returncode != 0
     assert message in done.stderr
 

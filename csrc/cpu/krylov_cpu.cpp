@@ -65,13 +65,6 @@ std::int64_t begin(const Krylov<Scalar>& c, const std::uint8_t* mask, const Kryl
   return count_of(c, [](const KrylovSample& s) { return s.active; });
 }
 
-// Whether components h (k) of w, squares = w . w, are no more than its rounding.
-inline bool is_rounding(int k, const double* h, double squares, double eps) {
-  double sum = 0;
-  for (int j = 0; j < k; ++j) sum += h[j] * h[j];
-  return sum <= eps * eps * squares;
-}
-
 template <class Scalar>
 std::int64_t append(const Krylov<Scalar>& c, int k, const Scalar* product, Scalar* next, int threads) {
   const int vectors = k + 1;
@@ -100,10 +93,10 @@ std::int64_t append(const Krylov<Scalar>& c, int k, const Scalar* product, Scala
       [&](std::int64_t i, double* totals) {
         KrylovSample& s = c.samples[i];
         if (!s.going) return;
-        const double *const h = totals + vectors, squares = h[vectors];
-        s.below = std::sqrt(is_rounding(vectors, h, squares, c.eps) ? squares : h[vectors + 1]);
-        for (int j = 0; j < vectors; ++j) totals[j] += h[j];
-        take_column(s, c.columns, i, k, totals, c.eps);
+        const auto rotation = [&](int j) { return column_of(c.columns, i, j) + j + 1; };
+        const double* const again = totals + vectors;
+        take_components(s, rotation, column_of(c.columns, i, k), k, totals, again, again[vectors], again[vectors + 1],
+                        c.eps);
       },
       [&](std::int64_t i, std::int64_t first, std::int64_t last) {
         const KrylovSample& s = c.samples[i];
@@ -168,28 +161,7 @@ std::int64_t accept(const Krylov<Scalar>& c, const Scalar* u1, const Scalar* pro
         measure(c, i, first, last, u1, product1, own);
         if (u2) measure(c, i, first, last, u2, product2, own + 2);
       },
-      [&](std::int64_t i, const double* totals) {
-        KrylovSample& s = c.samples[i];
-        s.chosen = -1;
-        if (!s.active) return;
-        double size = blurred(totals[0], totals[1], c.eps);
-        int from = 1;
-        if (u2) {  // a huge u has to gain by a direction that I - A nearly loses what its rounding costs
-          const double careful = blurred(totals[2], totals[3], c.eps);
-          if (!(size < 0.5 * careful)) size = careful, from = 2;
-        }
-        s.evaluations += s.used + (u2 ? 2 : 1);
-        // A residual that is mostly the rounding of a huge u is hardly known: it has to be less by more than that.
-        const double length = std::sqrt(totals[2 * from - 1]);
-        const double enough = c.eps * length > 0.5 * size ? 0.5 * s.best : 0.999 * s.best;
-        const bool better = size < enough || (size < s.best && size <= s.pursued);
-        s.stalled = !better;
-        s.chosen = static_cast<std::int8_t>(better ? from : 0);
-        if (better) s.length = length;
-        s.best = better ? size : size - size == 0 ? s.best : INFINITY;
-        s.active = s.best > s.pursued && s.best < INFINITY && !s.stalled;
-        start_cycle(s, s.best);
-      },
+      [&](std::int64_t i, const double* totals) { accept_sample(c.samples[i], totals, u2 != nullptr, c.eps); },
       [&](std::int64_t i, std::int64_t first, std::int64_t last) {
         const KrylovSample& s = c.samples[i];
         const std::int64_t row = i * c.N;
@@ -224,11 +196,7 @@ std::int64_t raise(const Krylov<Scalar>& c, Scalar* u, int threads) {
           own[0] += static_cast<Scalar>(down(static_cast<double>(u[e]))) != before;
         }
       },
-      [&](std::int64_t i, const double* totals) {
-        KrylovSample& s = c.samples[i];
-        s.ended = outcome_of(s);
-        s.changed = totals[0] > 0 && s.best < INFINITY;
-      },
+      [&](std::int64_t i, const double* totals) { raise_sample(c.samples[i], totals[0]); },
       [](std::int64_t, std::int64_t, std::int64_t) {});
   return count_of(c, [](const KrylovSample& s) { return s.changed; });
 }
@@ -243,13 +211,7 @@ std::int64_t lower(const Krylov<Scalar>& c, Scalar* values, const Scalar* raised
           own[1] += raised && values[e] != raised[e];
         }
       },
-      [&](std::int64_t i, const double* totals) {
-        KrylovSample& s = c.samples[i];
-        s.changed = s.changed || (totals[1] > 0 && s.best < INFINITY);
-        if (s.changed) ++s.evaluations;
-        s.chosen = totals[0] == 0;
-        if (!s.chosen) s.best = INFINITY;
-      },
+      [&](std::int64_t i, const double* totals) { lower_sample(c.samples[i], totals[0], totals[1]); },
       [&](std::int64_t i, std::int64_t first, std::int64_t last) {
         const Power down(-c.samples[i].exponent);
         for (std::int64_t e = i * c.N + first; e < i * c.N + last; ++e) {

@@ -66,9 +66,9 @@ __device__ inline void store(Scalar* p, int length, const Pack<Scalar>& pack) {
   }
 }
 
-// Calls body(at, length) for every pack of the piece that is this thread's.
-template <class Scalar, class Body>
-__device__ inline void for_each_pack(const Team& team, const Piece& piece, const Body& body) {
+// Calls body(at, length) for every pack of the piece that is this thread's; a place has begin and end.
+template <class Scalar, class Place, class Body>
+__device__ inline void for_each_pack(const Team& team, const Place& piece, const Body& body) {
   constexpr int kSize = Pack<Scalar>::kSize;
   for (std::int64_t at = piece.begin + team.rank * kSize; at < piece.end; at += team.size * kSize) {
     body(at, piece.end - at < kSize ? static_cast<int>(piece.end - at) : kSize);

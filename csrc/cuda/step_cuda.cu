@@ -1,11 +1,11 @@
-// Launches of the CUDA step: how each pass is cut into thread blocks. Nothing here allocates or waits, so a step can be
-// captured in a graph.
+// Launches of the CUDA step. Nothing here allocates or waits, so a step can be captured in a graph.
 #include <cstdint>
 #include <initializer_list>
 
 #include "core.h"
 #include "cuda/gram.cuh"
 #include "cuda/judge.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/mix.cuh"
 #include "cuda/totals.cuh"
 #include "cuda/weights.cuh"
@@ -14,28 +14,9 @@
 namespace pydeqsolve {
 namespace {
 
-// Up to here a warp owns a block: a thousand blocks of 64 features fill the device with a thousand warps, and need no
-// barrier wider than a warp.
-constexpr std::int64_t kWarpFeatures = 1024;
-// Beyond, a thread block owns a chunk of this many features, four packs of float per thread: 3 million features of one
-// sample make 750 chunks, several for each multiprocessor, and the last wave of them is short.
-constexpr std::int64_t kChunkFeatures = 4096;
 constexpr std::int64_t kKeptBytes = 64 * 1024;  // of a left behind iterate that one thread block copies
-constexpr int kSharedBytes = 48 * 1024;         // every device has as much without being asked
 // Systems up to here are solved inside the mix kernel, larger ones only where no other chunk would solve them too.
 constexpr int kSolveInMix = 8, kSolveInMixAlone = 16;
-
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-std::int64_t chunks_of(std::int64_t features) {
-  return features <= kWarpFeatures ? 1 : divide_up(features, kChunkFeatures);
-}
-
-bool aligned(std::initializer_list<const void*> pointers) {
-  std::uintptr_t bits = 0;
-  for (const void* pointer : pointers) bits |= reinterpret_cast<std::uintptr_t>(pointer);
-  return bits % 16 == 0;
-}
 
 // pointers: to what the pass reads and writes besides R and F.
 template <class Scalar>
@@ -47,29 +28,6 @@ Plan plan_of(const Call& call, std::initializer_list<const void*> pointers) {
   const bool vector =
       (D | ring.sample_stride | ring.slot_stride) % kSize == 0 && aligned({ring.R, ring.F}) && aligned(pointers);
   return {call.n * ring.blocks * chunks, chunks, length, D <= kWarpFeatures ? kWarp : kThreads, vector};
-}
-
-struct Shape {
-  unsigned grid;
-  unsigned threads;
-  std::size_t shared;  // bytes
-};
-
-// As many teams per thread block as fit 256 threads, shared memory and the work at hand. A grid may have 2^31 - 1
-// thread blocks, more than there are histories in any device's memory, so no thread has to loop over pieces; that would
-// keep loop invariants in registers which the sums need.
-Shape shape_of(std::int64_t pieces, int team, int shared_doubles) {
-  const int bytes = shared_doubles * static_cast<int>(sizeof(double));
-  std::int64_t teams = kThreads / team;
-  if (teams * bytes > kSharedBytes) teams = bytes < kSharedBytes ? kSharedBytes / bytes : 1;
-  if (teams > pieces) teams = pieces;
-  return {static_cast<unsigned>(divide_up(pieces, teams)), static_cast<unsigned>(teams * team),
-          static_cast<std::size_t>(teams * bytes)};
-}
-
-const char* launched() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 cudaStream_t stream_of(const Call& call) { return static_cast<cudaStream_t>(call.stream); }

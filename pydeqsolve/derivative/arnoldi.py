@@ -1,4 +1,4 @@
-"""Restarted GMRES by native passes, on the host: `gmres` says the same in PyTorch, for devices without kernels.
+"""Restarted GMRES by native passes: `gmres` says the same in PyTorch, for devices without kernels.
 
 A product is followed by one pass over the vectors: dot products with the basis and their subtraction, twice, the next
 vector, and a column of every sample's Hessenberg system. Samples that have ended take no part in it.
@@ -43,9 +43,8 @@ class Vectors:
 class Arnoldi:
     """One solve of u = g + A u for g (B, …), by products u ↦ A u of the shape of g; u is scaled until `deliver`."""
 
-    def __init__(self, handle: Any, products: Products, g: Tensor, restart: int) -> None:
-        self.handle, self.products, self.g = handle, products, g
-        self.most = min(restart, g[0].numel() if len(g) else 1)
+    def __init__(self, handle: Any, products: Products, g: Tensor, most: int) -> None:
+        self.handle, self.products, self.g, self.most = handle, products, g, most
         self.vectors = Vectors(g, self.most)
         self.u: Tensor | None = None  # None: zero
         self.threads = torch.get_num_threads()
@@ -53,8 +52,9 @@ class Arnoldi:
     @staticmethod
     def of(products: Products, g: Tensor, restart: int) -> Arnoldi | None:
         """The solve for g (B, …), float32 or float64, contiguous; None where there are no kernels for it."""
-        handle = systems.krylov(g)
-        return None if handle is None else Arnoldi(handle, products, g, restart)
+        most = min(restart, g[0].numel() if len(g) else 1)
+        handle = systems.krylov(g, most)
+        return None if handle is None else Arnoldi(handle, products, g, most)
 
     def run(self, stop: Stop, mask: Tensor | None = None, eps: float = 0.0) -> None:
         """Solves to atol + rtol ‖g‖ per sample, but to no less than eps ‖g‖; not where mask (B,) is false."""

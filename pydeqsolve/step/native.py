@@ -32,7 +32,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 LARGE_PAGE = 1 << 21  # bytes
-INTERFACE = 13  # csrc/bindings.cpp
+INTERFACE = 14  # csrc/bindings.cpp
 
 
 _native: Any
@@ -293,3 +293,8 @@ def build_info() -> dict[str, Any]:
 def system(kind: str, *numbers: Any) -> Any:
     """A solve of the adjoint's systems, "Krylov" or "Small", from numbers and addresses; None without the module."""
     return None if _native is None else getattr(_native, kind)(*numbers)
+
+
+def on_device() -> Any:
+    """The module, where it has the Krylov passes of a device, which `DeviceKrylov` calls; else None."""
+    return _native if hasattr(_native, "KrylovCall") else None

@@ -9,15 +9,22 @@ from torch import Tensor
 
 from ..memory import address
 from . import native
+from .device import DeviceKrylov
 
 
-def krylov(g: Tensor) -> Any:
+def krylov(g: Tensor, restart: int) -> Any:
     """The Krylov solve for g (B, …) as the native module takes it, or None where there are no kernels for it.
 
-    g is float32 or float64, contiguous. It is addresses alone: no tensor is kept alive.
+    In cycles of `restart` products at most. g is float32 or float64, contiguous. On the host the solve is addresses
+    alone: no tensor is kept alive.
     """
     known = _systems(g)
-    return None if known is None else native.system("Krylov", *known)
+    if known is None:
+        return None
+    if g.is_cpu:
+        return native.system("Krylov", *known)
+    kernels = native.on_device()
+    return None if kernels is None or restart > kernels.KRYLOV_MOST_VECTORS else DeviceKrylov(g, restart, kernels)
 
 
 def small(g: Tensor, mask: Tensor | None, rtol: float | Tensor, atol: float | Tensor, eps: float) -> Any:
@@ -25,7 +32,7 @@ def small(g: Tensor, mask: Tensor | None, rtol: float | Tensor, atol: float | Te
 
     Tensors of tolerances are (B,) float64. eps: of the products.
     """
-    known = _systems(g)
+    known = _systems(g) if g.is_cpu else None
     if known is None:
         return None
     numbers = [0.0 if isinstance(t, Tensor) else t for t in (rtol, atol)]
@@ -35,7 +42,7 @@ def small(g: Tensor, mask: Tensor | None, rtol: float | Tensor, atol: float | Te
 
 def _systems(g: Tensor) -> tuple[Any, ...] | None:
     """What the native module must know of the systems for g (B, …), None where there are no kernels for them."""
-    if g.dtype not in (torch.float32, torch.float64) or not native.is_native(g) or not g.is_cpu or not g.numel():
+    if g.dtype not in (torch.float32, torch.float64) or not native.is_native(g) or not g.numel():
         return None
     try:
         start = address(g, "g")

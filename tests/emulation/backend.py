@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: builds csrc/cuda/step_cuda.cu under the emulator and calls it on CPU tensors.
+"""The CUDA kernels on the CPU: builds csrc/cuda/*.cu under the emulator and calls it on CPU tensors.
 
 `emulated_backend()` makes every solve inside it run on the emulated kernels instead of the native CPU step.
 """
@@ -79,7 +79,7 @@ class Emulator:
     """The emulated step; arguments and results are those of `Backend`, but `ring.head` is already that of f."""
 
     def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
+        self.library = self._library = ctypes.CDLL(str(library))
         for name in ("measure", "weights", "mix", "advance", "judge", "keep"):
             getattr(self._library, f"emulated_{name}").restype = ctypes.c_char_p
         self._library.emulated_call_bytes.restype = ctypes.c_int64

@@ -1,7 +1,8 @@
-// The CUDA step as a shared library that runs on the CPU: the kernels' own source under the emulator, behind a C
+// The CUDA kernels as a shared library that runs on the CPU: the kernels' own source under the emulator, behind a C
 // interface for ctypes (tests/emulation/backend.py).
 #include "cuda_emu.h"
 // After the emulator, which stands in for the language.
+#include "cuda/krylov_cuda.cu"
 #include "cuda/step_cuda.cu"
 
 EMULATION_DEFINE_SWITCH
@@ -31,6 +32,19 @@ void emulated_piece(const Call* call, std::int64_t index, std::int64_t* out) {
   const std::int64_t fields[] = {piece.block, piece.at, piece.row, piece.chunk, piece.begin, piece.end, plan.pieces};
   std::copy(std::begin(fields), std::end(fields), out);
 }
+
+const char* emulated_krylov(const char* name, const KrylovCall* call) {
+  int pass = 0;
+  while (std::strcmp(name, kKrylovPasses[pass])) ++pass;
+  return krylov_cuda(static_cast<KrylovPass>(pass), *call);
+}
+std::int64_t emulated_krylov_workspace_doubles(std::int64_t B, std::int64_t N, std::int64_t most) {
+  return krylov_workspace_doubles(B, N, most);
+}
+std::int64_t emulated_krylov_call_bytes() { return sizeof(KrylovCall); }
+std::int64_t emulated_krylov_sample_bytes() { return sizeof(KrylovSample); }
+std::int64_t emulated_krylov_counts() { return kKrylovCounts; }
+std::int64_t emulated_krylov_most_vectors() { return kMostVectors; }
 
 int emulated_device_count() { return cuda_device_count(); }
 void emulated_choose_schedule(int schedule) { emulation::schedule = schedule; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 import warnings
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from pydeqsolve import (
     DEQ,
@@ -245,6 +250,33 @@ def with_aux(part: Part) -> dict[str, Any]:
     return {"aux": out.aux.detach(), "x": torch.autograd.grad(out.aux.sin().sum(), x)[0]}
 
 
+def of_modules(part: Part) -> dict[str, Any]:
+    """A cell of torch's own: tensor-parallel, or with parameters that FSDP holds in shards."""
+    torch.manual_seed(0)
+    linear, width = torch.nn.Linear(12, 12, dtype=f64), 12 // part.size
+    torch.nn.init.orthogonal_(linear.weight, 0.9)
+    sharded = torch.nn.Sequential(copy.deepcopy(linear))
+    if part.group is not None:
+        mesh = DeviceMesh.from_group(part.group, "cpu")
+        columns = ColwiseParallel(input_layouts=Shard(-1), output_layouts=Shard(-1))
+        parallelize_module(linear, mesh, columns)
+        fully_shard(sharded, mesh=mesh)
+    own = slice(part.rank * width, (part.rank + 1) * width)
+    x = torch.linspace(-1, 1, 24, dtype=f64).view(2, 12)[:, own].clone().requires_grad_()
+    stop = Stop(1e-12)
+    parallel = solve(lambda z, x: torch.tanh(linear(z) + x), torch.zeros_like(x), [x], stop=stop, group=part.group)
+    found = {"parallel": parallel.evaluations, "x": torch.autograd.grad(parallel.z.square().sum(), x)[0]}
+
+    def gathering(z: Tensor, x: Tensor) -> Tensor:
+        full = torch.nn.functional.pad(z, (own.start, 12 - own.stop))
+        full = full if part.group is None else Gathered.apply(full, part.group)
+        return torch.tanh(sharded(full)[:, own] + x)
+
+    with torch.no_grad():
+        apart = solve(gathering, torch.zeros_like(x), [x], stop=stop, group=part.group)
+    return {**found, "fsdp": apart.evaluations, "z": apart.z}
+
+
 def plain(out: Solution, part: Part) -> dict[str, Any]:
     names = ("residual", "evaluations", "status", "rejections", "trace", "steps")
     return {"z": out.z, "snapshots": out.snapshots, **{name: getattr(out, name) for name in names}}
@@ -371,6 +403,7 @@ def together(part: Part) -> dict[str, Any]:
         found["gradients"]["second"] = differentiated(part, Implicit(stop=Stop(1e-10)), second=True)
         found["layer"], found["aux"] = in_a_layer(part), with_aux(part)
         found["depends on some"] = {name: message(depending(part, g)) for name, g in SOME.items()}
+        found["modules"] = of_modules(part)
         found["product fails"] = message(failing_backward(part))
     found["after errors"] = plain(solved(part), part)
     return found

@@ -1,6 +1,10 @@
 """A state held in shards by 2 and 3 gloo ranks: the solve of one process, and errors instead of hanging."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import shards
@@ -68,6 +72,16 @@ def test_what_a_map_returns_besides_is_of_this_ranks_features(found):
     for name in alone:
         joined = torch.cat([rank["aux"][name] for rank in found], -1)
         torch.testing.assert_close(joined, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_cells_in_tensor_parallel_and_under_fsdp_are_those_of_one_process(found):
+    alone = shards.of_modules(shards.Part())
+    for rank in found:
+        for name in ("parallel", "fsdp"):
+            assert rank["modules"][name].tolist() == alone[name].tolist()
+    for name in ("x", "z"):
+        joined = torch.cat([rank["modules"][name] for rank in found], -1)
+        torch.testing.assert_close(joined, alone[name], rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("gradient", shards.SOME)
@@ -157,6 +171,22 @@ def test_a_dead_rank_is_an_error_on_the_others(everything):
     assert len(found["lost"]) == 2
     for rank in found["lost"]:
         assert "RuntimeError: group: a rank died or did not answer" in rank["dead"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_grid_in_strips_is_solved_as_by_one_process(size):
+    program = Path(__file__).parents[1] / "docs" / "examples" / "sharded_pde.py"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command = [sys.executable, *launcher, str(program), "--nodes", "16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"(\[.*\]) evaluations", done.stdout)
+    assert len(counts) == size + 1
+    assert len(set(counts)) == 1
+    errors = re.search(r"differs by (\S+), its gradient in λ by (\S+)", done.stdout).groups()
+    assert float(errors[0]) < 1e-8
+    assert float(errors[1]) < 1e-6
 
 
 def test_something_else_than_a_group_is_refused_by_name():

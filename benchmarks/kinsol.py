@@ -43,8 +43,11 @@ class Kinsol:
         state, scale = self._vector(z), self._vector(ones)
 
         def system(u: int, value: int, _: int) -> int:
-            with np.errstate(all="ignore"):
-                self._entries(value, z.size)[:] = fn(self._entries(u, z.size).copy())
+            try:
+                with np.errstate(all="ignore"):
+                    self._entries(value, z.size)[:] = fn(self._entries(u, z.size).copy())
+            except Exception:  # of the map: KINSOL ends with KIN_SYSFUNC_FAIL
+                return -1
             return 0
 
         call = SYSTEM(system)

@@ -19,7 +19,7 @@ from ..problem import Problem
 REACH = 4  # functions, modules and containers inside one another that are looked into
 MANY = 64  # entries of a container that is
 _functorch: Any = getattr(torch._C, "_functorch", None)
-_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+is_transformed = torch._C._are_functorch_transforms_active  # whether a transform of torch.func is being applied
 ANOTHER = (
     "fn is evaluated again for its derivatives, and it was another map then: inside torch.func transforms keep dropout "
     "masks, parameters and closed-over variables as they were, or pass in inputs what changes"
@@ -28,11 +28,6 @@ HIDDEN = (
     "fn reads a tensor that it closes over past torch's functions (in compiled code, an autograd.Function, or a "
     "transform of its own): inside torch.func transforms pass it in inputs"
 )
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func is being applied."""
-    return bool(_is_active())
 
 
 def is_wrapped(x: Tensor) -> bool:
@@ -141,14 +136,17 @@ class _Exchange(TorchFunctionMode):
         self.sought, self.met = sought, set[int]()
 
     def __torch_function__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def exchanged(x: Tensor) -> Tensor:
+        given = [self._of(x) for x in args]
+        named = {name: self._of(x) for name, x in kwargs.items()} if kwargs else {}
+        return fn(*given, **named)
+
+    def _of(self, x: Any) -> Any:
+        """x, or what is to be read in its place, in containers too."""
+        if isinstance(x, Tensor):
             if id(x) in self.sought:
                 self.met.add(id(x))
             return self.by_id.get(id(x), x)
-
-        with torch._C.DisableTorchFunction():
-            args, kwargs = tree_map_only(Tensor, exchanged, (args, kwargs or {}))
-        return fn(*args, **kwargs)
+        return tree_map_only(Tensor, self._of, x) if isinstance(x, (tuple, list, dict)) else x
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """A reversible two-state iteration (McCallum, Rathore & Foster 2025) beside the implicit gradient.
 
-y ← (1 − β) y + β f(z), then z ← (1 − β) z + β f(y): the steps are undone backwards, so the gradient of all of them takes
-the memory of one. Two evaluations a step, and as many again with their products on the way back. Printed: evaluations,
-products, the error of z and that of the gradient of W, for z = tanh(z Wᵀ + x), float32, the largest eigenvalue .9.
+y ← (1 − β) y + β f(z), then z ← (1 − β) z + β f(y): the steps are undone backwards, so the gradient of all of them
+takes the memory of one. Two evaluations a step, and as many again with their products on the way back. Printed:
+evaluations, products, the error of z and that of the gradient of W, for z = tanh(z Wᵀ + x), float32, |λ|max .9.
 """
 
 import math

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .arguments import check_cell, check_gradient, check_solver, check_stop
 from .checks import check_flag
@@ -32,6 +33,9 @@ class DEQ(nn.Module):
     frames of a video or a training set seen in the same order; `reset` forgets it. keep_history: the solver's history
     goes with it (`solve`), which takes memory and pays for long memories. has_aux: the cell returns a pair (z, aux)
     (`solve`), and the layer (z*, aux at z*).
+
+    Inside `torch.nn.utils.parametrize.cached()` parametrised tensors of the cell, such as normalised weights, are made
+    once per call, with their graph, and not at every evaluation.
 
     Raises TypeError, and ValueError or NotImplementedError for options that do not go together, when it is made.
     """
@@ -76,6 +80,8 @@ class DEQ(nn.Module):
         for i, x in enumerate(inputs):
             if isinstance(x, Solution):
                 raise TypeError(f"inputs[{i}] must be a tensor, got a Solution: give a first guess by name, z0=")
+        if getattr(parametrize, "_cache_enabled", 0):
+            _make_parametrised(self.cell)
         start = self._start(inputs, segments) if z0 is None else z0
         solution = solve(
             self.cell, start, inputs, solver=self.solver, stop=self.stop, gradient=self.gradient,
@@ -115,3 +121,11 @@ class DEQ(nn.Module):
         if history is None or not (segments is None or isinstance(segments, Tensor)):
             return z  # segments of another kind are for `solve` to name
         return last if history.method == self.solver.method() and history.is_of(segments) else z
+
+
+def _make_parametrised(cell: Any) -> None:
+    """Makes the parametrised tensors of a cell, in `parametrize.cached()`, before a solve does so without a graph."""
+    for module in cell.modules() if isinstance(cell, nn.Module) else ():
+        if parametrize.is_parametrized(module):
+            for name, _ in module.get_submodule("parametrizations").named_children():
+                getattr(module, name)

@@ -70,20 +70,23 @@ def is_left_open(stop: Stop) -> bool:
 class Front:
     """Blocks of a causal map finish one by one, from the front; a finished block costs nothing more.
 
-    For maps whose state is (B, T, …) and whose block k depends on earlier blocks only. fn is then called with the
-    keyword `wanted`, a bool tensor (n, T), and needs to fill only those blocks of its result. A leading block finishes
-    when its residual is within `margin` times its tolerance and everything before it has finished, keeping the z at
-    which it was measured; or, when it would finish alone, by taking the value f, which is then exact. So a chain of T
-    blocks is exact after T steps, whatever the tolerance.
+    For maps whose state is (B, T, …) and whose block k depends on earlier blocks only (see `strict`). fn is then called
+    with the keyword `wanted`, a bool tensor (n, T), and needs to fill only those blocks of its result. A leading block
+    finishes when its residual is within `margin` times its tolerance and everything before it has finished, keeping the
+    z at which it was measured; or, when it would finish alone, by taking the value f, which is then exact. So a chain
+    of T blocks is exact after T steps, whatever the tolerance.
 
     window: at most so many blocks of a sample are wanted at a time, the first unfinished ones; None is all.
     latest: every block takes the value f when it finishes, one update better than what was measured; the residual of
     the solution is then an estimate from above for contracting maps, no longer that of exactly the z returned.
+    strict: False for maps whose block k depends on itself too, such as the tokens of a causal transformer block: a
+    leading block finishes by its residual alone, never by being the next.
     """
 
     window: int | None = None
     margin: float = 0.5
     latest: bool = False
+    strict: bool = True
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -91,5 +94,6 @@ class Front:
         check_real("margin", self.margin)
         if not 0 <= self.margin <= 1:
             raise ValueError(f"margin must be in [0, 1], got {self.margin}")
-        if not isinstance(self.latest, bool):
-            raise TypeError(f"latest must be True or False, got {type(self.latest).__name__}")
+        for name in ("latest", "strict"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {type(value).__name__}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pydeqsolve import DEQ, GMRES, Anderson, Broyden, Implicit, Phantom, Picard, Status, Stop, Unrolled
+from pydeqsolve import DEQ, GMRES, Anderson, Broyden, Implicit, Phantom, Picard, Status, Stop, Unrolled, solve
 
 f64 = torch.float64
 
@@ -261,6 +261,38 @@ def test_a_layer_shows_how_it_solves():
         "stop=Stop(rtol=0.001, atol=0.0, max_steps=100, norm='rms', check_every=None)",
         "gradient=Phantom(steps=1, damping=1.0)", "warm_start=True", "(cell): Cell()", ")",
     ]  # fmt: skip
+
+
+class Bounded(nn.Module):
+    """A layer whose weight is normalised once per call, before it solves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(problems.orthogonal(5, 1) * 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = 0.9 * self.weight / torch.linalg.matrix_norm(self.weight, 2)
+        return solve(lambda z, x: torch.tanh(z @ W.T + x), torch.zeros_like(x), (x,), stop=Stop(rtol=1e-10)).z
+
+
+def test_a_module_that_normalises_its_weight_once_per_call_is_pickled_and_trained():
+    module, x = Bounded(), data()
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+    (found,) = torch.autograd.grad(module(x).sum(), module.weight)
+    radial = (found * module.weight).sum()  # a multiple of the weight is the same layer
+    torch.testing.assert_close(radial, torch.zeros_like(radial), rtol=0, atol=1e-7)
+
+
+def test_a_parametrisation_is_made_once_per_solve_where_it_is_cached():
+    cell, made = Cell(), []
+    nn.utils.parametrizations.weight_norm(cell, "W")
+    cell.parametrizations.W.register_forward_hook(lambda *seen: made.append(1))
+    layer, x = DEQ(cell), data()
+    with nn.utils.parametrize.cached():
+        z = layer(x)
+    torch.autograd.grad(z.sum(), list(cell.parameters()))
+    assert len(made) == 1
+    assert layer.solution.steps > 3
 
 
 def test_a_layer_is_pickled_with_what_it_learnt():

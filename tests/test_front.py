@@ -302,3 +302,35 @@ def test_the_default_tolerance_of_blocks_is_no_finer_than_bfloat16(solver):
     solution = solve(fn, torch.zeros_like(x), (x,), solver=solver, front=Front(), gradient=None)
     assert solution.converged.all()
     assert solution.evaluations.max() <= 8  # to 1e-5 it takes twice as many: until nothing changes
+
+
+def self_dependent(scale):
+    """A map whose block k is a mean over the blocks 0 … k of z, its own included, times `scale`, and x."""
+    mean = torch.ones(12, 12, dtype=torch.float64).tril()
+    mean /= mean.sum(1, keepdim=True)
+    return lambda z, x, wanted=None: torch.where(
+        torch.ones(1, 12, 1, dtype=torch.bool) if wanted is None else wanted[..., None], scale * (mean @ z) + x, z
+    )
+
+
+@pytest.mark.parametrize("solver", [CAUSAL, Picard(), Anderson(coupling="independent")], ids=str)
+@settings(max_examples=8)
+@given(scale=st.sampled_from([0.5, 0.9, 1.4, -3.0]), seed=st.integers(0, 9))
+def test_a_map_whose_blocks_depend_on_themselves_never_converges_by_turns(solver, scale, seed):
+    x = torch.randn(3, 12, 2, dtype=torch.float64, generator=problems.generator(seed))
+    fn, stop = self_dependent(scale), Stop(rtol=1e-6, max_steps=40)
+    front = Front(strict=False)
+    solution = solve(fn, torch.zeros_like(x), (x,), solver=solver, stop=stop, front=front, gradient=None)
+    f = fn(solution.z, x)
+    small = torch.linalg.vector_norm(f - solution.z, dim=2) <= 1e-6 * torch.linalg.vector_norm(f, dim=2) * (1 + 1e-9)
+    assert small.all(1)[solution.converged].all()
+    if scale == 0.5:
+        assert solution.converged.all()
+
+
+def test_a_strict_front_moves_on_by_turns_where_another_waits():
+    x = torch.ones(1, 12, 2, dtype=torch.float64)
+    fn, stop = self_dependent(-3.0), Stop(rtol=1e-6, max_steps=40)
+    options = {"solver": Picard(), "stop": stop, "gradient": None}
+    assert solve(fn, 0 * x, (x,), front=Front(), **options).converged.all()  # as the contract of Front has it
+    assert not solve(fn, 0 * x, (x,), front=Front(strict=False), **options).converged.any()

@@ -197,6 +197,8 @@ class NativeCPU(Native):
     def judge_blocks(
         self, samples: Records, blocks: Records, norms: Tensor, wanted: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
+        if self.front is not None and not self.front.strict:
+            return super().judge_blocks(samples, blocks, norms, wanted)
         mode, broken, open_, finished, some = native.judge_blocks(self.handle, samples, blocks, norms, wanted)
         return mode, broken if some else None, open_, finished
 

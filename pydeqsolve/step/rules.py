@@ -117,7 +117,7 @@ def judge_blocks(
     first = before & ~done  # done is a leading run, so this is one block of each unfinished sample
     small = wanted & finite & ~(residual > front.margin * tolerance)
     run = (done | small).cumprod(1).bool() & ~done
-    alone = (run.sum(1) <= 1)[:, None] & first & wanted & finite
+    alone = (run.sum(1) <= 1)[:, None] & first & wanted & finite & front.strict
     within = done | (wanted & finite & ~(residual > tolerance))
     within[:, -1] |= alone[:, -1]  # where others follow, they were measured at a z that is about to move
     converged = within.all(1) & running

@@ -104,7 +104,7 @@ def calls() -> None:
         backend.measure(torch.randn(1, 1, 64), z, rows, None)
     module = sys.modules["pydeqsolve._native"]
     layout = native.layout(0, ring.eps, ring.dtype, ring.R.shape, ring.R.stride())
-    history = native.bind(layout, *tensors)
+    history = native.bind(layout, ring.R, ring.F, ring.places)
     norms, dropped, out = torch.empty(1, 1, 2, dtype=torch.float64), ring.count.clone(), torch.empty_like(z)
     index, of_f, of_z, to = (x.data_ptr() for x in (rows, f, z, out))
     measured = (history, 1, 1, index, 0, of_f, of_z, norms.data_ptr(), 1, 0, 0)

@@ -40,8 +40,9 @@ def check_gradient(gradient: Any) -> None:
         raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {_words(gradient)}")
 
 
-def check_inputs(inputs: Any, B: int | None, device: torch.device) -> list[Tensor]:
-    """The tensors of `inputs`, a tuple or list of tensors (B, …) on `device`, None, or nests of these; else raises.
+def check_inputs(inputs: Any, B: int | None, device: torch.device) -> list[tuple[str, Tensor]]:
+    """The tensors of `inputs`, a tuple or list of tensors (B, …) on `device`, None, or nests of these, with their
+    names; else raises.
 
     B None: of any shape.
     """
@@ -55,7 +56,7 @@ def check_inputs(inputs: Any, B: int | None, device: torch.device) -> list[Tenso
             raise ValueError(f"{name} must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
         if x.device != device:
             raise ValueError(f"{name} must be on {device} like z0, got {x.device}")
-    return [x for _, x in named]
+    return named
 
 
 def check_cell(cell: Any) -> None:

@@ -131,6 +131,8 @@ class Layout:
             if leaf.dim() < 1 + by_blocks:
                 need = "(B, T, …)" if by_blocks else "(B, …)"
                 raise ValueError(f"every tensor of z0 must have shape {need}, got {tuple(leaf.shape)}")
+            if leaf is first:
+                continue
             if leaf.shape[: 1 + by_blocks] != first.shape[: 1 + by_blocks]:
                 raise ValueError(
                     f"the tensors of z0 must share their leading dimensions, got {tuple(first.shape)} "
@@ -141,9 +143,11 @@ class Layout:
                     f"the tensors of z0 must share dtype and device, got {first.dtype} on {first.device} "
                     f"and {leaf.dtype} on {leaf.device}"
                 )
-        shapes = tuple(leaf.shape[1:] for leaf in leaves)
-        template, real = rebuild(z0, lambda: _NOTHING), COMPLEX.get(first.dtype, first.dtype)
-        return Layout(template, shapes, real, first.device, first.shape[1] if by_blocks else 1, first.is_complex())
+        shapes = tuple([leaf.shape[1:] for leaf in leaves])
+        template = _NOTHING if first is z0 else rebuild(z0, lambda: _NOTHING)
+        dtype, is_complex = first.dtype, first.dtype in COMPLEX
+        blocks = first.shape[1] if by_blocks else 1
+        return Layout(template, shapes, COMPLEX.get(dtype, dtype), first.device, blocks, is_complex)
 
     @property
     def is_view(self) -> bool:
@@ -155,16 +159,11 @@ class Layout:
 
         Raises where a tensor is not dense, complex where z0 is real, or not of the layout's shapes and device.
         """
-        if (
-            type(tree) is Tensor
-            and tree.dtype == self.dtype
-            and not self.is_complex
-            and len(self.shapes) == 1
-            and is_plain(tree)
-        ):
-            n = tree.shape[0] if tree.dim() else 0
-            if n and tree.shape[1:] == self.shapes[0] and tree.device == self.device:
-                return tree.reshape(n, self.blocks, -1)  # a view, but of what stands for others in a vmap
+        of_one = self.template is _NOTHING and not self.is_complex
+        if of_one and type(tree) is Tensor and tree.dtype == self.dtype and is_plain(tree):
+            shape = tree.shape
+            if shape and shape[0] and shape[1:] == self.shapes[0] and tree.device == self.device:
+                return tree.reshape(shape[0], self.blocks, -1)  # a view, but of what stands for others in a vmap
         leaves = leaves_like(self.template, tree, name)
         for leaf in leaves:
             check_dense(name, leaf)

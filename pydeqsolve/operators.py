@@ -17,7 +17,7 @@ from torch import Tensor
 from .memory import address
 from .step import native
 from .step.backend import Backend
-from .step.ring import COUPLINGS, KINDS, STORAGES, Ring
+from .step.ring import COUPLINGS, KINDS, STORAGES, Ring, addresses
 from .step.rules import Rule
 
 RULES = tuple(Rule(0.0, 0.0, norm, 1) for norm in ("rms", "max"))  # a call of a pass alone judges nothing
@@ -154,12 +154,12 @@ def measure(
         names, others = (*names, "wanted"), (*others, wanted)
         _refuse_without_memory(("wanted",), (wanted,))  # to the kernels no address would be none given
     layout = _check(kind, R, F, steps_gram, rows.numel(), names, others)
-    handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count, rule=RULED[is_max])
+    handle = native.bind(layout, R, F, addresses((gram, steps_gram, rhs, squares, count)), rule=RULED[is_max])
     if handle is None:
         _refuse_without_memory(("R", "F", *names), (R, F, *others))
         ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head - 1, kind)
         return Backend(ring, RULES[is_max]).measure(f, z, rows, wanted)
-    return native.measure_bound(handle, head % layout[1], f, z, rows, wanted, squares)
+    return native.measure_bound(handle, head % layout[1], f, z, rows, wanted)
 
 
 def advance(
@@ -176,12 +176,12 @@ def advance(
     layout = _check(kind, R, F, steps_gram, rows.numel(), ADVANCED, others)
     if not 0 <= coupling < len(COUPLINGS):
         raise ValueError(f"coupling must be a place in {COUPLINGS}, got {coupling}")
-    handle = native.bind(layout, R, F, gram, steps_gram, rhs, squares, count, (coupling, ridge, damping))
+    handle = native.bind(layout, R, F, addresses((gram, steps_gram, rhs, squares, count)), (coupling, ridge, damping))
     if handle is None:
         _refuse_without_memory(("R", "F", *ADVANCED), (R, F, *others))
         ring = _ring(R, F, gram, steps_gram, rhs, squares, count, head, kind, coupling, ridge, damping)
         return Backend(ring, RULES[0]).advance(z, modes, rows)
-    return native.advance_bound(handle, head % layout[1], z, modes, rows, rhs, count)
+    return native.advance_bound(handle, head % layout[1], layout[1], z, modes, rows)
 
 
 def _on_one_device(kernel: Callable[..., Any]) -> Callable[..., Any]:

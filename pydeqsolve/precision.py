@@ -76,14 +76,14 @@ def of_graph(f: Tensor, z: Tensor, behind: Sequence[Any]) -> float:
     eps, kind = torch.finfo(z.dtype).eps, z.device.type
     autocast = torch.get_autocast_dtype(kind) if is_autocast(kind) else z.dtype
 
-    def of_node(node: Any) -> float:
-        dtypes = {m.dtype for m in getattr(node, "_input_metadata", [])} - {z.dtype}
-        dtypes |= {autocast} if isinstance(node, torch.autograd.function.BackwardCFunction) else set()
-        return max(
-            (torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), default=0.0
-        )
-
-    found = {node: coarser for node in behind if (coarser := of_node(node)) > eps}
+    found: dict[Any, float] = {}
+    for node in behind:
+        dtypes = {m.dtype for m in getattr(node, "_input_metadata", ())}
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            dtypes.add(autocast)
+        for dtype in dtypes - {z.dtype}:
+            if (dtype.is_floating_point or dtype.is_complex) and torch.finfo(dtype).eps > eps:
+                found[node] = max(found.get(node, eps), torch.finfo(dtype).eps)
     return max((found[node] for node in _between(f, z) if node in found), default=eps) if found else eps
 
 

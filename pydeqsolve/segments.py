@@ -67,7 +67,7 @@ class Segments:
         """An outcome with the residuals of the samples' own rows."""
         norm, trace = found.stop.norm, found.trace
         trace = None if trace is None else self._own(trace, norm)
-        return replace(found, residual=self._own(found.residual, norm), trace=trace)
+        return found._replace(residual=self._own(found.residual, norm), trace=trace)
 
     def _own(self, residual: Tensor, norm: str) -> Tensor:
         """A residual (…, G) over L rows as one over the sample's own."""

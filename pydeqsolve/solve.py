@@ -19,7 +19,7 @@ from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .derivative.lifted import is_transformed
 from .derivative.linearise import is_wanted
 from .derivative.transformed import refuse_options, transformed
-from .layout import Layout, detached, named_leaves, nested
+from .layout import Layout, detached, nested
 from .loop.iterate import Outcome, check_together, iterate
 from .loop.kept import History
 from .loop.traced import is_traceable, traced
@@ -171,7 +171,7 @@ def solve(
         z = gradient.attach(problem, flat, found, recorder)
     aux = None
     if has_aux:
-        aux = shards.stage(lambda: auxiliary(problem, found.residual.isfinite(), z, gradient is not None))
+        aux = shards.stage(lambda: auxiliary(problem, found.finite, z, gradient is not None))
     if where is not None:
         found = where.measured(found)
         if found.history is not None:
@@ -215,13 +215,12 @@ def _prepare(
     check_tolerances("stop", stop, ((B,), (), (B, T), (1, T)) if front is not None else ((B,), ()))
     if isinstance(gradient, Implicit) and gradient.stop is not None:
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
-    given = check_inputs(inputs, B if where is None else None, flat.device)
-    names: list[str] = []
-    if len(given) != len(inputs) or not all(isinstance(x, Tensor) for x in inputs):
-        fn = nested(fn, inputs)
-        names = [name for i, part in enumerate(inputs) for name, _ in named_leaves(part, f"inputs[{i}]")]
+    named = check_inputs(inputs, B if where is None else None, layout.device)
+    given, names = tuple([x for _, x in named]), []
+    if len(given) != len(inputs) or any(x is not own for x, own in zip(given, inputs, strict=True)):
+        fn, names = nested(fn, inputs), [name for name, _ in named]
     compact = bool(given) and where is None if compact is None else compact
-    return Problem(fn, tuple(given), layout, compact, front is not None, has_aux, names), flat
+    return Problem(fn, given, layout, compact, front is not None, has_aux, names), flat
 
 
 def _warn_of_one_dimension(z0: Any, n: int) -> None:
@@ -284,6 +283,6 @@ def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: G
         if gradient is not None:
             finite = problem.shards.everywhere(z.isfinite().flatten(1).all(1))
             residual = torch.where(finite, outcome.residual, torch.inf)
-            z = phantom.attach(problem, start, replace(outcome, z=z, residual=residual), Recorder())
+            z = phantom.attach(problem, start, outcome._replace(z=z, residual=residual), Recorder())
         found.append(problem.layout.unpack(z))
     return found

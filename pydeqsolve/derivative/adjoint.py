@@ -45,6 +45,12 @@ class AdjointSolve:
     eps: float
     shards: Whole = WHOLE
 
+    def computing_in(self, eps: float) -> AdjointSolve:
+        """The same, of products with machine epsilon `eps` or less precision."""
+        if eps <= self.eps:
+            return self
+        return AdjointSolve(self.solver, self.stop, self.follows, self.on_failure, self.recorder, eps, self.shards)
+
     def __call__(self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good) -> Tensor:
         """u (n, T, D) of u = g + products(u), zero for the samples that are not `good`.
 
@@ -170,7 +176,7 @@ def following(stop: Stop) -> Stop:
         rtol = torch.where(rtol > 0, rtol, FINEST).clamp_max(LOOSEST)
     else:  # no tensor: the compiler would stop at reading it
         rtol = min(float(stop.rtol) or FINEST, LOOSEST)
-    return Stop(rtol, max_steps=max(Stop().max_steps, stop.max_steps))
+    return Stop(rtol, max_steps=max(Stop.max_steps, stop.max_steps))
 
 
 def worst(outcomes: list[Adjoint]) -> Adjoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ class Closure:
         Not found are those that are read past torch's Python functions alone, as by compiled code or torch.ops.
         """
         inputs = {x.grad_fn for x in at.good.inputs if x.grad_fn is not None}
-        older = {node for node in (nodes(at.f, inputs) if inputs else at.behind) if _is_older(node, at)}
+        older = _older(nodes(at.f, inputs) if inputs else at.behind, at)
         shards = problem.shards
         if not shards.any_claims(bool(older)):
             return Closure([], hidden=False)
@@ -41,14 +41,18 @@ class Closure:
             shards.attempt(lambda: evaluate(problem, at.z, at.good.inputs), lambda: at.f)
         found = list(reading.found.values())
         known = inputs | {x.grad_fn for x in found}
-        return Closure(found, any(_is_older(node, at) for node in nodes(at.f, known)))
+        return Closure(found, bool(_older(nodes(at.f, known), at)))
 
 
-def _is_older(node: Any, at: Linearised) -> bool:
-    """The node was made before fn was called, as far as the thread that called it knows; leaves are of no time."""
-    count = getattr(node, "_sequence_nr", None)
-    earlier = count is not None and not hasattr(node, "variable") and count() < at.begun
-    return earlier or type(node).__name__ == GATE
+def _older(behind: Iterable[Any], at: Linearised) -> set[Any]:
+    """The nodes made before fn was called, as far as the thread that called it knows; leaves are of no time."""
+    found = set()
+    for node in behind:
+        count = getattr(node, "_sequence_nr", None)
+        earlier = count is not None and count() < at.begun and not hasattr(node, "variable")
+        if earlier or type(node).__name__ == GATE:
+            found.add(node)
+    return found
 
 
 class _Reading(TorchFunctionMode):

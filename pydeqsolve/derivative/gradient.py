@@ -83,7 +83,7 @@ class Implicit:
             raise NotImplementedError(f"group: {name} knows of one process: use GMRES, Neumann or a forward solver")
         chosen = following(outcome.stop) if self.stop is None else self.stop
         how = AdjointSolve(self.solver, chosen, self.stop is None, self.on_failure, recorder, 0.0, problem.shards)
-        return attach(how, problem, outcome.residual.isfinite(), outcome.z)
+        return attach(how, problem, outcome.finite, outcome.z)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Phantom:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
 
     def attach(self, problem: Problem, start: Tensor, outcome: Outcome, recorder: Recorder) -> Tensor:
-        z, finite = outcome.z, outcome.residual.isfinite()
+        z, finite = outcome.z, outcome.finite
         if not is_wanted():
             return z
 

@@ -21,7 +21,7 @@ from ..solution import Adjoint, Recorder
 from .adjoint import AdjointSolve, worst
 from .batched import one_by_one
 from .closure import Closure, cut
-from .leaves import leaves, leaves_among, leaves_before, nodes
+from .leaves import leaves, leaves_before, nodes
 from .linearise import DEPENDS, Good, Linearised, evaluate
 
 
@@ -40,9 +40,9 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closu
     given = list({id(x): x for x in problem.inputs if x.requires_grad}.values())
     closure = closure or Closure.of(problem, at)
     closed = [x for x in closure.tensors if all(x is not y for y in given)]
-    before = leaves_before(at.f, {x.grad_fn for x in closed}) if closed else leaves_among(at.behind)
+    before = leaves_before(at.f, {x.grad_fn for x in closed}) if closed else at.leaves
     reached = [x for x in before if x is not at.z]
-    how = replace(how, eps=shards.coarsest(max(how.eps, of_graph(at.f, at.z, at.behind))))
+    how = how.computing_in(shards.coarsest(max(how.eps, of_graph(at.f, at.z, at.behind))))
     step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z), Closure(closed, closure.hidden))
     value = at.z.detach().view(at.f.shape)
     return at.good.put(_ImplicitFunction.apply(at.f, value, step, *given, *reached, *closed), z)

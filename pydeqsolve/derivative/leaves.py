@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -41,18 +41,21 @@ def leaves_among(behind: Iterable[Any]) -> list[Tensor]:
     for node in behind:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            found.setdefault(id(leaf), leaf)
-        passed.add(id(getattr(node, "state_leaf", None)))  # where a solve takes its own derivative
+            found[id(leaf)] = leaf
+        elif hasattr(node, "state_leaf"):
+            passed.add(id(node.state_leaf))  # where a solve takes its own derivative
     return [leaf for key, leaf in found.items() if key not in passed]
 
 
-def nodes(x: Tensor, until: Iterable[Any] = ()) -> Iterator[Any]:
+def nodes(x: Tensor, until: Iterable[Any] = ()) -> list[Any]:
     """The nodes of the autograd graph behind x, each once, without those in `until` and what only they lead to."""
     seen: set[Any] = {None, *until}
     stack: list[Any] = [x.grad_fn]
+    found: list[Any] = []
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            yield node
-            stack.extend(parent for parent, _ in node.next_functions)
+            found.append(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return found

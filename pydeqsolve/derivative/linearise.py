@@ -117,6 +117,7 @@ class Linearised:
     f: Tensor  # (n, T, D)
     good: Good
     behind: Sequence[Any] = ()  # the nodes of f's graph
+    leaves: Sequence[Tensor] = ()  # of it
     begun: int = 0  # number of the first autograd node of the evaluation
     value: Tensor | None = None  # f as fn returned it, of the shape of z, where nothing but views lies between
 
@@ -130,13 +131,14 @@ class Linearised:
             return None
         good = Good.of(problem, finite)
         with torch.enable_grad():
-            begun = getattr(z.new_zeros(1, requires_grad=True).view(1).grad_fn, "_sequence_nr", int)()
+            begun = _next_node()
             z, f, value = _evaluated(problem, good.take(z).detach(), good)
         good.tell_lost(f)
-        behind = list(nodes(f))
-        if all(leaf is z for leaf in leaves_among(behind)) and forward_ad.unpack_dual(f).tangent is None:
+        behind = nodes(f)
+        leaves = leaves_among(behind)
+        if all(leaf is z for leaf in leaves) and forward_ad.unpack_dual(f).tangent is None:
             return None
-        return Linearised(z, f, good, behind, begun, value)
+        return Linearised(z, f, good, behind, leaves, begun, value)
 
     def transposed(self, u: Tensor) -> Tensor:
         """Jᵀu, (n, T, D) → (n, T, D)."""
@@ -145,6 +147,16 @@ class Linearised:
         f = self.f if self.value is None else self.value
         (product,) = _gradients((f,), (u.to(f.dtype).view(f.shape),), (self.z,))
         return torch.zeros_like(u) if product is None else product.view(u.shape)
+
+
+_sequence = getattr(torch.autograd, "_get_sequence_nr", None)
+
+
+def _next_node() -> int:
+    """The number of the node that autograd makes next in this thread; 0 where torch does not say."""
+    if _sequence is not None:
+        return int(_sequence())
+    return int(getattr(torch.zeros(1, requires_grad=True).view(1).grad_fn, "_sequence_nr", int)())
 
 
 _engine = getattr(torch.autograd.Variable, "_execution_engine", None)

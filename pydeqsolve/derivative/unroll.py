@@ -25,7 +25,7 @@ def unroll(problem: Problem, z0: Tensor, outcome: Outcome) -> Tensor:
     """
     good, replayed = of_finite(
         problem,
-        outcome.residual.isfinite(),
+        outcome.finite,
         lambda good: _replay(problem, good, good.take(z0), outcome.solver.method(), outcome),
     )
     z = good.take(outcome.z).detach()
@@ -33,7 +33,7 @@ def unroll(problem: Problem, z0: Tensor, outcome: Outcome) -> Tensor:
     allowed = max(ELSEWHERE, 8 * torch.finfo(z.dtype).eps) * problem.shards.largest(size)
     elsewhere = good.mask_taken() & ~(problem.shards.largest(apart) <= allowed)
     same = good.without(elsewhere)
-    if not bool((same | ~outcome.residual.isfinite()).all()):
+    if not bool((same | ~outcome.finite).all()):
         warnings.warn(
             "Unrolled: the replay of some samples does not end at their solution (steps were refused, or it is not "
             "finite), so they have no gradient: use gradient=Implicit()",

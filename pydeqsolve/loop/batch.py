@@ -33,6 +33,7 @@ class Batch:
         # In memory of its own, so that fn cannot reach what it comes from.
         self.z = self.before = backend.copy_of(z)
         self.full = backend.copy_of(z0)
+        self._begins_as: Tensor | None = self.full if z is z0 else None  # what z was before anybody could write to it
         self._buffers = [self.z]
         self._calls = self._asked = 0  # of fn, of others
         self.eps = torch.finfo(z.dtype).eps
@@ -59,7 +60,8 @@ class Batch:
             if partial:
                 none = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device)
                 asked = none.index_copy(0, self.rows, asked)
-        given = Untouched(z, self.inputs, self._calls, "fn", self.problem.names)
+        given = Untouched(z, self.inputs, self._calls, "fn", self.problem.names, self._begins_as)
+        self._begins_as = None
         value = self._value(z, asked)
         given.check()
         f = self.problem.layout.pack(value, "the value of fn")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ from .step import FusedStep, KeepingStep, Step
 from .watches import Callback, Snapshots, Trace, Watch, calling
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
+class Outcome(NamedTuple):
     """What the loop returns, all of it flat; the meanings are those of `Solution`."""
 
     z: Tensor  # (B, T, D)
@@ -45,6 +44,11 @@ class Outcome:
     course: Course | None  # how it went: what `Solution.check` reads the likely causes from
     solver: Solver  # that found it
     stop: Stop  # that was asked for
+
+    @property
+    def finite(self) -> Tensor:
+        """(B,) bool: the residual is finite, so that a gradient may pass."""
+        return self.residual < torch.inf
 
 
 def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:

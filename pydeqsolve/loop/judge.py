@@ -21,9 +21,11 @@ from .batch import Batch
 
 UNSEEN = 1e-160  # root of a sum of squares that float64 rounds coarsely, or to zero
 SMALL = 1e-140  # ‖f‖ of states of which less than `UNSEEN` is more than rounding
-FIRST = dict.fromkeys(SAMPLE, 0.0)  # of a sample before its first step
-FIRST |= dict.fromkeys(("best", "previous", "residual", "recent", "earlier"), math.inf)
-FIRST["status"] = float(RUNNING)
+AT = {name: column for column, name in enumerate(SAMPLE)}
+FIRST = [0.0] * len(SAMPLE)  # of a sample before its first step
+for _name in ("best", "previous", "residual", "recent", "earlier"):
+    FIRST[AT[_name]] = math.inf
+FIRST[AT["status"]] = float(RUNNING)
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
 
 
@@ -38,24 +40,37 @@ class Verdict(NamedTuple):
 class SampleJudge:
     """The judgement of whole samples by `rules.judge_samples`.
 
-    samples: the records of those still running. left: those of finished ones, where they had them, (B,).
+    samples: the records of those still running.
     """
 
     def __init__(self, B: int, stop: Stop, backend: Backend) -> None:
         self.stop, self.rule, self.backend = stop, backend.rule, backend
-        rule = backend.rule
         device = backend.ring.R.device
         first = FIRST.copy()
-        first["unknowns"], first["floor"] = float(rule.unknowns), ROUNDING * rule.eps
-        tolerances = {"rtol": stop.rtol, "atol": stop.atol}
-        first |= {name: float(t) for name, t in tolerances.items() if not isinstance(t, Tensor)}
-        self.samples = Records(SAMPLE, native.table_of(B, list(first.values()), device))
-        for name, tolerance in tolerances.items():
+        first[AT["unknowns"]], first[AT["floor"]] = float(self.rule.unknowns), ROUNDING * self.rule.eps
+        tolerances = (("rtol", stop.rtol), ("atol", stop.atol))
+        for name, tolerance in tolerances:
+            first[AT[name]] = 0.0 if isinstance(tolerance, Tensor) else float(tolerance)
+        self.samples = Records(SAMPLE, native.table_of(B, first, device))
+        for name, tolerance in tolerances:
             if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
                 self.samples[name] = tolerance.to(device, torch.float64)
-        self.left = Records(SAMPLE, torch.empty_like(self.samples.table))
-        self._eps = rule.eps  # that fn computes with, as far as was seen
+        self._left: Records | None = None
+        self._eps = self.rule.eps  # that fn computes with, as far as was seen
         self._at_once = stop.interval(device) == 1  # finished samples leave before the next step
+
+    @property
+    def left(self) -> Records:
+        """Those of finished samples, where they had them, (B,)."""
+        if self._left is None:
+            self._left = Records(SAMPLE, torch.empty_like(self.samples.table))
+        return self._left
+
+    def leave_together(self) -> Records:
+        """`left` for all samples that still run: their own records, as they lie, where nobody has left before."""
+        if self._left is None:
+            self._left = self.samples
+        return self._left
 
     @property
     def tolerances(self) -> Records:

@@ -66,8 +66,7 @@ class History:
             for name in ("gram", "steps_gram"):
                 matrices = getattr(ring, name)  # (B, T, M, M)
                 if matrices is not None:
-                    turned = torch.take_along_dim(torch.take_along_dim(matrices, down, 2), across, 3)
-                    setattr(ring, name, turned)
+                    matrices.copy_(torch.take_along_dim(torch.take_along_dim(matrices, down, 2), across, 3))
             self.heads = torch.full_like(self.heads, ring.head)
         return self
 

@@ -105,16 +105,18 @@ class FusedStep(Step):
     def retire(self, batch: Batch, verdict: Verdict) -> Verdict:
         if not verdict.finished or verdict.z_next is None:  # those of the last step leave with the others
             return verdict
-        samples = self.judge.samples
-        self.native.leave(batch.mapped, batch.z, samples, batch.full, self.judge.left, ended=False)
-        if verdict.finished == batch.size:
+        samples, together = self.judge.samples, verdict.finished == batch.size
+        left = self.judge.leave_together() if together else self.judge.left
+        self.native.leave(batch.mapped, batch.z, samples, batch.full, left, ended=False)
+        if together:
             batch.size = 0
             return verdict
         return Verdict(verdict.mode, 0, batch.close_up(batch.size - verdict.finished, samples, verdict.z_next))
 
     def finish(self, batch: Batch, verdict: Verdict) -> None:
         if batch.size:
-            self.native.leave(batch.mapped, batch.z, self.judge.samples, batch.full, self.judge.left, ended=True)
+            left = self.judge.leave_together()
+            self.native.leave(batch.mapped, batch.z, self.judge.samples, batch.full, left, ended=True)
 
 
 class KeepingStep(Step):

@@ -30,21 +30,24 @@ class Untouched:
 
     What is written past autograd, by z.data or z.numpy(), changes no version, and inputs made in inference mode have
     none: in the first `SOUGHT` calls a copy tells. who: the function. names: of the inputs, where they are not a row.
+    like: a copy of z that there is already.
     """
 
     def __init__(
-        self, z: Tensor, inputs: Sequence[Tensor], call: int, who: str = "fn", names: Sequence[str] = ()
-    ) -> None:
+        self, z: Tensor, inputs: Sequence[Tensor], call: int, who: str = "fn", names: Sequence[str] = (),
+        like: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.who, self.names = who, names
         self.z, self.version, self.inputs = z, z._version, inputs
-        self.versions: list[int | None] = []
+        self.versions = [None if x.is_inference() else x._version for x in inputs]
         self.copies: dict[int, Tensor] = {}
-        early = call < SOUGHT
-        if inputs:
-            self.versions = [None if x.is_inference() else x._version for x in inputs]
-            unseen = [i for i, version in enumerate(self.versions) if early and version is None]
-            self.copies = {i: _first(inputs[i]).clone() for i in unseen}
-        self.copy = _leading(z).clone() if early and z.is_cpu else None
+        self.copy: Tensor | None = None
+        if call < SOUGHT:
+            if None in self.versions:
+                unseen = [i for i, version in enumerate(self.versions) if version is None]
+                self.copies = {i: _first(inputs[i]).clone() for i in unseen}
+            if z.is_cpu:
+                self.copy = _leading(z).clone() if like is None else _leading(like)
 
     def check(self) -> None:
         """Raises ValueError where the function has changed an argument."""

@@ -35,8 +35,8 @@ def choose(ring: Ring, rule: Rule | None = None, front: Front | None = None, fre
             address(x, f"{name} of the history")
     numbers = native.layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
     handle = native.bind(
-        numbers, R, ring.F, ring.gram, ring.steps_gram, ring.rhs, ring.squares, ring.count,
-        (COUPLINGS.index(ring.coupling), ring.ridge, ring.damping), native.ruled(rule, front, R.shape[2]), kept=False,
+        numbers, R, ring.F, ring.places, (COUPLINGS.index(ring.coupling), ring.ridge, ring.damping),
+        native.ruled(rule, front, R.shape[2]), kept=False,
     )  # fmt: skip
     if handle is None:
         return Backend(ring, rule, front)
@@ -181,14 +181,14 @@ class Native(Backend):
         self._turn()
         _check(self.ring, f, z)
         wanted = None if wanted is None else wanted.contiguous()
-        return native.measure_bound(self.handle, self.ring.head, f, z, rows, wanted, self.ring.squares)
+        return native.measure_bound(self.handle, self.ring.head, f, z, rows, wanted)
 
     def judge(self, samples: Records, norms: Tensor, dropped: Tensor | None) -> tuple[Tensor, int | None, int | None]:
         return native.judge(self.handle, samples, norms, dropped)
 
     def advance(self, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ring = self.ring
-        return native.advance_bound(self.handle, ring.head, z, mode, rows, ring.rhs, ring.count, out)
+        return native.advance_bound(self.handle, ring.head, ring.slots, z, mode, rows, out)
 
 
 class NativeCPU(Native):

@@ -82,21 +82,20 @@ def layout(
 
 
 def bind(
-    numbers: tuple[Any, ...], R: Tensor, F: Tensor, gram: Tensor, steps_gram: Tensor | None, rhs: Tensor,
-    squares: Tensor, count: Tensor, use: tuple[int, float, float] = (0, 0.0, 1.0),
-    rule: tuple[Any, ...] = (0.0, 1.0, 0, 0.0, False, 0), kept: bool = True,
+    numbers: tuple[Any, ...], R: Tensor, F: Tensor, places: tuple[int, ...],
+    use: tuple[int, float, float] = (0, 0.0, 1.0), rule: tuple[Any, ...] = (0.0, 1.0, 0, 0.0, False, 0),
+    kept: bool = True,
 ) -> Any:  # fmt: skip
     """What is constant in a solve as the native module takes it, or None where there are no kernels for it.
 
-    numbers: the `layout` of R. use: the place of the coupling in `COUPLINGS`, ridge and damping. rule: as `ruled`.
-    kept: for a later call that names the same. It is numbers and addresses alone: nothing is checked, and no tensor is
-    kept alive.
+    numbers: the `layout` of R. places: `Ring.places`. use: the place of the coupling in `COUPLINGS`, ridge and damping.
+    rule: as `ruled`. kept: for a later call that names the same. It is numbers and addresses alone: nothing is checked,
+    and no tensor is kept alive.
     """
     if _native is None or numbers[1] > _native.MAX_SLOTS or not (R.is_cpu or is_native(R)):
         return None
     return (_solve if kept else _native.Solve)(
-        *numbers, not R.is_cpu, *use, R.data_ptr(), F.data_ptr(), gram.data_ptr(),
-        0 if steps_gram is None else steps_gram.data_ptr(), rhs.data_ptr(), squares.data_ptr(), count.data_ptr(), *rule,
+        *numbers, not R.is_cpu, *use, R.data_ptr(), F.data_ptr(), *places, *rule
     )  # fmt: skip
 
 
@@ -114,21 +113,19 @@ def _solve(*numbers: Any) -> Any:
     return _native.Solve(*numbers)
 
 
-def measure_bound(
-    handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None, squares: Tensor
-) -> Tensor:
+def measure_bound(handle: Any, head: int, f: Tensor, z: Tensor, rows: Tensor, wanted: Tensor | None) -> Tensor:
     """`measure` of a history that `bind` returned, whose newest row goes to slot `head`. Nothing is checked."""
     n, T, _ = f.shape
     mask = 0 if wanted is None else wanted.data_ptr()
     if f.is_cpu:
         # Norms of blocks that are not wanted are not written.
-        norms = squares.new_empty(n, T, 2) if wanted is None else squares.new_zeros(n, T, 2)
+        norms = (torch.empty if wanted is None else torch.zeros)(n, T, 2, dtype=torch.float64, device=f.device)
         _native.measure(
             handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(),
             torch.get_num_threads(), 0, 0,
         )  # fmt: skip
         return norms
-    norms, partial = squares.new_zeros(n, T, 2), _workspace(handle, f)
+    norms, partial = torch.zeros(n, T, 2, dtype=torch.float64, device=f.device), _workspace(handle, f)
     with torch.cuda.device(f.device):
         _native.measure(
             handle, head, n, rows.data_ptr(), mask, f.data_ptr(), z.data_ptr(), norms.data_ptr(), 0,
@@ -246,18 +243,21 @@ def tell(left: Tensor) -> tuple[list[Tensor], int]:
     the host; and how many did not converge."""
     B, device = left.shape[0], left.device
     best = torch.empty(B, dtype=torch.float64, device=device)
-    counts = [torch.empty(B, dtype=torch.int64, device=device) for _ in range(4)]
-    failed: int = _native.tell(B, left.data_ptr(), best.data_ptr(), *[x.data_ptr() for x in counts])
-    return [best, *counts], failed
+    evaluations = torch.empty_like(best, dtype=torch.int64)
+    status, rejections, losses = (torch.empty_like(evaluations) for _ in range(3))
+    failed: int = _native.tell(
+        B, left.data_ptr(), best.data_ptr(), evaluations.data_ptr(), status.data_ptr(), rejections.data_ptr(),
+        losses.data_ptr(),
+    )  # fmt: skip
+    return [best, evaluations, status, rejections, losses], failed
 
 
 def advance_bound(
-    handle: Any, head: int, z: Tensor, mode: Tensor, rows: Tensor, rhs: Tensor, count: Tensor,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    handle: Any, head: int, slots: int, z: Tensor, mode: Tensor, rows: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`advance` of a history that `bind` returned, whose newest row is in slot `head`. Nothing is checked."""
     n, T, _ = z.shape
-    dropped = count.new_empty(n, T)
+    dropped = torch.empty(n, T, dtype=torch.int32, device=z.device)
     z_next = torch.empty_like(z) if out is None else out
     if z.is_cpu:
         _native.advance(
@@ -265,7 +265,8 @@ def advance_bound(
             torch.get_num_threads(), 0, 0,
         )  # fmt: skip
         return z_next, dropped
-    gamma, workspace = rhs.new_empty(n, T, rhs.shape[2]), _workspace(handle, z)
+    gamma = torch.empty(n, T, slots, dtype=torch.float64, device=z.device)
+    workspace = _workspace(handle, z)
     with torch.cuda.device(z.device):
         _native.advance(
             handle, head, n, rows.data_ptr(), mode.data_ptr(), gamma.data_ptr(), dropped.data_ptr(), z.data_ptr(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ KINDS = ("anderson II", "anderson I", "broyden good", "broyden bad")  # csrc/ste
 COUPLINGS = ("joint", "independent", "causal")  # csrc/step.h, Coupling
 STORAGES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/scalar.h, Storage
 PAGE = 4096  # bytes
+SMALL = ("gram", "steps_gram", "rhs", "squares", "count")  # of a ring, a few numbers per sample each
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,12 @@ def _rows(B: int, M: int, T: int, D: int, dtype: torch.dtype, device: torch.devi
     stride = B * T * D
     if stride * dtype.itemsize >= PAGE:  # slots that start at one place of a page would share few places of a cache
         stride = (stride + line - 1) // line * line + 13 * line
-    return torch.empty(M * stride, dtype=dtype, device=device).as_strided((B, M, T, D), (T * D, stride, D, 1))
+    return torch.empty_strided((B, M, T, D), (T * D, stride, D, 1), dtype=dtype, device=device)
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    """The address of each; 0 for None."""
+    return tuple(0 if x is None else x.data_ptr() for x in tensors)
 
 
 class Ring:
@@ -43,20 +50,50 @@ class Ring:
     and nothing is rounded (Sterbenz 1974). Norms are of r as it is.
     """
 
+    R: Tensor  # (B, M, T, D)
+    F: Tensor  # (B, M, T, D)
+    gram: Tensor  # (B, T, M, M) float64
+    rhs: Tensor  # (B, T, M) float64
+    squares: Tensor  # (B, T, 2) float64, r·r and f·f of the newest row
+    steps_gram: Tensor | None  # (B, T, M, M) float64
+    count: Tensor  # (B, T) int32, valid rows, the newest included
+
     def __init__(self, method: Method, B: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
         self.kind, self.coupling = method.kind, method.coupling
         self.damping, self.ridge = float(method.damping), float(method.ridge)
-        self.slots = method.memory + 1
+        self.slots = M = method.memory + 1
         self.head = 0
         self.eps = torch.finfo(dtype).eps
         self.dtype = dtype
-        M = self.slots
-        self.R, self.F = (_rows(B, M, T, D, dtype, device) for _ in range(2))
-        self.gram = torch.zeros(B, T, M, M, dtype=torch.float64, device=device)
-        self.steps_gram = torch.zeros_like(self.gram) if self.kind == "broyden good" else None
-        self.rhs = torch.zeros(B, T, M, dtype=torch.float64, device=device)
-        self.squares = torch.zeros(B, T, 2, dtype=torch.float64, device=device)  # r·r and f·f of the newest row
-        self.count = torch.zeros(B, T, dtype=torch.int32, device=device)  # valid rows, the newest included
+        self.R, self.F = _rows(B, M, T, D, dtype, device), _rows(B, M, T, D, dtype, device)
+        # One piece of memory, of which small tensors are made where one is asked for: the native passes ask for none.
+        matrices, of_count = B * T * M * M, (B * T + 1) // 2
+        steps = matrices if self.kind == "broyden good" else 0
+        self._sizes = (matrices, steps, B * T * M, B * T * 2, of_count)
+        doubles = matrices + steps + B * T * (M + 2) + of_count
+        self._small: Tensor | None = torch.zeros(doubles, dtype=torch.float64, device=device)
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        if name not in SMALL or self._small is None:
+            raise AttributeError(f"Ring has no attribute {name!r}")
+        B, M, T, _ = self.R.shape
+        gram, steps, rhs, squares, count = self._small.split(self._sizes)
+        self.gram, self.rhs, self.squares = gram.view(B, T, M, M), rhs.view(B, T, M), squares.view(B, T, 2)
+        self.steps_gram = steps.view(B, T, M, M) if self.kind == "broyden good" else None
+        self.count = count.view(torch.int32)[: B * T].view(B, T)
+        self._small = None
+        return vars(self)[name]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The addresses of gram, steps_gram, rhs, squares and count; 0 for one that there is not."""
+        if self._small is None:
+            return addresses(map(vars(self).get, SMALL))
+        matrices, steps, rhs, squares, _ = self._sizes
+        first = self._small.data_ptr()
+        after = first + 8 * (matrices + steps)
+        of_steps = first + 8 * matrices if steps else 0
+        return first, of_steps, after, after + 8 * rhs, after + 8 * (rhs + squares)
 
     @property
     def by_steps(self) -> bool:
@@ -65,7 +102,7 @@ class Ring:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it holds, by name."""
-        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return {name: x for name in ("R", "F", *SMALL) if (x := getattr(self, name)) is not None}
 
     def clone(self) -> Ring:
         """A ring with tensors of its own."""

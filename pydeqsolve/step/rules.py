@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ FLAT_STEPS = 10  # steps without change after which a residual is called stalled
 GROWTH = 2.0**104  # of the residual, that float64 does not recover from
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """What a judgement knows besides the records.
 
     safeguard: growth of the residual at which an accelerated step is refused; 0 for solvers without any. eps: of the
     state's dtype. norm: "rms", "l2" or "max". entries: those of a sample, or of a block where blocks are judged.
-    divisor: of sums of squares, the entries for the root mean square, 1 for other norms. unknowns: entries of a sample,
-    0 where blocks are judged.
+    unknowns: entries of a sample, 0 where blocks are judged.
     """
 
     safeguard: float
@@ -30,10 +28,11 @@ class Rule:
     norm: str
     entries: int
     unknowns: int = 0
-    divisor: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "divisor", float(self.entries if self.norm == "rms" else 1))
+    @property
+    def divisor(self) -> float:
+        """Of sums of squares: the entries for the root mean square, 1 for other norms."""
+        return float(self.entries if self.norm == "rms" else 1)
 
 
 def judge_samples(samples: Records, norms: Tensor, dropped: Tensor | None, rule: Rule) -> Tensor:

@@ -7,7 +7,7 @@ s_{k+1} = A_k s_k + c_k (b_k + N_k) + σ_k n_k, A_k = a_k + c_k κ_k (`diffusion
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,18 @@ from .checks import real, signal, time_steps
 from .recurrence import Recurrence
 
 VARIANCE_FLOOR = 1e-2  # of the mean variance
+
+
+def one_line(value: Any) -> str:
+    """The `repr` of a dataclass: its tensors by their shapes, and no field that is as it is by default."""
+    shown = []
+    for part in fields(value):
+        here = getattr(value, part.name)
+        if isinstance(here, Tensor):
+            shown.append(f"{part.name} {tuple(here.shape)}")
+        elif part.repr and here is not part.default and here != part.default:
+            shown.append(f"{part.name}={here!r}")
+    return f"{type(value).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +123,7 @@ class Splitting:
     kappa: Tensor
     offset: Tensor | None = None
     basis: Tensor | None = None
+    __repr__ = one_line
 
     @staticmethod
     def fitted(chain: Chain, images: Tensor, basis: str = "pixels") -> Splitting:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .chain import Chain
+from .chain import Chain, one_line
 
 
 @dataclass(eq=False)
@@ -23,7 +23,8 @@ class Inpaint:
     x_0: Tensor
     mask: Tensor
     noise: Tensor
-    levels: list[tuple[float, float]] = field(init=False)  # α and σ of the states 0 … T
+    levels: list[tuple[float, float]] = field(init=False, repr=False)  # α and σ of the states 0 … T
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         if self.noise.shape != self.x_0.shape:

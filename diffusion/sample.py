@@ -53,9 +53,10 @@ class Sample:
         if not len(self.x_0):
             return f"Sample({shape})"
         least, most = int(self.evaluations.min()), int(self.evaluations.max())
+        evaluations = f"{most}" if least == most else f"{least} to {most}"
         return (
             f"Sample({shape}; {int(self.converged.sum())} of {len(self.x_0)} converged, error at most "
-            f"{float(self.error.max()):.1e}; {self.rounds} rounds, {least} to {most} evaluations)"
+            f"{float(self.error.max()):.1e}; {self.rounds} rounds, {evaluations} evaluations)"
         )
 
 

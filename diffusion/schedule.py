@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain import Chain
+from .chain import Chain, one_line
 from .checks import PREDICTIONS, RULES, SPACINGS, VARIANCES, count, flag, one_of, real
 from .models.clip import Clip
 from .models.continuous import ContinuousSchedule
@@ -54,6 +54,7 @@ class Schedule:
     ancestral: bool = False
     variance: str = "small"
     prediction: str | None = None
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         alphas = self.alphas_cumprod

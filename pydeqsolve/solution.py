@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["Adjoint", "ConvergenceError", "Solution", "Status"]
 
 
+def in_short(status: Tensor, counts: Tensor, counted: str, residual: Tensor) -> str:
+    """Samples per status, counts from least to most, largest residual. Waits for the device."""
+    ended = ", ".join(f"{n} {s.name}" for s in Status if (n := int((status == int(s)).sum()))) or "no samples"
+    if not status.numel():
+        return ended
+    least, most = int(counts.min()), int(counts.max())
+    numbers = f"{most}" if least == most else f"{least} to {most}"
+    return f"{ended}; {numbers} {counted}; residual at most {float(residual.max()):.1e}"
+
+
 class ConvergenceError(RuntimeError):
     """Raised by `Solution.check` (and by `Implicit(on_failure="raise")`) when samples did not converge."""
 
@@ -30,6 +40,12 @@ class Adjoint:
     status: Tensor  # (B,) int64 of Status
     residual: Tensor  # (B,) float64
     evaluations: Tensor  # (B,) int64
+
+    def __repr__(self) -> str:
+        """One line. Waits for the device."""
+        if is_stacked(self.status):
+            return f"Adjoint({len(self.status)} samples inside a vmap)"
+        return f"Adjoint({in_short(self.status, self.evaluations, 'products', self.residual)})"
 
 
 @dataclass(eq=False)
@@ -80,12 +96,7 @@ class Solution:
         """One line: samples per status, evaluations, largest residual. Waits for the device."""
         if is_stacked(self.status):
             return f"Solution({len(self.status)} samples inside a vmap)"
-        counts = {s.name: int((self.status == int(s)).sum()) for s in Status}
-        ended = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "no samples"
-        if not self.status.numel():
-            return f"Solution({ended})"
-        least, most = int(self.evaluations.min()), int(self.evaluations.max())
-        return f"Solution({ended}; {least} to {most} evaluations; residual at most {float(self.residual.max()):.1e})"
+        return f"Solution({in_short(self.status, self.evaluations, 'evaluations', self.residual)})"
 
     def check(self) -> Solution:
         """Returns self, or raises ConvergenceError that counts the samples of each status and cause, and says what to

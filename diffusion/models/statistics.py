@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain import VARIANCE_FLOOR, Chain, Splitting, cosine_basis, cosines
+from ..chain import VARIANCE_FLOOR, Chain, Splitting, cosine_basis, cosines, one_line
 from .files import Stored
 
 PREFIX = "data."
@@ -48,6 +48,7 @@ class Statistics:
     frequencies: Tensor | None = None
     eigenvalues: Tensor | None = None
     eigenvectors: Tensor | None = None
+    __repr__ = one_line
 
     def __post_init__(self) -> None:
         for name, value in self.tensors().items():

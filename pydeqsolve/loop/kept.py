@@ -28,6 +28,11 @@ class History:
     counts: Tensor  # (B, T) rows of each block when its sample finished
     open: Tensor  # (B,) bool, not finished yet
     segments: Tensor | None = None  # (N,) which rows were whose, where samples are groups of rows (`solve`)
+
+    def __repr__(self) -> str:
+        """One line: the method, and the shape of the last iterate as it lies in the ring."""
+        return f"History({self.method}, z {tuple(self.z.shape)})"
+
     ranks: int = 1  # over which the Gram matrices were added up
 
     @staticmethod

@@ -26,7 +26,7 @@ def test_sampled_images_are_those_of_the_library(tmp_path, capsys):
     digits = load_checkpoint("digits")
     x_T = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        expected = sample(digits.model, x_T, digits.schedule.chain(12), method="sequential").x_0
+        expected = sample(digits.model, x_T, digits.schedule.chain(12, "quadratic"), method="sequential").x_0
     assert code == 0
     torch.testing.assert_close(load_file(tmp_path / "samples.safetensors")["x_0"], expected, rtol=0, atol=1e-5)
     summary = json.loads(out)

@@ -10,7 +10,7 @@ from PIL import Image
 from program import run, write_pictures
 from safetensors.torch import load_file, save_file
 
-from diffusion import load_checkpoint
+from diffusion import load_checkpoint, sample
 from diffusion.program.editing import spherical
 from diffusion.program.images import image_files
 from diffusion.program.latents import names_of, read_latents
@@ -209,3 +209,129 @@ def test_sampled_images_are_written_at_their_own_size(tmp_path, capsys):
     pixels = np.asarray(Image.open(tmp_path / "images" / "01.png"))
     assert pixels.shape == load_checkpoint("digits").shape[1:]
     assert np.abs(pixels - (x_0.clamp(-1, 1).numpy() + 1) * 127.5).max() <= 0.5
+
+
+@pytest.fixture
+def mapped(tmp_path, capsys):
+    """Two pictures inverted by noise maps: the folder, and the pictures'."""
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    argv = ["invert", "--images", pictures, "--steps", 6, "--method", "ddpm", "--output", tmp_path / "maps"]
+    assert run(*argv, capsys=capsys)[0] == 0
+    return tmp_path / "maps", pictures
+
+
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_noise_maps_that_were_found_are_added_again(mapped, method, tmp_path, capsys):
+    folder, pictures = mapped
+    assert read_latents(str(folder)).chain == {"model": "digits", "steps": 6, "spacing": "quadratic", "eta": 1.0}
+    argv = ["sample", "--latents", folder, "--method", method, "--error", 1e-6, "--output", tmp_path / "out"]
+    argv = argv[:5] + argv[7:] if method == "sequential" else argv
+    assert run(*argv, capsys=capsys)[0] == 0
+    for name in ("0", "1"):
+        again, given = (np.asarray(Image.open(p).convert("L"), int) for p in
+                        (tmp_path / "out" / "images" / f"{name}.png", pictures / f"{name}.png"))  # fmt: skip
+        assert np.abs(again - given).max() <= 1
+    again = load_file(tmp_path / "out" / "samples.safetensors")
+    assert torch.equal(again["noises"], load_file(folder / "inversion.safetensors")["done.noises"])
+
+
+def test_noise_maps_are_walked_and_varied_with_their_latents(mapped, tmp_path, capsys):
+    folder, _ = mapped
+    found = read_latents(str(folder))
+    argv = ["edit", "--latents", folder, "--between", "0", "1", "--count", 3, "--output", tmp_path / "walk"]
+    assert run(*argv, capsys=capsys)[0] == 0
+    walk = read_latents(str(tmp_path / "walk"))
+    torch.testing.assert_close(walk.noises[[0, -1]], found.noises, rtol=0, atol=1e-6)
+    assert run("edit", "--latents", folder, "--vary", 0.1, "-o", tmp_path / "v", capsys=capsys)[0] == 0
+    varied = read_latents(str(tmp_path / "v"))
+    assert varied.noises.shape == (8, 6, 1, 8, 8)
+    assert run("sample", "--latents", tmp_path / "v", "-o", tmp_path / "s", "--no-pictures", capsys=capsys)[0] == 0
+
+
+def test_noise_maps_need_as_many_steps_as_they_have(mapped, tmp_path, capsys):
+    code, _, err = run("sample", "--latents", mapped[0], "--steps", 7, "-o", tmp_path / "out", capsys=capsys)
+    assert (code, len(err)) == (2, 1 + any("warning" in line for line in err))
+    assert "--steps: 6, as many as the latents have noise maps, is required, got 7" in err[-1]
+
+
+def test_an_inversion_by_noise_maps_goes_on_where_it_stopped(tmp_path, capsys):
+    argv = ["invert", "--steps", 4, "--count", 3, "--batch", 2, "--method", "ddpm", "--no-pictures", "-o"]
+    assert run(*argv, tmp_path / "whole", capsys=capsys)[0] == 0
+    assert run(*argv, tmp_path / "whole", "--seed", 1, capsys=capsys)[0] == 2  # another result
+    code, _, err = run(*argv, tmp_path / "whole", capsys=capsys)
+    assert code == 0
+    assert "already done" in err[0]
+    tensors = load_file(tmp_path / "whole" / "inversion.safetensors")
+    assert tensors["done.noises"].shape == (3, 4, 1, 8, 8)
+    assert tensors["done.loss"].max() < 1e-12
+
+
+@pytest.mark.parametrize("method", ["ddim", "exact"])
+def test_a_pair_of_states_that_was_found_is_sampled_and_walked(method, tmp_path, capsys):
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    argv = ["invert", "--images", pictures, "--steps", 12, "--rule", "belm", "--method", method]
+    code, out, _ = run(*argv, "-o", tmp_path / "inverted", "--json", capsys=capsys)
+    assert (code, json.loads(out)["settings"]["rule"]) == (0, "belm")
+    found = read_latents(str(tmp_path / "inverted"))
+    assert found.chain["rule"] == "belm"
+    assert found.second.shape == (2, 1, 8, 8)
+    argv = ["edit", "--latents", tmp_path / "inverted", "--between", "0", "1", "--count", 3, "-o", tmp_path / "walk"]
+    assert run(*argv, capsys=capsys)[0] == 0
+    argv = ["sample", "--latents", tmp_path / "walk", "--method", "sequential", "-o", tmp_path / "out"]
+    assert run(*argv, capsys=capsys)[0] == 0
+    for name, own in (("0-1-01", "0"), ("0-1-03", "1")):
+        again, given = (np.asarray(Image.open(p).convert("L"), int) for p in
+                        (tmp_path / "out" / "images" / f"{name}.png", pictures / f"{own}.png"))  # fmt: skip
+        assert np.abs(again - given).max() <= 1
+    assert run("edit", "--latents", tmp_path / "inverted", "--vary", 0.1, "-o", tmp_path / "v", capsys=capsys)[0] == 0
+    assert read_latents(str(tmp_path / "v")).second is None
+
+
+def test_images_are_sampled_by_the_multistep_rule(tmp_path, capsys):
+    argv = ["sample", "--steps", 8, "--count", 1, "--rule", "dpmsolver++2m", "--method", "sequential", "--no-pictures"]
+    assert run(*argv, "-o", tmp_path, capsys=capsys)[0] == 0
+    digits, got = load_checkpoint("digits"), load_file(tmp_path / "samples.safetensors")
+    chain = digits.schedule.chain(8, "quadratic", rule="dpmsolver++2m")
+    with torch.no_grad():
+        expected = sample(digits.model, got["x_T"], chain, "sequential", prediction=digits.prediction).x_0
+    torch.testing.assert_close(got["x_0"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["invert", "--rule", "dpmsolver++2m"], "--rule dpmsolver++2m: inverted by --method naive, got exact"),
+        (["invert", "--rule", "belm", "--method", "deq"], "--rule belm: inverted by --method exact or ddim, got deq"),
+        (["invert", "--eta", "0.5"], "--eta: of ddpm, got --method exact"),
+        (["invert", "--method", "ddpm", "--eta", "0"], "a number above 0, to 1, is required, got 0"),
+        (["invert", "--method", "ddpm", "--rule", "belm"], "--rule belm: inverted by --method exact or ddim, got ddpm"),
+        (["sample", "--rule", "belm", "--eta", "1"], "'belm' has neither fresh noise nor clipping"),
+        (["sample", "--rule", "beml"], "did you mean belm?"),
+    ],
+)  # fmt: skip
+def test_a_rule_or_noise_that_does_not_go_together_is_one_line(argv, words, tmp_path, capsys):
+    code, _, err = run(*argv, "-o", tmp_path, capsys=capsys)
+    assert (code, len(err)) == (2, 1)
+    assert words in err[0]
+
+
+@pytest.mark.parametrize("command", [["sample", "--method", "sequential"], ["invert", "--method", "ddim"]])
+def test_the_shipped_models_chains_are_quadratic_unless_told_otherwise_and_the_latents_say_so(
+    command, tmp_path, capsys
+):
+    argv = [*command, "--count", 1, "--steps", 5, "--no-pictures", "--output"]
+    assert run(*argv, tmp_path / "usual", capsys=capsys)[0] == 0
+    assert run(*argv, tmp_path / "even", "--spacing", "linspace", capsys=capsys)[0] == 0
+    usual, even = (read_latents(str(tmp_path / name)) for name in ("usual", "even"))
+    assert (usual.chain["spacing"], even.chain["spacing"]) == ("quadratic", "linspace")
+    images = []
+    for name in ("usual", "even"):
+        argv = ["sample", "--latents", tmp_path / name, "--method", "sequential", "--no-pictures", "-o"]
+        assert run(*argv, tmp_path / f"{name}-again", capsys=capsys)[0] == 0
+        got, digits = load_file(tmp_path / f"{name}-again" / "samples.safetensors"), load_checkpoint("digits")
+        chain = digits.schedule.chain(5, "quadratic" if name == "usual" else "linspace")
+        with torch.no_grad():
+            expected = sample(digits.model, got["x_T"], chain, "sequential", prediction=digits.prediction).x_0
+        images.append(got["x_0"])
+        torch.testing.assert_close(got["x_0"], expected, rtol=0, atol=1e-6)
+    assert not torch.equal(*images)

@@ -59,6 +59,7 @@ DEPENDS = {
 IN_WORDS = {
     "gradient",
     "threads",
+    "rule",
     "spacing",
     "eta",
     "error",

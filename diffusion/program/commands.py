@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..methods.fastest import NAMES
 from ..methods.parallel import Parallel
 from ..models.checkpoint import SHIPPED, Checkpoint, load_checkpoint
 from ..models.files import write_json, write_tensors
+from ..models.wrappers import DiffusersModel
 from ..sample import Sample, sample
 from . import pictures
 from .images import earlier_images, image_files, remove_images, write_images
@@ -26,6 +28,7 @@ from .output import counted, finite, say, writable
 from .parser import guess
 
 MODEL, STEPS, COUNT = "digits", 100, 16  # unless the user or the latents say otherwise
+USUAL_SPACING = "quadratic"
 SHOWN = 64  # images in the picture of the samples, at most
 RECORD = "summary.json"
 
@@ -85,7 +88,8 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     latents = _latents(args, checkpoint, found)
     steps = args.steps if args.steps is not None else latents.chain.get("steps", STEPS)
     eta = args.eta if args.eta is not None else latents.chain.get("eta")
-    chain = checkpoint.schedule.chain(steps, chain_spacing(args, latents), eta)
+    spacing = spacing_of(checkpoint, args.spacing or latents.chain.get("spacing"))
+    chain = checkpoint.schedule.chain(steps, spacing, eta, args.rule or latents.chain.get("rule"))
     if args.pictures:
         pictures.require_matplotlib()
     x_T = latents.x_T.to(device) * (1.0 if args.latents else chain.init_noise_sigma)
@@ -94,7 +98,7 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     earlier = earlier_images(args.output, RECORD)
     with writable(args.output, files, args.overwrite) as folder:
         start = time.perf_counter()
-        parts = _sample_batches(args, checkpoint, x_T, chain)
+        parts = _sample_batches(args, checkpoint, replace(latents, x_T=x_T), chain)
         seconds = time.perf_counter() - start
         x_0 = torch.cat([part.x_0 for part in parts]).cpu()
         _require_finite(x_0, torch.cat([part.error for part in parts]).cpu())
@@ -107,9 +111,9 @@ def run_sample(args: Namespace) -> dict[str, Any]:
             "converged": sum(int(part.converged.sum()) for part in parts), "seconds": seconds,
             "output": str(folder), "files": files,
         }  # fmt: skip
-        own = {"steps": len(chain), "spacing": chain_spacing(args, latents), "eta": float(chain.eta)}
+        own = {"steps": len(chain), "spacing": spacing, "eta": float(chain.eta), "rule": recorded_rule(chain)}
         known = header(latents.names, model=checkpoint.name, **own)
-        write_tensors(folder / "samples.safetensors", {"x_T": x_T.cpu(), "x_0": x_0}, known)
+        write_tensors(folder / "samples.safetensors", {**replace(latents, x_T=x_T).tensors(), "x_0": x_0}, known)
         if args.pictures:
             title = f"{checkpoint.name}: {args.method} DDIM, T = {len(chain)}"
             pictures.draw_samples(folder / "samples.png", title, {"": x_0[:SHOWN]})
@@ -130,18 +134,34 @@ def _latents(args: Namespace, checkpoint: Checkpoint, latents: Latents | None) -
         whose = f": they are of --model {latents.chain['model']}" if "model" in latents.chain else ""
         wanted = f"of {checkpoint.name}, {checkpoint.shape}, are required"
         raise ValueError(f"--latents {args.latents}: {wanted}, got {got}{whose}")
-    asked = {"model": checkpoint.name, "steps": args.steps, "spacing": args.spacing, "eta": args.eta}
+    asked = {
+        "model": checkpoint.name, "steps": args.steps, "spacing": args.spacing, "eta": args.eta,
+        "rule": args.rule,
+    }  # fmt: skip
     for name, given in asked.items():
-        theirs = latents.chain.get(name)
+        theirs = latents.chain.get(name, "ddim" if name == "rule" and "steps" in latents.chain else None)
         if theirs is not None and given not in (None, theirs):
             say(f"deq-ddim: warning: the latents are of {name} {theirs}: with {given} they make other images")
-    kept = slice(args.count)
-    return Latents(latents.x_T[kept], latents.names[kept], latents.chain)
+    T = args.steps if args.steps is not None else latents.chain.get("steps", STEPS)
+    if latents.noises is not None and latents.noises.shape[1] != T:
+        maps = latents.noises.shape[1]
+        raise ValueError(f"--steps: {maps}, as many as the latents have noise maps, is required, got {T}")
+    if latents.second is not None and args.rule not in (None, "belm"):
+        raise ValueError(f"--rule: belm, whose pairs of states these latents are, is required, got {args.rule}")
+    return latents.kept(args.count)
 
 
-def chain_spacing(args: Namespace, latents: Latents) -> str | None:
-    """Return the spacing that the user or the latents ask for, None for the schedule's own."""
-    return args.spacing or latents.chain.get("spacing")
+def spacing_of(checkpoint: Checkpoint, asked: str | None) -> str | None:
+    """Return the spacing asked for, else the usual: "quadratic", and None, the scheduler's, of a model of diffusers.
+
+    Quadratic time steps are denser next to the image, where inversion is hard, and sample no worse.
+    """
+    return asked or (None if isinstance(checkpoint.model, DiffusersModel) else USUAL_SPACING)
+
+
+def recorded_rule(chain: Chain) -> str | None:
+    """Return the rule of a chain as files have it: None is "ddim"."""
+    return None if chain.rule == "ddim" else chain.rule
 
 
 def _require_finite(x_0: Tensor, error: Tensor) -> None:
@@ -151,14 +171,19 @@ def _require_finite(x_0: Tensor, error: Tensor) -> None:
         raise ArithmeticError(f"{bad} of {are} not finite: the model returned NaN or infinity")
 
 
-def _sample_batches(args: Namespace, checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> list[Sample]:
+def _sample_batches(args: Namespace, checkpoint: Checkpoint, latents: Latents, chain: Chain) -> list[Sample]:
     generator = torch.Generator().manual_seed(args.seed + 1) if chain.eta else None
     method = sampler_of(args.method, args.window)
     parts: list[Sample] = []
-    for part in x_T.split(args.batch):
+    for at in range(0, len(latents.x_T), args.batch):
+        own = slice(at, at + args.batch)
+        part = latents.x_T[own]
+        second, noises = (None if x is None else x[own].to(part.device) for x in (latents.second, latents.noises))
+        latent = part if second is None else (part, second)
         out = sample(
-            checkpoint.model, part, chain, method, error=args.error, max_rounds=args.max_rounds, generator=generator,
-            progress=True, **options_of(checkpoint, chain, args.splitting),
+            checkpoint.model, latent, chain, method, error=args.error, noises=noises,
+            max_rounds=args.max_rounds, generator=generator, progress=True,
+            **options_of(checkpoint, chain, args.splitting),
         )  # fmt: skip
         if parts:  # only the first batch's is drawn
             out.trajectory = out.trajectory[:0]

@@ -21,12 +21,17 @@ def spherical(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
     Direction: sin((1−s) θ)/sin θ a/|a| + sin(s θ)/sin θ b/|b|, θ the angle between (Shoemake 1985). A straight line
     would pass through latents that are shorter than the model ever sees, and make bland images.
     """
+    first, last = shares(a, b, s)
+    return first * a + last * b
+
+
+def shares(a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a and of b (k, 1, …) makes the latents that `spherical` returns."""
     lengths = a.norm(), b.norm()
-    u, v = a / lengths[0], b / lengths[1]
-    angle = (u * v).sum().clamp(-1 + 1e-6, 1 - 1e-6).acos()
+    angle = ((a / lengths[0]) * (b / lengths[1])).sum().clamp(-1 + 1e-6, 1 - 1e-6).acos()
     s = s.to(a.dtype).reshape(-1, *[1] * a.dim())
-    direction = (((1 - s) * angle).sin() * u + (s * angle).sin() * v) / angle.sin()
-    return direction * torch.lerp(*lengths, s)
+    size = torch.lerp(*lengths, s) / angle.sin()
+    return ((1 - s) * angle).sin() * size / lengths[0], (s * angle).sin() * size / lengths[1]
 
 
 def run_edit(args: Namespace) -> dict[str, Any]:
@@ -66,17 +71,30 @@ def _walk(latents: Latents, first: int, last: int, count: int) -> Latents:
     """The way from one latent to another, both included."""
     if count < 2:
         raise ValueError(f"--count: at least 2, both ends, is required, got {count}")
-    x_T = spherical(latents.x_T[first], latents.x_T[last], torch.linspace(0, 1, count))
-    a, b = latents.names[first], latents.names[last]
-    return Latents(x_T, [f"{a}-{b}-{number}" for number in numbered(count)], latents.chain)
+    s, x_T, second, noises = torch.linspace(0, 1, count), latents.x_T, latents.second, latents.noises
+    a, b = shares(x_T[first], x_T[last], s)
+    if second is not None:  # the pairs stay pairs: both states by the same shares
+        second = a * second[first] + b * second[last]
+    if noises is not None:
+        noises = spherical(noises[first], noises[last], s)
+    names = [f"{latents.names[first]}-{latents.names[last]}-{number}" for number in numbered(count)]
+    return Latents(a * x_T[first] + b * x_T[last], names, latents.chain, second, noises)
 
 
 def _variants(latents: Latents, amount: float, count: int, seed: int) -> Latents:
-    """`count` neighbours of each latent, each this share of the way to a fresh one."""
+    """`count` neighbours of each latent, each this share of the way to a fresh one, and its noise maps as far.
+
+    Of a pair of states the first alone is turned: the chain makes the second of it.
+    """
     generator = torch.Generator().manual_seed(seed)
-    made, names = [], []
-    for x_T, name in zip(latents.x_T, latents.names, strict=True):
-        fresh = torch.randn(count, *x_T.shape, generator=generator).to(x_T)
-        made += [spherical(x_T, noise, torch.tensor([amount]))[0] for noise in fresh]
-        names += [f"{name}-{number}" for number in numbered(count)]
-    return Latents(torch.stack(made), names, latents.chain)
+    names = [f"{name}-{number}" for name in latents.names for number in numbered(count)]
+
+    def turned(parts: Tensor) -> Tensor:
+        made = []
+        for part in parts:
+            fresh = torch.randn(count, *part.shape, generator=generator).to(part)
+            made += [spherical(part, noise, torch.tensor([amount]))[0] for noise in fresh]
+        return torch.stack(made)
+
+    x_T = turned(latents.x_T)
+    return Latents(x_T, names, latents.chain, noises=None if latents.noises is None else turned(latents.noises))

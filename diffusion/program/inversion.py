@@ -22,7 +22,7 @@ from ..models.files import fingerprint, write_json
 from ..sample import sample
 from ..training.data import picture_files, read_picture
 from . import pictures
-from .commands import load, options_of, splitting_of
+from .commands import load, options_of, recorded_rule, spacing_of, splitting_of
 from .images import earlier_images, image_files, remove_images, write_images
 from .latents import names_of, numbered
 from .machine import device_of
@@ -31,7 +31,14 @@ from .record import SETTINGS, TENSORS, Record, under_way
 
 SHOWN = 16  # images in the picture of the reconstructions, at most
 LONGEST_NAME = 12  # letters of a name above an image
-OPTIONS = {"epochs": ("naive", "deq"), "lr": ("naive", "deq"), "gradient": ("deq",), "error": ("exact",)}
+OPTIONS = {
+    "epochs": ("naive", "deq"),
+    "lr": ("naive", "deq"),
+    "gradient": ("deq",),
+    "error": ("exact",),
+    "eta": ("ddpm",),
+}
+READ = {"belm": ("exact", "ddim"), "dpmsolver++2m": ("naive",)}  # the methods that invert chains of a rule
 GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}
 
 
@@ -63,7 +70,8 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     _check_used(args)
     device = device_of(args.device)
     checkpoint = load(args.model, device)
-    chain = checkpoint.schedule.chain(args.steps, args.spacing, eta=0.0)
+    spacing, eta = spacing_of(checkpoint, args.spacing), (args.eta or 1.0) if args.method == "ddpm" else 0.0
+    chain = checkpoint.schedule.chain(args.steps, spacing, eta, args.rule)
     images, names = _images(args, checkpoint)
     if args.pictures:
         pictures.require_matplotlib()
@@ -71,7 +79,7 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     own = args.restart or under_way(Path(args.output))
     earlier = earlier_images(args.output, SETTINGS)
     with writable(args.output, [TENSORS, SETTINGS, *drawn], own, "--restart replaces it") as folder:
-        settings = _settings(args, checkpoint, images, device)
+        settings = _settings(args, checkpoint, images, device, chain)
         record = Record.open(folder, settings, images, args.restart, names)
         if len(record) == len(images):
             say(f"deq-ddim: already done, nothing to compute: {folder} holds {counted(len(images), 'latent')}")
@@ -93,6 +101,8 @@ def _check_used(args: Namespace) -> None:
     for option, methods in OPTIONS.items():
         if getattr(args, option) is not None and args.method not in methods:
             raise ValueError(f"--{option}: of {' and '.join(methods)}, got --method {args.method}")
+    if args.rule in READ and args.method not in READ[args.rule]:
+        raise ValueError(f"--rule {args.rule}: inverted by --method {' or '.join(READ[args.rule])}, got {args.method}")
     args.gradient = args.gradient or "phantom"
 
 
@@ -110,19 +120,21 @@ def _progress(record: Record, images: Tensor) -> str:
     return f"{len(record)} of {counted(len(images), 'image')} and {counted(record.epochs, 'epoch')}"
 
 
-def _settings(args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device) -> dict[str, Any]:
+def _settings(
+    args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device, chain: Chain
+) -> dict[str, Any]:
     """Return all that the result depends on."""
     method = inverter_of(args.method, args.epochs, args.lr, GRADIENTS[args.gradient])
     descent = method if isinstance(method, Descent) else None
     return {
         "model": checkpoint.name, "weights": fingerprint(checkpoint.model.state_dict().values()), "images": len(images),
         "pixels": fingerprint([images]),
-        "method": args.method, "steps": args.steps, "eta": 0.0,
-        "spacing": args.spacing or getattr(checkpoint.schedule, "spacing", None),
+        "method": args.method, "steps": args.steps, "eta": float(chain.eta), "rule": recorded_rule(chain),
+        "spacing": spacing_of(checkpoint, args.spacing) or getattr(checkpoint.schedule, "spacing", None),
         "splitting": splitting_of(checkpoint, args.splitting), "batch": args.batch, "device": device.type,
         "error": args.error, "max_rounds": args.max_rounds,
         "epochs": None if descent is None else descent.epochs, "lr": None if descent is None else descent.rate,
-        "seed": None if descent is None else args.seed,
+        "seed": args.seed if descent is not None or args.method == "ddpm" else None,
         "gradient": args.gradient if args.method == "deq" else None,
     }  # fmt: skip
 
@@ -153,10 +165,16 @@ def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain) -> Callable
     return invert_batch
 
 
-def reconstruct(checkpoint: Checkpoint, x_T: Tensor, chain: Chain) -> Tensor:
+def reconstruct(
+    checkpoint: Checkpoint, x_T: Tensor, chain: Chain, second: Tensor | None = None, noises: Tensor | None = None
+) -> Tensor:
     """Return the images (n, C, H, W) that the chain makes of the latents, on the CPU."""
-    x_T = x_T.to(next(checkpoint.model.parameters()).device)
-    return sample(checkpoint.model, x_T, chain, "sequential", prediction=checkpoint.prediction).x_0.cpu()
+    device = next(checkpoint.model.parameters()).device
+    x_T = x_T.to(device)
+    latent = x_T if second is None else (x_T, second.to(device))
+    noises = None if noises is None else noises.to(device)
+    given: dict[str, Any] = {"prediction": checkpoint.prediction, "noises": noises}
+    return sample(checkpoint.model, latent, chain, "sequential", **given).x_0.cpu()
 
 
 def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record) -> dict[str, Any]:
@@ -185,7 +203,7 @@ def _draw(checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record) 
     """Write the pictures; return their names."""
     done, folder, method = record.done, record.folder, record.settings["method"]
     title = f"{checkpoint.name}: inversion by {method}, T = {len(chain)}"
-    x_0 = reconstruct(checkpoint, done["x_T"], chain)
+    x_0 = reconstruct(checkpoint, done["x_T"], chain, done.get("second"), done.get("noises")).to(images)
     losses = [f"{loss:.1e}" for loss in done["loss"][:SHOWN].tolist()]
     rows = {
         "real image": images[:SHOWN], "latent x_T": done["x_T"][:SHOWN] / 2, "sampled\nfrom it": x_0[:SHOWN],

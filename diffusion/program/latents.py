@@ -15,8 +15,8 @@ from ..models.files import parse_json, read_tensors, write_tensors
 
 LATENTS = "latents.safetensors"
 FOUND_IN = (LATENTS, "inversion.safetensors", "samples.safetensors")
-TENSORS = ("x_T", "done.x_T")
-CHAIN = {"model": str, "steps": int, "spacing": str, "eta": float}
+PREFIXES = ("", "done.")  # of a tensor's name, in the file of latents or of an inversion
+CHAIN = {"model": str, "steps": int, "spacing": str, "eta": float, "rule": str}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +26,28 @@ class Latents:
     Attributes:
         x_T: (n, C, H, W).
         names: of the n images that they belong to.
-        chain: model, steps, spacing and eta of the chain that makes these images of them; what is unknown is missing.
+        chain: model, steps, spacing, eta and rule of the chain that makes these images of them; what is unknown, and a
+            rule of "ddim", is missing.
+        second: (n, C, H, W), the second state of a chain of rule "belm", or None.
+        noises: (n, T, C, H, W), the noise maps that its steps add, or None.
     """
 
     x_T: Tensor
     names: list[str]
     chain: dict[str, Any] = field(default_factory=dict)
+    second: Tensor | None = None
+    noises: Tensor | None = None
+
+    def kept(self, count: int | None) -> Latents:
+        """The first `count`, None is all."""
+        part = slice(count)
+        second, noises = (None if x is None else x[part] for x in (self.second, self.noises))
+        return Latents(self.x_T[part], self.names[part], self.chain, second, noises)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds of them, by name."""
+        parts = {"x_T": self.x_T, "second": self.second, "noises": self.noises}
+        return {name: part.cpu() for name, part in parts.items() if part is not None}
 
 
 def numbered(count: int) -> list[str]:
@@ -52,7 +68,7 @@ def header(names: Sequence[str], **chain: Any) -> dict[str, str]:
 
 def write_latents(path: Path, latents: Latents) -> None:
     """Write latents, in one move."""
-    write_tensors(path, {"x_T": latents.x_T.cpu()}, header(latents.names, **latents.chain))
+    write_tensors(path, latents.tensors(), header(latents.names, **latents.chain))
 
 
 def read_latents(place: str) -> Latents:
@@ -68,9 +84,16 @@ def read_latents(place: str) -> Latents:
             raise FileNotFoundError(f"--latents {place}: holds none of {', '.join(FOUND_IN)}")
         path = found[0]
     tensors, metadata = read_tensors(path)
-    x_T = next((tensors[name] for name in TENSORS if name in tensors), None)
+    x_T, second, noises = (
+        next((tensors[prefix + name] for prefix in PREFIXES if prefix + name in tensors), None)
+        for name in ("x_T", "second", "noises")
+    )
     if x_T is None or x_T.ndim != 4 or not len(x_T) or not x_T.is_floating_point() or not bool(x_T.isfinite().all()):
         raise ValueError(f"--latents {path}: x_T (n, C, H, W), floating-point and finite, is required")
+    for name, part, shape in (("second", second, x_T.shape), ("noises", noises, (len(x_T), None, *x_T.shape[1:]))):
+        if part is not None and not (_fits(part, shape) and bool(part.isfinite().all())):
+            raise ValueError(f"--latents {path}: {name} that fits x_T {tuple(x_T.shape)}, finite, is required, got "
+                             f"{tuple(part.shape)}")  # fmt: skip
     try:
         settings = parse_json(metadata.get("settings", "{}"))
         names = json.loads(metadata.get("names", "[]"))
@@ -78,4 +101,9 @@ def read_latents(place: str) -> Latents:
         raise ValueError(f"--latents {path}: {error}") from error
     known = isinstance(names, list) and len(names) == len(x_T) and all(isinstance(name, str) for name in names)
     chain = {name: settings[name] for name, kind in CHAIN.items() if type(settings.get(name)) is kind}
-    return Latents(x_T, names if known else numbered(len(x_T)), chain)
+    return Latents(x_T, names if known else numbered(len(x_T)), chain, second, noises)
+
+
+def _fits(x: Tensor, shape: Sequence[int | None]) -> bool:
+    """Whether x is of this shape, None being any length."""
+    return x.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, x.shape, strict=True))

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .parser import Completion, Parser, Version, positive, share, whole
+from .parser import Completion, Parser, Version, positive, share, share_or_all, whole
 
+RULES = ("ddim", "dpmsolver++2m", "belm")
 DESCRIPTION = """\
 Samples images from a diffusion model with all time steps of the DDIM chain in parallel, and finds
 the latent that a real image comes from."""
@@ -71,7 +72,9 @@ def _add_chain(add: Callable[..., Any], model: str | None, usual: str, **steps: 
     )
     add("--steps", type=int, **steps)
     add("--spacing", metavar="NAME", help="of the time steps: linspace, leading, trailing or quadratic "
-        "(default: that of the latents, the scheduler's in a folder of diffusers, else linspace)")  # fmt: skip
+        "(default: that of the latents, the scheduler's in a folder of diffusers, else quadratic)")  # fmt: skip
+    add("--rule", choices=RULES, metavar="NAME", help="how the chain steps: ddim, dpmsolver++2m, or belm, which is "
+        "inverted exactly (default: that of the latents, the scheduler's, else ddim)")  # fmt: skip
     add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
         "(default: gaussian if the checkpoint carries mean and variance of its data, else v)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -121,8 +124,9 @@ def _add_invert(command: argparse.ArgumentParser) -> None:
     add("--images", metavar="PATH", help="a picture or a folder of pictures (default: test images of the model)")
     add("--count", type=whole(1), default=8, help="images, at most (default 8)")
     add("--resize", action="store_true", help="cut and scale pictures of another size")
-    add("--method", default="exact", choices=("ddim", "naive", "deq", "exact"), metavar="NAME",
-        help="ddim, naive, deq or exact (default exact)")  # fmt: skip
+    add("--method", default="exact", choices=("ddim", "naive", "deq", "exact", "ddpm"), metavar="NAME",
+        help="ddim, naive, deq or exact; or ddpm, noise maps, which sample adds again (default exact)")  # fmt: skip
+    add("--eta", type=share_or_all, help="share of fresh noise of a chain that ddpm inverts, up to 1 (default 1)")
     add("--error", type=positive, help="difference per pixel, root mean square, at which exact is content "
         "(default 5e-6 for a network in float32)")  # fmt: skip
     _add_rounds(add)

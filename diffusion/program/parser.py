@@ -116,3 +116,11 @@ def share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"a number between 0 and 1 is required, got {text}")
     return value
+
+
+def share_or_all(text: str) -> float:
+    """Return the number above 0, to 1, that a text says."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a number above 0, to 1, is required, got {text}")
+    return value

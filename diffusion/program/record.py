@@ -49,7 +49,8 @@ class Record:
         folder: where it is kept.
         settings: JSON-ready; a run with others is refused.
         done: of the n images that are done: x_T (n, C, h, w), loss, status, typicality, rounds, evaluations (n,) and
-            history (n, rounds or epochs), NaN where an image took fewer.
+            history (n, rounds or epochs), NaN where an image took fewer; of the method "ddpm" noises (n, T, C, h, w),
+            of the rule "belm" second (n, C, h, w).
         state: of the batch under way, as `invert` takes it; empty between batches and for methods that have none.
         first: number of the first image of that batch.
         seconds: spent so far, over all runs.
@@ -91,7 +92,7 @@ class Record:
             if others:
                 was = ", ".join(f"{name} = {saved.get(name)!r} there, {settings.get(name)!r} here" for name in others)
                 raise ValueError(f"{folder} holds an inversion with other settings: {was}")
-            check_parts(stored, _required(stored, images), path)
+            check_parts(stored, _required(stored, images, settings), path)
             tensors, _ = read_tensors(path)
             parts: dict[str, dict[str, Tensor]] = {"done": {}, "state": {}}
             for name, value in tensors.items():
@@ -128,6 +129,7 @@ class Record:
             "typicality": inversion.typicality, "rounds": torch.full((n,), inversion.rounds),
             "evaluations": inversion.evaluations, "history": inversion.history.T,
         }  # fmt: skip
+        batch |= {name: value for name in ("second", "noises") if (value := getattr(inversion, name)) is not None}
         batch = {name: value.detach().cpu() for name, value in batch.items()}
         if self.done:
             longest = max(self.done["history"].shape[1], batch["history"].shape[1])
@@ -213,7 +215,7 @@ def _read_header(header: dict[str, str]) -> tuple[dict[str, Any], int, float]:
     return parse_json(header.get("settings", "")), int(first), spent
 
 
-def _required(stored: Mapping[str, Stored], images: Tensor) -> dict[str, Stored]:
+def _required(stored: Mapping[str, Stored], images: Tensor, settings: Mapping[str, Any]) -> dict[str, Stored]:
     """What a record of these images holds, if it is to hold as many results, and a state, as `stored` says."""
     loss, history, latent = (stored.get(f"done.{name}") for name in ("loss", "history", "x_T"))
     n = loss.shape[0] if loss is not None and loss.shape else 0
@@ -227,6 +229,10 @@ def _required(stored: Mapping[str, Stored], images: Tensor) -> dict[str, Stored]
         "rounds": Stored(torch.int64, (n,)), "evaluations": Stored(torch.int64, (n,)),
         "history": Stored(torch.float64, (n, long)),
     }  # fmt: skip
+    if settings.get("method") == "ddpm":
+        done["noises"] = Stored(torch.float64, (n, settings["steps"], *images.shape[1:]))
+    if settings.get("rule") == "belm":
+        done["second"] = Stored(torch.float64, (n, *images.shape[1:]))
     required = {f"done.{name}": part for name, part in done.items()}
     if not any(name.startswith("done.") for name in stored):
         required = {}

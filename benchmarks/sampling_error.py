@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from diffusion import Chain, Sample, Schedule, load_checkpoint, sample
 ERRORS = (1e-2, 1e-3, 1e-4, 1e-5)
 SPACINGS = ("linspace", "trailing", "quadratic")
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
-Problem = tuple[Callable[..., Tensor], Tensor, Chain]
+Problem = tuple[Callable[..., Tensor], Tensor, Chain, str]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -34,7 +36,7 @@ def linear(noises: int) -> Iterator[Problem]:
     for number, M in enumerate(maps):
         for T in (20, 100, 300, 1000):
             for spacing in SPACINGS:
-                yield (lambda x, t, M=M: x @ M.T), normal(noises, 6, seed=number), SCHEDULE.chain(T, spacing)
+                yield (lambda x, t, M=M: x @ M.T), normal(noises, 6, seed=number), SCHEDULE.chain(T, spacing), "epsilon"
 
 
 def mixtures(noises: int) -> Iterator[Problem]:
@@ -52,7 +54,7 @@ def mixtures(noises: int) -> Iterator[Problem]:
 
         for T in (20, 100, 300, 1000):
             for spacing in SPACINGS:
-                yield epsilon, normal(noises, 6, seed=10 + number), SCHEDULE.chain(T, spacing)
+                yield epsilon, normal(noises, 6, seed=10 + number), SCHEDULE.chain(T, spacing), "epsilon"
 
 
 def rough(noises: int) -> Iterator[Problem]:
@@ -70,7 +72,36 @@ def rough(noises: int) -> Iterator[Problem]:
     for number, network in enumerate(networks):
         for T in (20, 100, 300, 1000):
             for spacing in SPACINGS:
-                yield network, normal(noises, 6, seed=20 + number), SCHEDULE.chain(T, spacing)
+                yield network, normal(noises, 6, seed=20 + number), SCHEDULE.chain(T, spacing), "epsilon"
+
+
+def steep(noises: int) -> Iterator[Problem]:
+    """Random perceptrons of large weights, by every rule, on chains of kept variance, of flows and of EDM."""
+    vp, flow, edm = SCHEDULE, Schedule.flow(3.0), Schedule.edm(0.002, 80.0, 7.0)
+    kinds = ((vp, "sample"), (vp, "v"), (flow, "flow"), (edm, "epsilon"))
+    for (schedule, prediction), rule, T, weight in product(kinds, ("ddim", "dpmsolver++2m", "belm"), (20, 50), (2, 4)):
+        chain = schedule.chain(T, rule=rule) if (schedule, rule) != (flow, "belm") else flow.chain(T + 1).tail(1)
+        chain = replace(chain, rule=rule)
+        for size, layers, seed in product((4, 12), (1, 2), (0, 1)):
+            network = perceptron(size, layers, weight, seed)
+            yield network, normal(noises, size, seed=seed + 50) * chain.init_noise_sigma, chain, prediction
+
+
+def perceptron(size: int, layers: int, weight: float, seed: int) -> Callable[..., Tensor]:
+    """tanh layers of 32 units whose weights are `weight` times as large as keeps the variance of what passes."""
+    first, bias, wave, inner, last = (
+        normal(*shape, seed=10 * seed + number) * scale
+        for number, (shape, scale) in enumerate((
+            ((32, size), weight / size**0.5), ((32,), 0.5), ((32,), 1 / 300), ((32, 32), weight / 32**0.5),
+            ((size, 32), 1 / 32**0.5),
+        ))
+    )  # fmt: skip
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        h = torch.tanh(x @ first.T + bias + wave * t.double()[:, None])
+        return (torch.tanh(h @ inner.T) if layers == 2 else weight * h) @ last.T
+
+    return network
 
 
 def shipped(name: str, steps: tuple[int, ...]) -> Callable[[int], Iterator[Problem]]:
@@ -80,13 +111,18 @@ def shipped(name: str, steps: tuple[int, ...]) -> Callable[[int], Iterator[Probl
         checkpoint = load_checkpoint(name)
         checkpoint.model.requires_grad_(False)
         for T in steps:
-            yield checkpoint.model, normal(noises, *checkpoint.shape, seed=T).float(), checkpoint.schedule.chain(T)
+            yield (
+                checkpoint.model,
+                normal(noises, *checkpoint.shape, seed=T).float(),
+                checkpoint.schedule.chain(T),
+                "epsilon",
+            )
 
     return problems
 
 
 KINDS: dict[str, Callable[[int], Iterator[Problem]]] = {
-    "linear": linear, "mixtures": mixtures, "sharp in time": rough,
+    "linear": linear, "mixtures": mixtures, "sharp in time": rough, "steep": steep,
     "digits": shipped("digits", (50, 100, 300, 1000)), "Fashion-MNIST": shipped("fashion", (100,)),
 }  # fmt: skip
 
@@ -100,10 +136,10 @@ def true_error(got: Sample, expected: Sample) -> Tensor:
 def study(kind: str, noises: int, errors: tuple[float, ...]) -> None:
     """Print one line per error asked for."""
     seen: dict[float, list[tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {error: [] for error in errors}
-    for network, x, chain in KINDS[kind](noises):
-        expected = sample(network, x, chain, "sequential")
+    for network, x, chain, prediction in KINDS[kind](noises):
+        expected = sample(network, x, chain, "sequential", prediction=prediction)
         for error in errors:
-            got = sample(network, x, chain, error=error)
+            got = sample(network, x, chain, prediction=prediction, error=error)
             part = got.evaluations.double() / len(chain)
             seen[error].append((true_error(got, expected), got.error, got.converged, part, got.rounds))
     for error, parts in seen.items():

@@ -167,6 +167,13 @@ class Found:
         self.evaluations[images] += rows
         self.residual[images] = residual
 
+    def missed(self, images: Tensor, states: Tensor) -> Tensor:
+        """By how many times, no less than 1, the images of states (n, T+1, D) are further from those kept than their
+        estimate says."""
+        kept, image = self.states[images, -1], states[:, -1]
+        said = self.error[images] * image.norm(dim=1)
+        return ((image - kept).norm(dim=1) / said).nan_to_num(1.0, torch.inf).clamp_min(1.0)
+
     def take(self, images: Tensor, states: Tensor, N: Tensor, error: Tensor) -> None:
         """Keeps states (n, T+1, D) of some images with their estimate (n,), unless those known are better."""
         better = (error < self.error[images]) | self.error[images].isinf() | error.isnan()

@@ -98,11 +98,11 @@ def test_defects_carried_by_a_linear_network_are_its_error():
     for k in range(40):
         right.append(linear.A[k] * right[-1] + linear.c[k] * J * right[-1])
     slope = torch.full((2, 40), J, dtype=torch.float64)
-    error = carried(linear, base, x, N, J * x[:, :-1] - N, slope, slope, torch.arange(2))
+    error = carried(linear, base, x, N, J * x[:, :-1] - N, slope, slope, 0 * slope, torch.arange(2))
     true = (x[:, -1] - right[-1]).norm(dim=1) / x[:, -1].norm(dim=1)
     assert (error >= SAFETY * true * (1 - 1e-9)).all()  # J = 0 may say more
     slope = torch.full((2, 40), 0.0, dtype=torch.float64)
-    assert (carried(linear, base, x, N, 0 * N, slope, slope, torch.arange(2)) == 0).all()
+    assert (carried(linear, base, x, N, 0 * N, slope, slope, slope, torch.arange(2)) == 0).all()
 
 
 def test_what_moves_have_told_sets_a_linear_chain_of_one_entry_right_at_once():

@@ -25,7 +25,7 @@ from ..remainder import scale_of
 from .defects import carried, filled, lowest, rounding, scatter, spread_of
 from .goal import Goal, Watch
 from .grid import TimeGrid, between, interpolation
-from .parallel import MARGIN, NEAR_FLOOR, SOLVER, UNITS_PER_RTOL, Together, block_stop, smooth
+from .parallel import MARGIN, SOLVER, UNITS_PER_RTOL, Together, block_stop, smooth
 from .secants import Secants, rows_of
 from .visits import slopes
 
@@ -112,8 +112,8 @@ class Passes:
         left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
         if len(left) and goal.left and not self.watch.stopped:
             guess = found.N[left].nan_to_num(0.0, 0.0, 0.0)
-            slopes = self._everywhere(self.secants.slope), self._everywhere(self.secants.steepest)
-            Together(self.problem, goal, SOLVER, None, self.watch, found).solve(guess, left, slopes)
+            told = [self._everywhere(part) for part in (self.secants.slope, self.secants.steepest, self.secants.across)]
+            Together(self.problem, goal, SOLVER, None, self.watch, found).solve(guess, left, told)
 
     def _on_nodes(self, images: Tensor, tolerance: Tensor) -> Tensor:
         """Solves for what N must change by, on the nodes, to a tolerance (n,) of σ ε; (n,) bool: solved."""
@@ -145,15 +145,17 @@ class Passes:
         N = self._evaluate(images, x, torch.arange(T, device=images.device))
         found.note(images, torch.ones_like(images), torch.full_like(images, T), self._size(N - old, slice(None)))
         self.secants.note(images, x[:, self.at], N[:, self.at])
-        slope, told = slopes(x[:, :T] - self.seen_x[images], N - self.seen_N[images], x[:, :T], self.goal.precision)
+        moved, changed = x[:, :T] - self.seen_x[images], N - self.seen_N[images]
+        slope, across, told = slopes(moved, changed, x[:, :T], self.goal.precision)
         own = filled(self.secants.slope[images]) @ self.linear.T
-        self._measure(images, x, old, N - old, torch.where(told, slope, own))
+        across = across.masked_fill(~told, torch.nan)
+        self._measure(images, x, old, N - old, torch.where(told, slope, own), across)
         self.seen_x[images], self.seen_N[images] = x[:, :T], N
         self.watch.tell(self.problem, found, found.states)
         error, before = found.error[images], self.before[images]
         missed, self.before[images] = ~(error <= self.goal.error[images]), error
         self.slow[images] = missed & ~(error <= SLOW * before)
-        stalled = self.slow[images] & (error <= NEAR_FLOOR * self.goal.floor[images])
+        stalled = self.slow[images] & (error <= self.goal.near[images])
         found.status[images[stalled]] = int(Status.STALLED)
         if self.watch.stopped or self.goal.left < 2:
             return images[:0]
@@ -171,14 +173,15 @@ class Passes:
         found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
         seen_x, seen_N = rows_of(self.seen_x, images), rows_of(self.seen_N, images)
         moved = x[:, :T] - seen_x
-        slope, told = slopes(moved[:, at], value - seen_N[:, at], x[:, at], self.goal.precision)
+        slope, across, told = slopes(moved[:, at], value - seen_N[:, at], x[:, at], self.goal.precision)
         slope = filled(torch.where(told, slope, torch.nan))
-        across = interpolation(at.cpu(), T, 1).to(device)
-        doubt = scatter(at, slope) @ across.T
-        slope = slope @ across.T
+        across_steps = interpolation(at.cpu(), T, 1).to(device)
+        doubt = scatter(at, slope) @ across_steps.T
+        slope = slope @ across_steps.T
         expected = seen_N + slope[..., None] * moved - N
         delta = expected + interpolation(at.cpu(), T).to(device) @ (delta - expected[:, at])
-        self._measure(images, x, N, delta, slope, doubt[..., None] * moved)
+        across = filled(across.masked_fill(~told, torch.nan)) @ across_steps.T
+        self._measure(images, x, N, delta, slope, across, doubt[..., None] * moved)
         missed = ~(found.error[images] <= self.goal.error[images])
         if trial + 1 == TRIALS or not self.goal.left:
             return images[:0]
@@ -203,8 +206,9 @@ class Passes:
         return (delta * scale_of(self.problem.map.chain)[at]).square().mean((1, 2)).sqrt()
 
     def _measure(
-        self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, doubt: Tensor | None = None
-    ) -> None:
+        self, images: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, across: Tensor,
+        doubt: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """The error of states x that N made, from their defects (n, T, D).
 
         What the states found since moved x_0 by is, but for what is left now, the error of the states measured before:
@@ -213,13 +217,14 @@ class Passes:
         base, image, size = rows_of(self.base, images), x[:, -1], x[:, -1].norm(dim=1)
         m, steepest = self.problem.map, self.secants.steepest[images]
         least = lowest(m, steepest, filled(steepest) @ self.linear.T)
-        error = carried(m.linear, base, x, N, delta, slope, least, images)
+        across = torch.fmax(across, filled(self.secants.across[images]) @ self.linear.T)
+        error = carried(m.linear, base, x, N, delta, slope, least, across, images)
         if doubt is not None:
             error = error + DOUBT * spread_of(self.problem.map.linear, x, slope, doubt)
         missed = (image - self.image[images]).norm(dim=1) / (self.expected[images] * size)
         error = error * missed.nan_to_num(1.0, 1.0).clamp_min(1.0)
         self.image[images], self.expected[images] = image, error
-        self.goal.raised(images, rounding(self.problem.map, base, x, N, slope, self.goal.precision))
+        self.goal.raised(images, *rounding(m, base, x, N, slope, across, self.goal.precision))
         self.found.error[images] = torch.maximum(error, self.goal.floor[images])
 
     def _everywhere(self, slope: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ error e of the states, x − x of sequential sampling, obeys to first order
     e_{k+1} = (A_k + c_k J_k) e_k − c_k δ_k,
 
 J_k = ∂N/∂x, of which one number is known, its slope along the last move of x_k whose answer was seen: ⟨ΔN, Δx⟩/|Δx|².
-It stands for J_k; for a network linear in x it is J_k itself.
+It stands for J_k; for a network that is a multiple of x it is J_k itself. What the network does at a right angle to a
+move is known by its size alone: it bounds the error (`bound`), which it can only raise where it expands over the chain.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import torch
 from torch import Tensor
 
 from ..remainder import Remainders
-from ..trajectory import EditedChain, LinearChain
+from ..trajectory import EditedChain, LinearChain, TwoStepChain, summed
 from .visits import Visits
 
 SAFETY = 2.0  # by which the first-order estimate is raised: J is known along one direction only
+LARGEST = 1e100  # of a bound
+# Of what the network does across its moves an error meets ALIGNED; all of it where that multiplies errors by exp(STEEP)
+# over the chain: under trained denoisers it is exp(3) to exp(5), and errors keep turning.
+ALIGNED, STEEP = 0.5, 8.0
 SAME = 0.125  # a move of fewer units of rounding gives the network the same numbers
 
 
@@ -71,14 +76,17 @@ def defects(
 
 
 def carried(
-    linear: LinearChain, base: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, least: Tensor, image: Tensor
-) -> Tensor:
+    linear: LinearChain, base: Tensor, x: Tensor, N: Tensor, delta: Tensor, slope: Tensor, least: Tensor,
+    across: Tensor, image: Tensor,
+) -> Tensor:  # fmt: skip
     """The estimate (n,) of the relative error of x_0: SAFETY·|e_T|/|x_T|, of states x (n, T+1, D) and their defects.
 
     slope (n, T) stands for J; where it is NaN, the next step's that is known. An error has parts along which N is
     steeper and less steep than along the move that told: so the largest is taken of the errors with J = slope, with
-    J = 0, and with J the least slope that was seen at all, if that is negative: it keeps what expands.
+    J = 0, and with J the least slope that was seen at all, if that is negative: it keeps what expands. No less than
+    `bound`/|x_T|.
     """
+    most = bound(linear, filled(slope), filled(across), linear.added(delta))
     slope, least = filled(slope)[..., None], filled(least)[..., None]
     trials = (slope, torch.zeros_like(slope), torch.minimum(slope, least).clamp_max(0))
     if isinstance(linear, EditedChain):
@@ -86,20 +94,72 @@ def carried(
     else:
         moved = [linear.error(J, delta) for J in trials]
     worst, size = torch.stack([e.norm(dim=1) for e in moved]).amax(0), x[:, -1].norm(dim=1)
-    return torch.where(worst == 0, worst, SAFETY * worst / size)
+    estimate = torch.where(worst == 0, worst, SAFETY * worst / size)
+    most = (most / size).nan_to_num(LARGEST, LARGEST).clamp_max(LARGEST)
+    return torch.where(estimate.isfinite() & (worst > 0), torch.maximum(estimate, most), estimate)
 
 
-def rounding(m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, precision: float) -> Tensor:
+def bound(linear: LinearChain, J: Tensor, across: Tensor, added: Tensor) -> Tensor:
+    """(n,) the most that |e_T| is of e_{k+1} = (A_k + c_k (J_k + R_k)) e_k + added_k, |R_k e| ≤ share·across_k |e|.
+
+    J and across (n, T); share is ALIGNED to 1. An edit is taken to leave distances as they are. Under a trained network
+    this is about what `carried` estimates; under a network that is steep in many directions it is many times that.
+    """
+    own, parts = widest(linear.A + linear.c * J[..., None]), widest(linear.c).abs() * across
+    if isinstance(linear, TwoStepChain):
+        own_before = widest(linear.A_before + linear.c_before * J.roll(1, 1)[..., None])
+        both = torch.stack([parts, widest(linear.c_before).abs() * across.roll(1, 1)])
+        both = both * aligned(both.sum(0) / 2)  # c is that of two steps
+        return _bound_of_two(own, own_before, both, added, linear.given)
+    grown = own.abs() + parts * aligned(parts)
+    return summed(grown[..., None], added.norm(dim=2, keepdim=True))[:, 0]
+
+
+def aligned(parts: Tensor) -> Tensor:
+    """ALIGNED to 1 (n, 1), by how much the parts (n, T) may multiply an error by over the chain."""
+    return (parts.sum(1, keepdim=True) / STEEP).clamp(ALIGNED, 1)
+
+
+def _bound_of_two(own: Tensor, own_before: Tensor, parts: Tensor, added: Tensor, given: int) -> Tensor:
+    """|e_T| of e_{k+1} = own_k e_k + own_before_k e_{k−1} + p_k + added_k, |p_k| ≤ parts_0k |e_k| + parts_1k |e_{k−1}|.
+
+    By the sum Σ_j |Φ_kj| |p_j| over the steps before, Φ_kj what an error that step j adds has become before step k: two
+    states that alternate in sign cancel, which sizes alone would not see.
+    """
+    n, T = own.shape
+    unknown, size = torch.zeros_like(own), own.new_zeros(2, n)  # |p_j|; |e_k| and |e_{k−1}| at most
+    carried, response = torch.zeros_like(added[:, :2]), own.new_zeros(n, 2, T)  # without p; Φ: the last two each
+    for k in range(given, T):
+        now = torch.stack([own[:, k], own_before[:, k] * (k > 0)], 1)[..., None]
+        unknown[:, k] = parts[0, :, k] * size[0] + parts[1, :, k] * size[1]
+        after, own_response = (now * carried).sum(1) + added[:, k], (now * response).sum(1)
+        own_response[:, k] = 1.0
+        carried = torch.stack([after, carried[:, 0]], 1)
+        response = torch.stack([own_response, response[:, 0]], 1)
+        size = torch.stack([after.norm(dim=1) + (own_response.abs() * unknown).sum(1), size[0]])
+    return size[0]
+
+
+def widest(values: Tensor) -> Tensor:
+    """Of values (…, D) over the entries those of the largest magnitude (…)."""
+    return values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0]
+
+
+def rounding(
+    m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, across: Tensor, precision: float
+) -> tuple[Tensor, Tensor]:
     """The relative error (n,) of x_0 that rounding alone leaves: of ε by the network, of the states in float64.
 
-    As `carried` with J = slope, of defects that are independent from step to step: squares add.
+    As `carried` with J = slope, of defects that are independent from step to step: squares add. And its `bound`.
     """
     eps = N + m.splitting.kappa * x[:, :-1]
     eps = eps if m.splitting.offset is None else eps + m.splitting.offset
     made = (precision * m.linear.added(eps)).square() + (
         torch.finfo(torch.float64).eps * (x.abs() + base.abs())[:, 1:]
     ).square()
-    return _independent(m.linear, x, filled(slope), made)
+    slope, most = filled(slope), bound(m.linear, filled(slope), filled(across), made.sqrt())
+    most = (most / x[:, -1].norm(dim=1)).nan_to_num(LARGEST, LARGEST).clamp_max(LARGEST)
+    return _independent(m.linear, x, slope, made), most
 
 
 def spread_of(linear: LinearChain, x: Tensor, slope: Tensor, doubt: Tensor) -> Tensor:

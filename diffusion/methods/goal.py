@@ -18,6 +18,9 @@ from ..problem import ChainProblem, Found
 ERROR = 1e-3  # asked for by default
 FLOOR = 5.0  # a network that computes with machine epsilon u is asked for no less than FLOOR·u
 ROUNDING = 2.0  # nor for less than so many times what rounding is estimated to leave in x_0
+# An estimate within so many floors that no longer falls has come to the network's rounding; within the second where
+# less than the floor is asked for, so that no sampling reaches it, and what rounding may leave at most is as much.
+NEAR_FLOOR, NEAR_MOST = 5.0, 100.0
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> float:
@@ -34,11 +37,14 @@ class Goal:
     Attributes:
         asked: (B,) float64, the relative error of x_0 asked for.
         floor: (B,) the least that the network's precision allows: FLOOR roundings, or what they grow to over the chain.
+        near: (B,) an estimate of no more than this that no longer falls has come to the network's rounding: the most
+            that rounding is seen to leave, from NEAR_FLOOR floors to NEAR_MOST.
         max_rounds: of all model calls together; None is no limit.
     """
 
     asked: Tensor
     floor: Tensor
+    near: Tensor
     precision: float  # machine epsilon of the network
     max_rounds: int | None
     problem: ChainProblem
@@ -63,11 +69,14 @@ class Goal:
         if bool((~(asked > 0) | asked.isinf()).any()):
             raise ValueError(f"error: positive and finite is required, got {error}")
         floor = torch.full_like(asked, FLOOR * unit)
-        return Goal(asked, floor, unit, max_rounds, problem, network.calls, error is None)
+        return Goal(asked, floor, NEAR_FLOOR * floor, unit, max_rounds, problem, network.calls, error is None)
 
-    def raised(self, images: Tensor, rounding: Tensor) -> None:
-        """What rounding leaves (n,) in some images is no less than their floor."""
+    def raised(self, images: Tensor, rounding: Tensor, most: Tensor | float = 0.0) -> None:
+        """What rounding leaves (n,) in some images is no less than their floor, and `most` (n,) at most."""
         self.floor[images] = torch.maximum(self.floor[images], ROUNDING * rounding)
+        floor = self.floor[images]
+        most = torch.where(self.asked[images] < floor, ROUNDING * most, 0.0)
+        self.near[images] = torch.minimum(torch.maximum(NEAR_FLOOR * floor, most), NEAR_MOST * floor)
 
     @property
     def error(self) -> Tensor:

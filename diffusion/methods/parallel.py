@@ -7,7 +7,7 @@ sampled step by step, which is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +43,6 @@ RTOL = 0.1  # rtol of the front for an error asked for of 1
 POWER = 4  # of σ: the tolerance is halved where it is 1
 GAIN = 0.7  # a solve that missed is followed by one for so much of the error asked for
 SLOW = 0.8  # a round that leaves more of the error than this is followed by a solve
-NEAR_FLOOR = 5.0  # an estimate within so many floors that no longer falls has come to the network's rounding
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,8 @@ class Together:
         sound = at_nodes.isfinite().flatten(1).all(1)[:, None, None]
         return N + grid.spread @ torch.where(sound, at_nodes - before, 0.0)
 
-    def solve(self, guess: Tensor, images: Tensor, slopes: tuple[Tensor, Tensor] | None = None) -> None:
-        """Samples the images (n,) from a guess of their N (n, T, D), and of its slopes and the least of them (B, T).
+    def solve(self, guess: Tensor, images: Tensor, told: Sequence[Tensor] | None = None) -> None:
+        """Samples the images (n,) from a guess of their N (n, T, D), and of slope, least and across of `Visits` (B, T).
 
         The first attempt is a solve. What it leaves is corrected by the defects that were measured and by what their
         steps' moves have told (`Visits.foretold`), and measured again, as long as the error falls. Where it does not,
@@ -191,7 +190,8 @@ class Together:
         goal, share = self.goal, guess.new_ones(len(images))
         front, before = torch.ones_like(images, dtype=torch.bool), torch.full_like(share, torch.inf)
         visits = Visits.none(self.found.N, goal.precision)
-        visits.slope, visits.least = (visits.slope, visits.least) if slopes is None else slopes
+        if told is not None:
+            visits.slope, visits.least, visits.across = told
         for _ in range(ATTEMPTS):
             if not len(images) or not goal.left:
                 return
@@ -202,7 +202,7 @@ class Together:
             if self.watch.stopped:
                 return
             asked, slow = goal.error[images], error > SLOW * before
-            stalled = slow & (error > asked) & (error <= NEAR_FLOOR * goal.floor[images])
+            stalled = slow & (error > asked) & (error <= goal.near[images])
             self.found.status[images[stalled]] = int(Status.STALLED)
             share = torch.where(front, share * (GAIN * asked / error).clamp(1e-3, 0.5), share)
             open_ = (error > asked) & ~stalled & error.isfinite()
@@ -241,12 +241,12 @@ class Together:
             delta, rows = defects(m, images, x, N, visits, settled, problem.conditioning, most)
             slope = visits.slope[images]
             least = lowest(m, slope, visits.least[images])
-            error = carried(m.linear, base, x, N, delta, slope, least, images)
-            goal.raised(images, rounding(m, base, x, N, slope, goal.precision))
+            error = carried(m.linear, base, x, N, delta, slope, least, visits.across[images], images)
+            goal.raised(images, *rounding(m, base, x, N, slope, visits.across[images], goal.precision))
             if self.exact:
                 goal.raised(images, torch.full_like(error, min(UNSEEN, goal.precision ** (1 / 3)) / ROUNDING))
                 error = error.masked_fill(~settled, torch.inf)
-            error = torch.maximum(error, goal.floor[images])
+            error = torch.maximum(error * found.missed(images, x), goal.floor[images])
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())
             self.watch.tell(self.problem, found, x, images)
         found.take(images, x, N, error)

@@ -42,6 +42,7 @@ class Secants:
         self.value = torch.zeros_like(self.x)  # N there
         self.slope = torch.full((B, n), torch.nan, dtype=torch.float64, device=device)  # of N along its last move
         self.steepest = self.slope.clone()  # the least of all moves
+        self.across = self.slope.clone()  # the most of all moves, as of `Visits`
         self.rounds = torch.zeros(B, dtype=torch.int64, device=device)
         self.G = G.mean(0).repeat(m, m)  # (m n, m n)
         self.precision = torch.finfo(part.network.dtype).eps
@@ -70,10 +71,10 @@ class Secants:
         seen = value.isfinite().all(2)
         if wanted is not None:
             sound, seen = sound & wanted, seen & wanted
-        slope, told = slopes(s, y, x, self.precision)
-        self.slope[image] = torch.where(told & seen, slope, self.slope[image])
-        steepest = torch.fmin(slope, self.steepest[image])
-        self.steepest[image] = torch.where(told & seen, steepest, self.steepest[image])
+        slope, across, told = slopes(s, y, x, self.precision)
+        steepest, across = torch.fmin(slope, self.steepest[image]), torch.fmax(across, self.across[image])
+        for kept, new in ((self.slope, slope), (self.steepest, steepest), (self.across, across)):
+            kept[image] = torch.where(told & seen, new, kept[image])
         at = self.rounds[image] % MEMORY
         self.U[image, at] = torch.where(sound[..., None], u, 0.0)
         self.V[image, at] = torch.where(sound[..., None], s / moved[..., None], 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..trajectory import EditedChain, LinearChain
 
 TOLD = 100.0  # a move of fewer units of rounding of the state tells no slope,
+ROUNDED = 4.0  # units of rounding of the state that N may change by without any move
 TELLS = 0.03  # unless it is so large a part of the state: in 16 bits few moves are of a hundred units
 
 
@@ -25,6 +26,7 @@ class Visits:
     value: Tensor  # (B, T, D)
     slope: Tensor  # (B, T) of N along the last move, NaN where unknown
     least: Tensor  # (B, T), the least slope of all moves
+    across: Tensor  # (B, T), the most that N changed at a right angle to a move, per unit of it, NaN where unknown
     change: Tensor  # (B, T, D), ΔN
     direction: Tensor  # (B, T, D), Δx/|Δx|²
     precision: float  # machine epsilon of the network
@@ -34,15 +36,16 @@ class Visits:
         """Before the first round; like (B, T, D)."""
         unknown, zero = torch.full_like(like, torch.nan), torch.zeros_like(like)
         slope = unknown[..., 0].clone()
-        return Visits(unknown, zero, slope, slope.clone(), zero.clone(), zero.clone(), precision)
+        return Visits(unknown, zero, slope, slope.clone(), slope.clone(), zero.clone(), zero.clone(), precision)
 
     def note(self, i: Tensor, k: Tensor, x: Tensor, value: Tensor) -> None:
         """N is `value` (n, D) at states x (n, D) of the images i and steps k (n,)."""
         at = i, k
         move, change = x - self.x[i, k], value - self.value[i, k]
-        slope, sound = slopes(move, change, x, self.precision)
+        slope, across, sound = slopes(move, change, x, self.precision)
         self.slope[i, k] = torch.where(sound, slope, self.slope[i, k])
         self.least[i, k] = torch.where(sound, torch.fmin(slope, self.least[i, k]), self.least[i, k])
+        self.across[i, k] = torch.where(sound, torch.fmax(across, self.across[i, k]), self.across[i, k])
         i, k, move, change = i[sound], k[sound], move[sound], change[sound]
         self.change[i, k], self.direction[i, k] = change, move / move.square().sum(1, keepdim=True)
         self.x[at], self.value[at] = x, value
@@ -63,8 +66,14 @@ class Visits:
         return torch.where(d[-1].isfinite().all(1)[:, None, None], out, delta)
 
 
-def slopes(s: Tensor, y: Tensor, x: Tensor, precision: float) -> tuple[Tensor, Tensor]:
-    """⟨y, s⟩/|s|² (…) of moves s and changes y (…, D) at x, and where the move is large enough to tell."""
+def slopes(s: Tensor, y: Tensor, x: Tensor, precision: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of moves s and changes y (…, D) at x: ⟨y, s⟩/|s|² (…), what y has beside that, and where the move can tell.
+
+    The second is |y − slope·s|/|s|, without what rounding makes of it: how steep N is in directions that the slope says
+    nothing of.
+    """
     moved, size = s.square().sum(-1), x.square().sum(-1)
     slope = (y * s).sum(-1) / moved
-    return slope, (moved > min(TOLD * precision, TELLS) ** 2 * size) & slope.isfinite()
+    rounded = (ROUNDED * precision) ** 2 * size / moved
+    across = (y.square().sum(-1) / moved - slope.square() - rounded).clamp_min(0).sqrt()
+    return slope, across, (moved > min(TOLD * precision, TELLS) ** 2 * size) & slope.isfinite()

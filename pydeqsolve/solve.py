@@ -98,7 +98,7 @@ def solve(
             2 m + 2 numbers per sample (`docs/distributed.md`). All other arguments but the values of `inputs` and
             `callback` must be the same on every rank. A state is admissible where every rank says so; its merit is the
             largest that a rank returns. Gradients are those of the sum of all ranks' losses, where fn communicates by
-            functions that autograd knows; every rank must take them.
+            functions that autograd knows; every rank must take them. Collectives of fn belong on another group.
 
     Returns:
         Solution: per sample the best measured iterate, its residual, status and evaluations. Its tensors share memory

@@ -73,7 +73,8 @@ def _child(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3, timeout=timedelta(seconds=60)
     )
-    pair, short = dist.new_group([0, 1]), dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    pair = dist.new_group([0, 1])
+    short = [dist.new_group([0, 1], timeout=timedelta(seconds=2)) for _ in range(3)]
     if rank < 2:
         torch.save(together(Part(pair)), folder / f"pair-{rank}.pt")
     torch.save(together(Part(dist.group.WORLD)), folder / f"three-{rank}.pt")
@@ -410,14 +411,21 @@ def together(part: Part) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def losing_a_rank(rank: int, short: Any) -> dict[str, Any]:
-    """Rank 1 keeps rank 0 waiting for longer than their group's limit; then rank 2 dies."""
+def losing_a_rank(rank: int, short: list[Any]) -> dict[str, Any]:
+    """Rank 1 keeps rank 0 waiting for longer than their group's limit, then inside the map; then rank 2 dies."""
     found: dict[str, Any] = {}
 
     def sleeps(z: Tensor) -> Tensor:
         if rank == 1:
             time.sleep(SILENCE)
         return 0.5 * z + 1
+
+    def is_missing(z: Tensor) -> Tensor:
+        if rank == 1:
+            gives_up()
+        total = z.clone()
+        dist.all_reduce(total, group=short[1])
+        return 0.1 * total + 1
 
     def dies(z: Tensor) -> Tensor:
         if rank == 2:
@@ -427,8 +435,11 @@ def losing_a_rank(rank: int, short: Any) -> dict[str, Any]:
     z0 = torch.zeros(2, 3, dtype=f64)
     if rank < 2:
         begin = time.monotonic()
-        found["silent"] = message(lambda: solve(sleeps, z0, gradient=None, group=short))
+        found["silent"] = message(lambda: solve(sleeps, z0, gradient=None, group=short[0]))
         found["silent seconds"] = time.monotonic() - begin
+    dist.barrier()
+    if rank < 2:
+        found["missing"] = message(lambda: solve(is_missing, z0, gradient=None, group=short[2]))
     dist.barrier()
     found["dead"] = message(lambda: solve(dies, z0, gradient=None, group=dist.group.WORLD))
     return found

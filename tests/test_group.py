@@ -165,6 +165,12 @@ def test_a_silent_rank_is_an_error_within_the_time_limit(everything):
     assert waiting["silent seconds"] < shards.SILENCE  # the limit is 2 s
 
 
+def test_a_rank_that_fails_before_it_communicates_ends_the_others_within_the_time_limit(everything):
+    waiting, failed = everything[0]["lost"][:2]
+    assert failed["missing"] == "MemoryError: no room"
+    assert waiting["missing"].startswith("RuntimeError")
+
+
 def test_a_dead_rank_is_an_error_on_the_others(everything):
     found, codes = everything
     assert codes == [0, 0, 7]

@@ -15,7 +15,7 @@ from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
 from .derivative.auxiliary import auxiliary
-from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
+from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled, attach_in_graph
 from .derivative.lifted import is_transformed
 from .derivative.linearise import is_wanted
 from .derivative.transformed import refuse_options, transformed
@@ -113,9 +113,9 @@ def solve(
 
     A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
     Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps. Under
-    torch.compile and torch.export a solve without gradient by `Picard` or `Anderson` is one loop of the graph
-    (`loop.traced`); `steps` is a tensor then. Inside transforms of torch.func, with `Implicit`, `Phantom` or None, all
-    derivatives are right, and a vmap is one solve of all its samples; what is not there raises NotImplementedError.
+    torch.compile and torch.export a solve by `Picard` or `Anderson`, without gradient or with `Phantom`, is one loop of
+    the graph (`loop.traced`); `steps` is a tensor then. Inside transforms of torch.func all derivatives are right with
+    `Implicit`, `Phantom` or None, and a vmap is one solve of all its samples; the rest raises NotImplementedError.
     """
     shards, history = shards_of(group), None
     try:
@@ -167,7 +167,9 @@ def solve(
         )  # fmt: skip
     seen = _with_phantom(problem, flat, found, gradient)
     z = found.z
-    if gradient is not None and flat.shape[0] and not in_graph and not apart:
+    if in_graph and isinstance(gradient, Phantom) and torch.is_grad_enabled():
+        z = attach_in_graph(gradient, problem, found)
+    elif gradient is not None and flat.shape[0] and not in_graph and not apart:
         z = gradient.attach(problem, flat, found, recorder)
     aux = None
     if has_aux:
@@ -270,7 +272,8 @@ def refuse_pairs(
 
 def _is_one_graph(solver: Solver, gradient: Gradient | None, options: tuple[Any, ...]) -> bool:
     """Whether a solve under torch.compile or torch.export stays in their graph, as one loop; else the graph breaks."""
-    return (gradient is None or not torch.is_grad_enabled()) and is_traceable(solver, options)
+    without = gradient is None or isinstance(gradient, Phantom) or not torch.is_grad_enabled()
+    return without and is_traceable(solver, options)
 
 
 def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: Gradient | None) -> list[Any]:

@@ -7,7 +7,7 @@ import problems
 import pytest
 import torch
 
-from pydeqsolve import DEQ, Anderson, Broyden, Picard, Status, Stop, solve
+from pydeqsolve import DEQ, Anderson, Broyden, Phantom, Picard, Status, Stop, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 
@@ -190,3 +190,47 @@ def test_inductor_makes_a_program_of_the_loop():
     with torch.no_grad():
         x = torch.randn(5, 16, generator=problems.generator(6))
         torch.testing.assert_close(torch.compile(run, fullgraph=True)(x), run(x), rtol=1e-4, atol=1e-5)
+
+
+def with_phantom(x, W, backend, gradient):
+    """z, counts, and the gradients of x and W, eager and in one graph."""
+
+    def run(x, W):
+        out = solve(lambda z, x: torch.tanh(z @ W.T + x), torch.zeros_like(x), (x,), gradient=gradient)
+        return out.z, out.evaluations, out.status
+
+    torch._dynamo.reset()
+    for fn in (run, torch.compile(run, fullgraph=True, backend=backend)):
+        at = [t.clone().requires_grad_() for t in (x, W)]
+        z, evaluations, status = fn(*at)
+        found = torch.autograd.grad(z[:2].sin().sum(), at)
+        yield z.detach(), evaluations, status, *found
+
+
+def layer_data():
+    x = torch.randn(3, 4, dtype=torch.float64, generator=problems.generator(3))
+    return x, 0.5 * problems.orthogonal(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "gradient"),
+    [
+        ("eager", Phantom(3, 0.7)),
+        pytest.param("aot_eager", Phantom(2), marks=pytest.mark.check),
+    ],
+    ids=str,
+)
+def test_a_phantom_gradient_in_a_graph_is_that_outside(backend, gradient):
+    outside, inside = with_phantom(*layer_data(), backend, gradient)
+    assert torch.equal(outside[1], inside[1])
+    for a, b in zip(outside, inside, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+
+
+def test_a_failed_sample_has_no_gradient_in_a_graph_and_spoils_none():
+    x, W = layer_data()
+    x[2] = torch.nan
+    outside, inside = with_phantom(x, W, "eager", Phantom(2))
+    assert inside[2].tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NONFINITE]
+    for a, b in zip(outside[3:], inside[3:], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)

@@ -128,6 +128,19 @@ def stepped(how: Phantom, f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return z
 
 
+def attach_in_graph(how: Phantom, problem: Problem, outcome: Outcome) -> Tensor:
+    """`Phantom.attach` in a graph, where nothing may depend on data: a good sample stands in for every bad one."""
+    good, z = outcome.residual.isfinite(), outcome.z.detach()
+    first = good.to(torch.uint8).argmax(0, keepdim=True)
+
+    def taken(x: Tensor) -> Tensor:
+        return torch.where(good.reshape(-1, *[1] * (x.dim() - 1)), x, x.detach().index_select(0, first))
+
+    inputs = [taken(x) for x in problem.inputs] if problem.compact else list(problem.inputs)
+    moved = stepped(how, lambda z: evaluate(problem, z, inputs), taken(z).nan_to_num(0.0, 0.0, 0.0))
+    return torch.where(good[:, None, None], z + (moved - moved.detach()), z)
+
+
 @dataclass(frozen=True)
 class Unrolled:
     """Differentiates through every step of the solver; memory and time grow with the steps.

@@ -112,7 +112,7 @@ def page(files: dict[str, dict[str, Any]]) -> str:
         for row in files["sampling_rounds"]["rows"]
     ]  # fmt: skip
     inversion = [
-        [str(row["steps"]), f"`{row['method']}`", f"{row['loss_median']:.1e}", f"{row['rows']:g}"]
+        [str(row["steps"]), f"`{row['method']}`", f"{row['loss_median']:.1e}", f"{row['rows']:,.0f}"]
         for row in files["inversion_table"]["rows"]
     ]
     blocks = [

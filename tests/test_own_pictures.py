@@ -106,3 +106,15 @@ def test_a_model_is_trained_where_it_is_asked_for(device, tmp_path):
 
     trained = fit(torch.zeros(4, 1, 8, 8), tmp_path, steps=1, batch=2, device=device)
     assert trained.training["steps_done"] == 1
+
+
+def test_every_picture_that_is_named_is_inverted(tmp_path, capsys):
+    first, second = write_pictures(tmp_path / "a", count=10), write_pictures(tmp_path / "b", count=2)
+    argv = ["invert", "--steps", 3, "--method", "ddim", "--no-pictures", "--json"]
+    code, out, _ = run(*argv, "--images", first, "--output", tmp_path / "folder", capsys=capsys)
+    assert code == 0
+    assert len(json.loads(out)["loss"]) == 10
+    code, out, _ = run(*argv, "--images", first / "0.png", second, "--output", tmp_path / "several", capsys=capsys)
+    assert json.loads(out)["names"] == ["0-png", "0-png-2", "1"]
+    code, out, _ = run(*argv, "--images", first, "--count", 4, "--output", tmp_path / "four", capsys=capsys)
+    assert len(json.loads(out)["loss"]) == 4

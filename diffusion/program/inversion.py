@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .output import counted, finite, say, writable
 from .record import SETTINGS, TENSORS, Record, under_way
 
 SHOWN = 16  # images in the picture of the reconstructions, at most
+COUNT = 8  # of the checkpoint's images, where no number is given
 LONGEST_NAME = 12  # letters of a name above an image
 OPTIONS = {
     "epochs": ("naive", "deq"),
@@ -42,19 +43,22 @@ READ = {"belm": ("exact", "ddim"), "dpmsolver++2m": ("naive",)}  # the methods t
 GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}
 
 
-def read_images(path: str, shape: tuple[int, int, int], resize: bool, count: int) -> tuple[Tensor, list[str]]:
-    """Return the picture, or the first `count` of a folder in the order of their names: (n, C, H, W) in [−1, 1], names.
+def read_images(
+    paths: Sequence[str], shape: tuple[int, int, int], resize: bool, count: int | None
+) -> tuple[Tensor, list[str]]:
+    """Return pictures, those of a folder in the order of their names, `count` at most: (n, C, H, W) in [−1, 1]; names.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
     """
-    place, size = Path(path), (shape[2], shape[1])
-    if not os.path.exists(place):
-        raise FileNotFoundError(f"--images {path}: no such file or folder")
-    if not place.is_file() and not place.is_dir():
-        raise ValueError(f"--images {path}: a picture or a folder is required")
-    images = []
-    files = [place] if place.is_file() else picture_files(place)[:count]
+    size, images, files = (shape[2], shape[1]), [], []
+    for place in map(Path, paths):
+        if not os.path.exists(place):
+            raise FileNotFoundError(f"--images {place}: no such file or folder")
+        if not place.is_file() and not place.is_dir():
+            raise ValueError(f"--images {place}: a picture or a folder is required")
+        files += [place] if place.is_file() else picture_files(place)
+    files = files[:count]
     for file in files:
         image, found = read_picture(file, shape)
         if found != size and not resize:
@@ -112,7 +116,7 @@ def _images(args: Namespace, checkpoint: Checkpoint) -> tuple[Tensor, list[str]]
         return read_images(args.images, checkpoint.shape, args.resize, args.count)
     if checkpoint.images is None:
         raise ValueError(f"--images: a picture or a folder is required, since {checkpoint.name} comes without images")
-    images = checkpoint.images[: args.count].cpu()
+    images = checkpoint.images[: args.count or COUNT].cpu()
     return images, numbered(len(images))
 
 

@@ -56,9 +56,20 @@ def numbered(count: int) -> list[str]:
 
 
 def names_of(files: Sequence[Path]) -> list[str]:
-    """Return the names of pictures, without their suffix where that still tells them apart."""
+    """Return the names of pictures, without their suffix where that still tells them apart.
+
+    Those that have one name in several folders are numbered from the second on.
+    """
     count = Counter(file.stem for file in files)
-    return [file.stem if count[file.stem] == 1 else file.name.replace(".", "-") for file in files]
+    names: dict[str, None] = {}
+    for file in files:
+        own = name = file.stem if count[file.stem] == 1 else file.name.replace(".", "-")
+        k = 1
+        while name in names:
+            k += 1
+            name = f"{own}-{k}"
+        names[name] = None
+    return list(names)
 
 
 def header(names: Sequence[str], **chain: Any) -> dict[str, str]:

@@ -121,8 +121,9 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
 def _add_invert(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_chain(add, "digits", " digits", default=50, help="T, the length of the chain (default 50)")
-    add("--images", metavar="PATH", help="a picture or a folder of pictures (default: test images of the model)")
-    add("--count", type=whole(1), default=8, help="images, at most (default 8)")
+    add("--images", nargs="+", metavar="PATH",
+        help="pictures and folders of pictures (default: test images of the model)")  # fmt: skip
+    add("--count", type=whole(1), help="images, at most (default: all that --images names, 8 of the model's)")
     add("--resize", action="store_true", help="cut and scale pictures of another size")
     add("--method", default="exact", choices=("ddim", "naive", "deq", "exact", "ddpm"), metavar="NAME",
         help="ddim, naive, deq or exact; or ddpm, noise maps, which sample adds again (default exact)")  # fmt: skip

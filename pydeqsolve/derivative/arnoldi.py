@@ -16,6 +16,7 @@ from ..solution import Adjoint
 from ..step import systems
 from ..stop import Stop
 from .linear import Products
+from .narrowed import Narrowing
 
 TOGETHER = 8  # vectors in one piece of memory
 LINE, PAGE = 64, 4096  # bytes
@@ -44,7 +45,8 @@ class Arnoldi:
     """One solve of u = g + A u for g (B, …), by products u ↦ A u of the shape of g; u is scaled until `deliver`."""
 
     def __init__(self, handle: Any, products: Products, g: Tensor, most: int) -> None:
-        self.handle, self.products, self.g, self.most = handle, products, g, most
+        self.handle, self.g, self.most = handle, g, most
+        self.products = Narrowing(products, g)
         self.vectors = Vectors(g, self.most)
         self.u: Tensor | None = None  # None: zero
         self.threads = torch.get_num_threads()
@@ -75,12 +77,16 @@ class Arnoldi:
             last = k + 1 == most
             following = candidate if last else self.vectors[k + 1]
             product = self._product(self.vectors[k])
-            if not self.handle.append(product.data_ptr(), following.data_ptr(), self.threads):
+            going = self.handle.append(product.data_ptr(), following.data_ptr(), self.threads)
+            if not going:
                 return k + 1
+            if not last:
+                self.products.tell(going, following)
         return most
 
     def _accept(self, candidate: Tensor) -> tuple[int, int]:
         """Finds the next u; the samples that are not done, and the products that took."""
+        self.products.widen()
         start = 0 if self.u is None else self.u.data_ptr()
         unsound = self.handle.combine(False, start, candidate.data_ptr(), self.threads)
         tried = [candidate]

@@ -23,6 +23,7 @@ from .batched import one_by_one
 from .closure import Closure, cut
 from .leaves import leaves, leaves_before, nodes
 from .linearise import DEPENDS, Good, Linearised, evaluate
+from .narrowed import Products
 
 
 def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closure: Closure | None = None) -> Tensor:
@@ -98,7 +99,7 @@ class _Step:
 
     def adjoint(self, g: Tensor) -> Tensor:
         """u (n, T, D) of u = g + Jᵀ u, without a graph."""
-        return self.how(self.at.transposed, g, self.at.good)
+        return self.how(Products(self.at, self.problem, self.autocast.again), g, self.at.good)
 
     def tangent(self, t: Tensor) -> Tensor:
         """v (n, T, D) of v = t + J v, without a graph; J v as the derivative of u ↦ Jᵀu, which is linear."""

@@ -140,6 +140,11 @@ class Linearised:
             return None
         return Linearised(z, f, good, behind, leaves, begun, value)
 
+    @staticmethod
+    def again(problem: Problem, z: Tensor, good: Good) -> Linearised:
+        """At z (n, T, D), for products alone: fn evaluated once more, as the current mode says."""
+        return Linearised(*_evaluated(problem, z, good)[:2], good)
+
     def transposed(self, u: Tensor) -> Tensor:
         """Jᵀu, (n, T, D) → (n, T, D)."""
         if not self.good.whole:

@@ -90,7 +90,7 @@ def test_every_gradient_attaches_itself_to_what_the_loop_returns(gradient):
     z = gradient.attach(inner, start, outcome, Recorder())
     assert torch.equal(z, outcome.z)
     assert torch.autograd.grad(z.sum(), W)[0].isfinite().all()
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         outcome.z = z
 
 

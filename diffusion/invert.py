@@ -227,7 +227,7 @@ def _method(method: Any) -> Method:
 def check_rule(method: Method, chain: Chain) -> None:
     """Raises ValueError where a method cannot read this chain."""
     rule = chain.rule
-    if not isinstance(method, Descent) and bool((chain.a == 0).any()):
+    if not isinstance(method, (Descent, NoiseMaps)) and bool((chain.a == 0).any()):
         raise ValueError(
             "chain: its one step makes the image of noise that has no signal, and forgets the noise: no latent can be "
             "read off an image; more steps can be inverted"

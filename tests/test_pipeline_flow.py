@@ -180,6 +180,32 @@ def test_what_is_inverted_is_sampled_back(make, strength):
     assert near(again, x_0, 1e-3)
 
 
+@pytest.mark.parametrize("make", [sd3, flux])
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_noise_maps_of_a_flow_give_its_images_back_and_other_prompts_others(make, strength):
+    pipe, image = made(make(), autoencoder()), torch.rand(2, 3, 16, 16, generator=seeded(3))
+    scale = {"guidance_scale": 3.0} if make is sd3 else {"true_cfg_scale": 3.0}
+    given = {"num_inference_steps": 10, "strength": strength, **scale}
+    found = pipe.invert(image, method="ddpm", generator=seeded(), **embeds(negative=True), **given)
+    shown = {"latents": found.x_T, "noises": found.noises, "output_type": "latent", "method": "sequential"}
+    size = {} if make is sd3 else {"height": 16, "width": 16}
+    with torch.no_grad():
+        x_0 = (autoencoder().encode(2 * image - 1).latent_dist.mean - 0.3) * 0.5
+    x_0 = x_0 if make is sd3 else packed(x_0)
+    assert found.loss.max() < 1e-10
+    assert near(pipe(**shown, **embeds(negative=True), **given, **size).images, x_0, 1e-5)
+    other = embeds(negative=True) | {"prompt_embeds": texts(9)[0]}
+    assert not near(pipe(**shown, **other, **given, **size).images, x_0, 1e-3)
+
+
+@pytest.mark.parametrize("make", [sd3, flux])
+def test_a_picture_whose_size_does_not_divide_is_refused(make):
+    pipe, image = made(make(), autoencoder()), torch.rand(2, 3, 18, 16)
+    for call in (lambda: pipe.invert(image, 4, **embeds()), lambda: pipe(image=image, **embeds())):
+        with pytest.raises(ValueError, match="height: a multiple of 4 is required, got 18"):
+            call()
+
+
 def test_own_sigmas_are_those_of_diffusers_and_a_two_step_flow_is_sampled_too():
     network, (prompt, pooled) = sd3(), texts()
     ask = lambda x, t: network(x, encoder_hidden_states=prompt, pooled_projections=pooled, timestep=t).sample  # noqa: E731

@@ -115,6 +115,15 @@ def test_one_image_starts_every_image_of_the_batch(network):
         pipe(image=IMAGES[:1].expand(3, -1, -1, -1), **given)
 
 
+def test_an_image_of_another_size_than_the_networks_is_sampled_at_its_own(network):
+    pipe = made(network, diffusers.DDIMScheduler(clip_sample=False))
+    given = {"num_inference_steps": 10, "output_type": "latent", "method": "sequential", **LABELS}
+    image, noise = torch.rand(2, 1, 12, 8, generator=seeded(1)), torch.randn(2, 1, 12, 8, generator=seeded(2))
+    got = pipe(image=image, generator=seeded(2), **given).images
+    assert torch.equal(got, pipe(image=image, latents=noise, **given).images)
+    assert got.shape == image.shape
+
+
 @pytest.mark.parametrize("strength", [0.0, 1.5, 0.01, "half"])
 def test_a_strength_that_takes_no_step_or_too_many_is_refused(strength, network):
     pipe = made(network, diffusers.DDIMScheduler())

@@ -165,15 +165,16 @@ class DEQPipeline(DiffusionPipeline):
     def _first(self, chain: Chain, start: Start) -> tuple[Tensor, dict[str, Any]]:
         """The state that the chain starts from, and how noise is drawn."""
         draw = {"generator": start.generator, "device": self._execution_device, "dtype": self._network.dtype}
-        x_0 = None if start.image is None else self._packed(self._encoded(start.image, start.generator, True))
-        latents = start.latents
+        coded = None if start.image is None else self._encoded(start.image, start.generator, True)
+        latents, shape = start.latents, start.shape if coded is None else tuple(coded.shape[1:])
         if latents is not None:
             noise = latents.to(self._execution_device)
         else:
-            shape = self._latent_shape() if start.shape is None else start.shape
+            shape = self._latent_shape() if shape is None else shape
             noise = self._packed(randn_tensor((start.count, *shape), **draw))
-        if x_0 is None:
+        if coded is None:
             return noise * chain.init_noise_sigma, draw
+        x_0 = self._packed(coded)
         return chain.add_noise(x_0, noise.to(x_0)), draw
 
     def _sample(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..chain import Chain
 from ..checks import real
+from ..inversion.noise_maps import NoiseMaps
 from ..invert import Inversion, find_latents, warn_of_range
 from ..invert import Method as Inverting
 from ..methods.fastest import Method as Sampling
@@ -91,7 +92,8 @@ class DEQFlowPipeline(DEQPipeline):
         true_cfg_scale: float = 1.0, guidance_rescale: float = 0.0, batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
         image: Any = None, strength: float | None = None, output_type: str = "pil", return_dict: bool = True,
-        callback_on_step_end: Callback | None = None, method: str | Sampling = "parallel", **options: Any,
+        callback_on_step_end: Callback | None = None, method: str | Sampling = "parallel",
+        eta: float | None = None, noises: Tensor | None = None, **options: Any,
     ) -> DEQPipelineOutput | tuple[Any]:  # fmt: skip
         """Images sampled from the latents, which are drawn from `generator` when not given.
 
@@ -110,6 +112,8 @@ class DEQFlowPipeline(DEQPipeline):
             strength: the share of the steps that are taken; with `image` 0.6 by default. With `latents` alone, those
                 that `invert(strength=…)` found.
             output_type: "pil", "np", "pt" (in [0, 1]) or "latent" (x_0 as the network has it).
+            eta: the share of fresh noise; None is 0, which is diffusers' loop, and 1 with `noises`.
+            noises: (B, T, …) that the steps add, as `invert(method="ddpm")` found them.
             callback_on_step_end, method, options: as in `DEQDDIMPipeline`.
 
         Raises:
@@ -122,20 +126,25 @@ class DEQFlowPipeline(DEQPipeline):
         start.shape = self._shape(start, height, width)
         guidance = self._guidance(guidance_scale, true_cfg_scale, guidance_rescale)
         model, inputs = self._model(given, guidance, start)
-        chain = self._partial(self._chain(num_inference_steps, sigmas, mu, start.shape), strength, start)
-        out = self._sample(model, inputs, chain, start, None, method, output_type, callback_on_step_end, options)
+        eta = float(noises is not None) if eta is None else eta
+        chain = self._partial(self._chain(num_inference_steps, sigmas, mu, start.shape, eta), strength, start)
+        out = self._sample(model, inputs, chain, start, noises, method, output_type, callback_on_step_end, options)
         return out if return_dict else (out.images,)
 
     def invert(
         self, image: Any, num_inference_steps: int = 28, method: str | Inverting = "exact",
         sigmas: Sequence[float] | None = None, mu: float | None = None, strength: float | None = None,
-        guidance_scale: float | None = None, true_cfg_scale: float = 1.0, guidance_rescale: float = 0.0, **options: Any,
+        guidance_scale: float | None = None, true_cfg_scale: float = 1.0, guidance_rescale: float = 0.0,
+        eta: float | None = None, **options: Any,
     ) -> Inversion:  # fmt: skip
         """The latents from which the pipeline samples these images: `pipe(latents=found.x_T, …)`, all else as here.
 
+        Of method="ddpm", noise maps too: `pipe(latents=found.x_T, noises=found.noises, …)`.
+
         Args:
             image: PIL images, arrays or tensors in [0, 1], as diffusers' image processor takes them.
-            method: "exact", "ddim", "deq", "naive" or an object, see `diffusion.invert`.
+            method: "exact", "ddim", "deq", "naive", "ddpm" or an object, see `diffusion.invert`.
+            eta: None is 0, and 1 of "ddpm".
             num_inference_steps, …, guidance_rescale: as in the pipeline's call; with strength below 1 x_T is the state
                 that noise has been added to.
             options: the embeddings of the pipeline's call, and error, max_rounds, state, … of `diffusion.invert`.
@@ -146,13 +155,15 @@ class DEQFlowPipeline(DEQPipeline):
         given = {name: options.pop(name, None) for name in CONDITIONS}
         pixels = self._pixels(image)
         warn_of_range(pixels)
+        self._shape(Start(len(pixels), None, None, pixels), None, None)  # raises for a size that does not divide
         coded = self._encoded(pixels)
         x_0 = self._packed(coded)
         shape = tuple(coded.shape[1:])
         start = Start(len(x_0), None, x_0, None, shape)
         guidance = self._guidance(guidance_scale, true_cfg_scale, guidance_rescale)
         model, inputs = self._model(given, guidance, start)
-        chain = self._partial(self._chain(num_inference_steps, sigmas, mu, shape), strength, start)
+        eta = float(method == "ddpm" or isinstance(method, NoiseMaps)) if eta is None else eta
+        chain = self._partial(self._chain(num_inference_steps, sigmas, mu, shape, eta), strength, start)
         found = find_latents(model, x_0, chain, method, **self._given(chain, inputs, options))
         return self._found(found, chain)
 
@@ -211,7 +222,9 @@ class DEQFlowPipeline(DEQPipeline):
             raise ValueError(f"strength: above 0, to 1, is required, got {strength}")
         return chain.tail(int(len(chain) - len(chain) * strength))  # rounded as diffusers' flow pipelines have it
 
-    def _chain(self, steps: int, sigmas: Sequence[float] | None, mu: float | None, shape: tuple[int, ...]) -> Chain:
+    def _chain(
+        self, steps: int, sigmas: Sequence[float] | None, mu: float | None, shape: tuple[int, ...], eta: float
+    ) -> Chain:
         """The scheduler's chain for latents of this shape."""
         options = self.scheduler.config
         if options.get("use_dynamic_shifting") and mu is None:
@@ -224,7 +237,7 @@ class DEQFlowPipeline(DEQPipeline):
             sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist() if steps >= 1 else None
         schedule = Schedule.from_diffusers(self.scheduler, mu)
         assert isinstance(schedule, ContinuousSchedule)
-        return schedule.chain(None if sigmas is not None else steps, sigmas=sigmas)
+        return schedule.chain(None if sigmas is not None else steps, eta=eta, sigmas=sigmas)
 
     def _guidance(self, scale: float | None, true_scale: float, rescale: float) -> Guidance:
         """What the three arguments mean to this network."""

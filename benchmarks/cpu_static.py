@@ -26,7 +26,7 @@ from pydeqsolve import build_info
 from pydeqsolve.step import native
 from pydeqsolve.step.backend import choose
 from pydeqsolve.step.records import MIX
-from pydeqsolve.step.ring import Method, Ring
+from pydeqsolve.step.ring import STORAGES, Method, Ring
 
 KERNELS = re.compile(
     r"<void pydeqsolve::(portable|avx2|avx512)::.*?(measure_rows|mix_rows|mix_piece)<(?:pydeqsolve::)?(\w+)"
@@ -103,7 +103,7 @@ def calls() -> None:
     for _ in range(ring.slots):  # fills the history
         backend.measure(torch.randn(1, 1, 64), z, rows, None)
     module = sys.modules["pydeqsolve._native"]
-    layout = native.layout(0, ring.eps, ring.dtype, ring.R.shape, ring.R.stride())
+    layout = native.layout(0, ring.eps, STORAGES.index(ring.dtype), ring.R.shape, ring.R.stride())
     history = native.bind(layout, ring.R, ring.F, ring.places)
     norms, dropped, out = torch.empty(1, 1, 2, dtype=torch.float64), ring.count.clone(), torch.empty_like(z)
     index, of_f, of_z, to = (x.data_ptr() for x in (rows, f, z, out))

@@ -97,6 +97,8 @@ def detached(tree: Any) -> Any:
 
 def copied(tree: Any) -> Any:
     """`tree` with its tensors detached, each in memory of its own."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
     leaves = iter([leaf.detach().clone() for leaf in leaves_of(tree, "z")])
     return rebuild(tree, lambda: next(leaves))
 

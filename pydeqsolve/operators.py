@@ -52,7 +52,7 @@ def _contract(
         "rows": (torch.int64, (n,)), "f": (dtype, (n, T, D)), "z": (dtype, (n, T, D)),
         "wanted": (torch.bool, (n, T)), "modes": (torch.uint8, (n, T)),
     }  # fmt: skip
-    layout = native.layout(kind, torch.finfo(dtype).eps, dtype, shape, strides)
+    layout = native.layout(kind, torch.finfo(dtype).eps, STORAGES.index(dtype), shape, strides)
     return [(Tensor, *table[name], True) for name in names], layout
 
 

@@ -63,7 +63,7 @@ class SampleJudge:
     def left(self) -> Records:
         """Those of finished samples, where they had them, (B,)."""
         if self._left is None:
-            self._left = Records(SAMPLE, torch.empty_like(self.samples.table))
+            self._left = Records(SAMPLE, native.buffer_like(self.samples.table))
         return self._left
 
     def leave_together(self) -> Records:

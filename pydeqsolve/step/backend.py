@@ -16,7 +16,7 @@ from ..memory import address
 from ..stop import Front
 from . import native, reference
 from .records import Records
-from .ring import COUPLINGS, KINDS, Ring
+from .ring import COUPLINGS, KINDS, STORAGES, Ring
 from .rules import Rule, judge_blocks, judge_samples, open_blocks
 
 
@@ -24,8 +24,7 @@ def choose(ring: Ring, rule: Rule | None = None, front: Front | None = None, fre
     """The backend of a ring: native where device, size and build allow it, else `Backend`, the PyTorch reference.
 
     rule, front: how its measurements are judged; None is the root mean square, without a safeguard or a front. fresh:
-    nothing was written to its rows yet, so what lies under them may still be chosen. Warns once in a process
-    when an installation lacks the native module.
+    its tensors are as it made them. Warns once in a process when an installation lacks the native module.
     """
     native.warn_once()
     R = ring.R
@@ -33,7 +32,7 @@ def choose(ring: Ring, rule: Rule | None = None, front: Front | None = None, fre
     if not fresh or type(R) is not Tensor:
         for name, x in ring.tensors().items():
             address(x, f"{name} of the history")
-    numbers = native.layout(KINDS.index(ring.kind), ring.eps, ring.dtype, R.shape, R.stride())
+    numbers = native.layout(KINDS.index(ring.kind), ring.eps, STORAGES.index(ring.dtype), R.shape, R.stride())
     handle = native.bind(
         numbers, R, ring.F, ring.places, (COUPLINGS.index(ring.coupling), ring.ridge, ring.damping),
         native.ruled(rule, front, R.shape[2]), kept=False,
@@ -42,9 +41,6 @@ def choose(ring: Ring, rule: Rule | None = None, front: Front | None = None, fre
         return Backend(ring, rule, front)
     if not R.is_cpu:
         return NativeCUDA(ring, rule, front, handle)
-    if fresh and R.nbytes >= native.LARGE_PAGE:
-        for rows in (R, ring.F):
-            native.use_large_pages(rows)
     return NativeCPU(ring, rule, front, handle)
 
 

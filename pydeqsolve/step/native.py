@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import stop
-from ..memory import address
 from .records import BLOCK, SAMPLE, Records
-from .ring import STORAGES
 from .rules import Rule
 
 
@@ -55,30 +53,32 @@ def warn_once() -> None:
 
 def is_native(x: Tensor) -> bool:
     """Whether there are kernels for the device of x."""
-    if _native is None:
-        return False
-    return x.is_cpu or (x.is_cuda and bool(_native.cuda_architectures))
+    return _native is not None and (x.is_cpu or (x.is_cuda and bool(_native.cuda_architectures)))
 
 
-def use_large_pages(x: Tensor) -> None:
-    """Asks for large pages under the memory of x, on the host, before anything was written there."""
-    _native.use_large_pages(address(x), x.untyped_storage().nbytes())
+def on_large_pages(x: Tensor) -> Tensor:
+    """x, nothing of which was written yet, on large pages where it is that long and on the host."""
+    if x.nbytes >= LARGE_PAGE and _native is not None and x.is_cpu:
+        _native.use_large_pages(x.data_ptr(), x.untyped_storage().nbytes())
+    return x
 
 
 def buffer_like(x: Tensor) -> Tensor:
     """An uninitialised tensor like x, on large pages where it is that long."""
-    buffer = torch.empty_like(x)
-    if buffer.nbytes >= LARGE_PAGE and _native is not None and x.is_cpu:
-        _native.use_large_pages(address(buffer), buffer.nbytes)
-    return buffer
+    return on_large_pages(torch.empty_like(x))
 
 
-def layout(
-    kind: int, eps: float, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]
-) -> tuple[Any, ...]:  # fmt: skip
-    """What the native module must know of R (B, M, T, D) besides its address; kind is a place in `KINDS`."""
+def zeros(n: int, device: torch.device) -> Tensor:
+    """n zeros, float64, on large pages where they are that many."""
+    if 8 * n < LARGE_PAGE:
+        return torch.zeros(n, dtype=torch.float64, device=device)
+    return on_large_pages(torch.empty(n, dtype=torch.float64, device=device)).zero_()
+
+
+def layout(kind: int, eps: float, storage: int, shape: torch.Size, strides: tuple[int, ...]) -> tuple[Any, ...]:
+    """What the module must know of R (B, M, T, D) besides its address; kind, storage: places in `KINDS`, `STORAGES`."""
     B, M, T, D = shape
-    return STORAGES.index(dtype), M, kind, eps, B, T, D, *strides[:2]
+    return storage, M, kind, eps, B, T, D, *strides[:2]
 
 
 def bind(
@@ -88,15 +88,13 @@ def bind(
 ) -> Any:  # fmt: skip
     """What is constant in a solve as the native module takes it, or None where there are no kernels for it.
 
-    numbers: the `layout` of R. places: `Ring.places`. use: the place of the coupling in `COUPLINGS`, ridge and damping.
-    rule: as `ruled`. kept: for a later call that names the same. It is numbers and addresses alone: nothing is checked,
-    and no tensor is kept alive.
+    numbers: `layout` of R. places: `Ring.places`. use: the place of the coupling in `COUPLINGS`, ridge, damping. rule:
+    `ruled`. kept: for a later call that names the same. Nothing is checked, and no tensor is kept alive.
     """
     if _native is None or numbers[1] > _native.MAX_SLOTS or not (R.is_cpu or is_native(R)):
         return None
-    return (_solve if kept else _native.Solve)(
-        *numbers, not R.is_cpu, *use, R.data_ptr(), F.data_ptr(), *places, *rule
-    )  # fmt: skip
+    make = _solve if kept else _native.Solve
+    return make(*numbers, not R.is_cpu, *use, R.data_ptr(), F.data_ptr(), *places, *rule)
 
 
 def ruled(rule: Rule, front: stop.Front | None, T: int) -> tuple[Any, ...]:
@@ -207,7 +205,7 @@ def table_of(n: int, row: list[float], device: torch.device) -> Tensor:
     """n times the same row of a sample's records, (n, len(row)) float64; nothing is copied to a device, which might
     wait for it."""
     if device.type == "cpu" and _native is not None:
-        table = torch.empty(n, len(row), dtype=torch.float64, device=device)
+        table = on_large_pages(torch.empty(n, len(row), dtype=torch.float64, device=device))
         _native.fill(table.data_ptr(), n, row)
         return table
     if device.type == "cpu":

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import native
+
 KINDS = ("anderson II", "anderson I", "broyden good", "broyden bad")  # csrc/step.h, Kind
 COUPLINGS = ("joint", "independent", "causal")  # csrc/step.h, Coupling
 STORAGES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/scalar.h, Storage
@@ -33,7 +35,8 @@ def _rows(B: int, M: int, T: int, D: int, dtype: torch.dtype, device: torch.devi
     stride = B * T * D
     if stride * dtype.itemsize >= PAGE:  # slots that start at one place of a page would share few places of a cache
         stride = (stride + line - 1) // line * line + 13 * line
-    return torch.empty_strided((B, M, T, D), (T * D, stride, D, 1), dtype=dtype, device=device)
+    rows = torch.empty_strided((B, M, T, D), (T * D, stride, D, 1), dtype=dtype, device=device)
+    return native.on_large_pages(rows)
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
@@ -71,7 +74,7 @@ class Ring:
         steps = matrices if self.kind == "broyden good" else 0
         self._sizes = (matrices, steps, B * T * M, B * T * 2, of_count)
         doubles = matrices + steps + B * T * (M + 2) + of_count
-        self._small: Tensor | None = torch.zeros(doubles, dtype=torch.float64, device=device)
+        self._small: Tensor | None = native.zeros(doubles, device)
 
     def __getattr__(self, name: str) -> Tensor | None:
         if name not in SMALL or self._small is None:

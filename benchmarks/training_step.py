@@ -8,7 +8,8 @@ Every column solves to 1e-4, relative, both ways, and keeps its defaults otherwi
 Processor time, the median over repeats in which all columns take turns; the error of the gradient of W against plain
 iteration to the end in float64. "alone" is what our default must do anyhow: as many evaluations without a graph as its
 forward took, one with, as many vector-Jacobian products as its backward took, and one for W. "unrolled" is 40 plain
-steps with autograd. --jax names the output of `jax_training_step.py`, from an environment of its own.
+steps with autograd. --jax names the output of `jax_training_step.py`, from an environment of its own. Small real
+models: `training_models.py`.
 """
 
 from __future__ import annotations

@@ -202,6 +202,7 @@ void keep(std::int64_t n, std::int64_t bytes, Address table, Address rows, Addre
 void krylov_on_device(const std::string& name, const KrylovCall& call) {
   int pass = 0;
   while (pass < static_cast<int>(KrylovPass::kCount) && name != kKrylovPasses[pass]) ++pass;
+  if (name != kKrylovPasses[pass]) throw std::invalid_argument("no pass has this name");
   const std::int64_t entries = call.B * call.N;
   check_address(call.g, entries, "g");
   check_address(call.product, name == "append" || name == "accept" || name == "remeasure" ? entries : 0, "a product");

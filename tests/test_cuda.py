@@ -9,10 +9,11 @@ import torch
 from emulation.backend import emulator
 from torch import Tensor
 
-from pydeqsolve import Anderson, Broyden, Picard, Stop, build_info, solve
+from pydeqsolve import GMRES, Anderson, Broyden, Picard, Stop, build_info, solve
 from pydeqsolve.loop.judge import SampleJudge
-from pydeqsolve.step import reference
+from pydeqsolve.step import reference, systems
 from pydeqsolve.step.backend import choose
+from pydeqsolve.step.device import DeviceKrylov
 from pydeqsolve.step.records import ACCEPT, KEEP, MIX, PLAIN, REJECT
 from pydeqsolve.step.ring import COUPLINGS, KINDS, STORAGES, Method, Ring
 from pydeqsolve.step.rules import Rule
@@ -220,6 +221,20 @@ def test_a_solve_ends_where_it_ends_on_the_cpu(solver: Anderson | Broyden | Pica
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("N", [5, 64, 1025, 9001])
+def test_gmres_takes_the_products_that_it_takes_on_the_host(N: int, dtype: torch.dtype) -> None:
+    rate = torch.linspace(-0.7, 0.9, N, dtype=torch.float64).to(dtype)
+    g = torch.randn(3, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    assert isinstance(systems.krylov(g.cuda(), 3), DeviceKrylov)
+    there = rate.cuda()
+    u, how = GMRES().solve(lambda u: u * there, g.cuda(), Stop(1e-5))
+    expected, known = GMRES().solve(lambda u: u * rate, g, Stop(1e-5))
+    assert how.status.tolist() == known.status.tolist()
+    assert ((how.evaluations.cpu() - known.evaluations).abs() <= 1).all()
+    assert (u.cpu() - expected).norm() <= 1e-4 * expected.norm()
+
+
 def test_a_solve_runs_on_the_device_of_z0() -> None:
     with torch.cuda.device(0):
         solution = solve(torch.cos, torch.ones(3, 5, device="cuda:1"), gradient=None)

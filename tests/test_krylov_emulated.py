@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from systems import adjoint, by, diagonal, matrices, rhs, without_native
 
 from pydeqsolve import GMRES, Implicit, Status, Stop, build_info, solve
+from pydeqsolve.derivative import narrowed
 from pydeqsolve.step.device import LATE, DeviceKrylov
 
 pytestmark = [pytest.mark.check, pytest.mark.skipif(not build_info()["native"], reason="no native module")]
@@ -276,3 +277,24 @@ def test_a_training_step_has_the_gradient_that_it_has_on_the_host():
     assert solution.adjoint.status.tolist() == known.adjoint.status.tolist() == [Status.CONVERGED] * 32
     assert (solution.adjoint.evaluations - known.adjoint.evaluations).abs().max() <= 1
     assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_products_are_of_the_samples_that_go_on_alone_where_these_are_few(monkeypatch):
+    monkeypatch.setattr(narrowed, "LEAST", 1)
+    rate = torch.logspace(-3, -0.01, 8, dtype=f64)[:, None] * torch.linspace(-1, 1, 24, dtype=f64)
+    x = rhs(8, 24, f64).requires_grad_()
+    seen = []
+
+    def fn(z, x, rate):
+        seen.append(len(z))
+        return rate * torch.tanh(z) + x
+
+    solution = solve(fn, torch.zeros_like(x), (x, rate), stop=Stop(1e-10))
+    seen.clear()
+    with emulated_krylov():
+        (found,) = torch.autograd.grad(solution.z.sum(), x)
+    assert seen
+    assert max(seen) <= 4
+    assert solution.adjoint.status.tolist() == [Status.CONVERGED] * 8
+    z = solution.z.detach()
+    torch.testing.assert_close(found, 1 / (1 - rate * (1 - z.tanh() ** 2)), rtol=1e-8, atol=1e-8)

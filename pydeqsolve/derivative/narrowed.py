@@ -81,8 +81,10 @@ class Narrowing:
 
     def tell(self, going: int, following: Tensor) -> None:
         """After a product: `going` samples go on; in `following` (B, …), the next vector, the others are zero."""
+        if not self.can:
+            return
         width = len(following) if self.rows is None else len(self.rows)
-        if not self.can or 2 * going > width or self.size // len(following) * width < LEAST:
+        if 2 * going > width or self.size // len(following) * width < LEAST:
             return
         self.waited += 1
         if self.waited <= WAIT:

@@ -29,10 +29,10 @@ class Counts:
         if not self.there.is_cuda:
             self.queued.append((self.there.clone(), None))
             return
-        here = torch.empty(self.there.shape, dtype=torch.int64, pin_memory=True)
+        here = torch.empty(self.there.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         here.copy_(self.there, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.there.device))
         self.queued.append((here, event))
 
     def oldest(self) -> list[int]:

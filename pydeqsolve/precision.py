@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ def is_due(steps: int, device: torch.device) -> bool:
 def is_autocast(kind: str) -> bool:
     """Whether autocast is on for devices of a kind, some of which do not know it."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of a forward pass, for maps that are evaluated again in the backward pass."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(z: Tensor) -> Autocast:
+        kind = z.device.type
+        return Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def again(self) -> Any:
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled)
 
 
 def of_value(value: Any, dtype: torch.dtype) -> float:

@@ -340,6 +340,19 @@ def test_a_map_may_use_transforms_of_its_own():
     close(func.vmap(root)(torch.stack([b, b])), torch.stack([root(b), root(b)]))
 
 
+def test_the_autocast_of_the_solve_is_that_of_its_derivatives():
+    linear = nn.Linear(4, 4)
+    x = torch.randn(3, 4, generator=problems.generator(2))
+
+    def loss(weight):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fn = lambda z, x: torch.tanh(0.5 * nn.functional.linear(z, weight) + x)  # noqa: E731
+            return solve(fn, torch.zeros_like(x), (x,), stop=Stop(rtol=1e-2)).z.sum()
+
+    (expected,) = torch.autograd.grad(loss(linear.weight), linear.weight)
+    torch.testing.assert_close(func.grad(loss)(linear.weight.detach()), expected, rtol=2e-2, atol=1e-2)
+
+
 def test_a_solve_inside_the_map_of_a_solve_has_its_gradient():
     def outer(x, solved):
         fn = lambda z, x: 0.3 * torch.tanh(z + solved(x, z))  # noqa: E731
@@ -408,6 +421,15 @@ def test_what_is_read_past_torchs_functions_is_refused_by_name():
     hidden = lambda W: solve(lambda z: torch.tanh(Product.apply(z, W) + X), torch.zeros_like(X)).z.sum()  # noqa: E731
     with pytest.raises(NotImplementedError, match="pass it in inputs"):
         func.grad(hidden)(W)
+
+
+def test_what_a_map_reads_away_from_its_first_guess_alone_is_refused():
+    def loss(W, V):
+        fn = lambda z: torch.tanh(z @ (W + V if z.detach().any() else W).T + X)  # noqa: E731
+        return solve(fn, torch.zeros_like(X)).z.sum()
+
+    with pytest.raises(NotImplementedError, match="pass it in inputs"):
+        func.grad(loss, (0, 1))(W, W / 2)
 
 
 def test_what_a_map_hands_to_a_vmap_of_its_own_is_refused_by_name():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..memory import is_stacked
-from ..precision import of_graph
+from ..precision import Autocast, of_graph
 from ..problem import Problem
 from ..solution import Adjoint, Recorder
 from .adjoint import AdjointSolve, worst
@@ -44,26 +44,9 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closu
     before = leaves_before(at.f, {x.grad_fn for x in closed}) if closed else at.leaves
     reached = [x for x in before if x is not at.z]
     how = how.computing_in(shards.coarsest(max(how.eps, of_graph(at.f, at.z, at.behind))))
-    step = _Step(how, problem, finite, z.detach(), at, _Autocast.of(z), Closure(closed, closure.hidden))
+    step = _Step(how, problem, finite, z.detach(), at, Autocast.of(z), Closure(closed, closure.hidden))
     value = at.z.detach().view(at.f.shape)
     return at.good.put(_ImplicitFunction.apply(at.f, value, step, *given, *reached, *closed), z)
-
-
-@dataclass(frozen=True)
-class _Autocast:
-    """The autocast state of a forward pass, for maps that are evaluated again in the backward pass."""
-
-    device: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(z: Tensor) -> _Autocast:
-        kind = z.device.type
-        return _Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-
-    def again(self) -> Any:
-        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled)
 
 
 @dataclass(eq=False)
@@ -75,7 +58,7 @@ class _Step:
     finite: Tensor  # (B,) bool
     z: Tensor  # (B, T, D)
     at: Linearised
-    autocast: _Autocast
+    autocast: Autocast
     closure: Closure
 
     def each(self, act: Callable[[_Step, Tensor], Sequence[Tensor | None]], g: Tensor) -> list[Tensor | None]:

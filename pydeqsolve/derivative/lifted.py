@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..precision import Autocast
 from ..problem import Problem
 
 REACH = 4  # functions, modules and containers inside one another that are looked into
@@ -26,7 +27,7 @@ ANOTHER = (
 )
 HIDDEN = (
     "fn reads a tensor that it closes over past torch's functions (in compiled code, an autograd.Function, or a "
-    "transform of its own): inside torch.func transforms pass it in inputs"
+    "transform of its own), or not at its first guess: inside torch.func transforms pass it in inputs"
 )
 
 
@@ -67,10 +68,12 @@ class Lifted:
         known = {id(x) for x in closed}
         pins = [(place, x) for place in _places(problem.fn) if id(x := place.read()) in known]
 
+        autocast = Autocast.of(z)
+
         def call(z: Tensor, operands: Sequence[Tensor]) -> Tensor:
             n = len(problem.inputs)
             pairs = list(zip([*problem.inputs, *closed], operands, strict=True))
-            with _pinned(pins), _Exchange(pairs, known) as exchange:
+            with autocast.again(), _pinned(pins), _Exchange(pairs, known) as exchange:
                 f = _value(problem, z, operands[:n])
             if known - exchange.met:
                 raise RuntimeError(ANOTHER)
@@ -85,6 +88,13 @@ class Lifted:
 
     def __call__(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
         return self.call(z, operands)
+
+    def check(self, z: Tensor) -> None:
+        """Raises NotImplementedError where fn reads more at z (B, T, D) than it was found to: a branch was missed."""
+        first = _evaluation(self.problem, z)  # held, so that no identity is used twice
+        new = first.read.keys() - {id(x) for x in self.closed}
+        if new and new & _evaluation(self.problem, z).read.keys():
+            raise NotImplementedError(HIDDEN)
 
     def over(self, size: int, randomness: str, has: tuple[bool, ...]) -> Lifted:
         """The map with one more dimension in front of z, and of the operands that have it."""

@@ -47,6 +47,7 @@ def transformed(
         how.steps = functools.partial(stepped, gradient)
     lifted = Lifted.of(problem, start.detach())
     z, *counts = solved(how, lifted, start)
+    lifted.check(z.detach())
     outcome = how.outcome
     assert outcome is not None
     if gradient is None:

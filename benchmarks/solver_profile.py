@@ -1,9 +1,12 @@
-"""Performance profile of fixed-point solvers: evaluations that ours and the peers take on 171 problems.
+"""Performance profile of fixed-point solvers: evaluations of ours and the peers on 171 problems.
 
     pip install torchdeq==0.1.0 anderson-acceleration==0.0.3 scipy jax jaxopt optimistix
     apt-get install libsundials-dev
     python benchmarks/solver_profile.py run profile.json [--solvers Anderson KINSOL] [--no-jax]
-    python benchmarks/solver_profile.py table profile.json [--half even] [--picture docs/solver-profile.png]
+    python benchmarks/solver_profile.py table profile.json [--half even] [--picture profile.png --solvers …]
+    python benchmarks/solver_profile.py lost profile.json  # where a peer needs less than our best / 1.1
+
+The counts of the last whole run: benchmarks/profile_counts.json.
 
 Every solver gets the same map, float64, from the same start, and at most 1000 evaluations. A goal is
 ‖f(z) − z‖₂ ≤ goal · ‖z*‖₂ of the fixed point (of the start where z* = 0), measured by the map itself at every
@@ -110,20 +113,15 @@ def with_virtual(counts: dict[str, Counts]) -> dict[str, Counts]:
     return counts | {"our best": [[best(p, g) for g in range(len(GOALS))] for p in range(size)]}
 
 
-def table(path: Path, half: str) -> None:
-    found = json.loads(path.read_text())
+def table(found: dict[str, Any], half: str) -> list[str]:
+    """The lines of a table in Markdown: per solver and goal the problems solved, and those within 1.1 × of the best."""
     counts = with_virtual(found["counts"])
     columns = [shares(of_goal(counts, k, HALVES[half])) for k in range(len(GOALS))]
-    some = [int((np.min(list(of_goal(counts, k, HALVES[half]).values()), axis=0) < np.inf).sum()) for k in range(3)]
-    print(f"{half} problems: {len(found['names'][HALVES[half]])}; solved by some solver to {GOALS}: {some}")
-    print("| solver | " + " | ".join(f"solved, {g:.0e} | within 1.1 × of the best" for g in GOALS) + " |")
-    print("|---" * 7 + "|")
+    lines = ["| solver | " + " | ".join(f"{g:.0e} solved | near best" for g in GOALS) + " |", "|---" * 7 + "|"]
     for name in counts:
-        print(
-            f"| {name} | "
-            + " | ".join(f"{100 * a:.0f} % | {100 * b:.0f} %" for a, b in (c[name] for c in columns))
-            + " |"
-        )
+        cells = [f"{100 * share:.0f} %" for column in columns for share in column[name]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def lost(path: Path, half: str, goal: int) -> None:
@@ -174,7 +172,7 @@ def main() -> None:
     elif given.what == "lost":
         lost(given.json, given.half, GOALS.index(given.goal))
     else:
-        table(given.json, given.half)
+        print("\n".join(table(json.loads(given.json.read_text()), given.half)))
         if given.picture:
             draw(given.json, given.half, given.picture, given.solvers, GOALS.index(given.goal))
 

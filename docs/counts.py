@@ -63,7 +63,8 @@ def counts(files: dict[str, dict[str, Any]]) -> dict[str, float]:
         found |= {f"{problem}, {column}: evaluations": n for column, n in ours.items()}
     for row in files.get("sampling_rounds", {"rows": ()})["rows"]:
         what = f"sampling, T = {row['steps']}, {row['way']}"
-        found |= {f"{what}: rounds": row["rounds"], f"{what}: evaluations per step": row["evaluations_per_step"]}
+        found |= {f"{what}: rounds": row["rounds"], f"{what}: most rounds": row["most_rounds"]}
+        found[f"{what}: evaluations"] = row["evaluations_per_step"] * row["steps"]
     for row in files.get("inversion_table", {"rows": ()})["rows"]:
         found[f"inversion, T = {row['steps']}, {row['method']}: evaluations"] = row["rows"]
     return found

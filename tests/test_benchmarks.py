@@ -70,6 +70,13 @@ def test_a_count_that_grows_or_is_no_longer_met_is_named():
     assert sorted(drawn.worse(old, new)) == ["b: 20 before, 23 now", "c: 20 before, inf now"]
 
 
+def test_a_tenth_more_evaluations_of_a_sampled_image_are_seen():
+    old = {"sampling_rounds": FILES["sampling_rounds"]}
+    new = copy.deepcopy(old)
+    new["sampling_rounds"]["rows"][-1]["evaluations_per_step"] *= 1.1
+    assert len(drawn.worse(drawn.counts(old), drawn.counts(new))) == 1
+
+
 def test_the_command_fails_where_a_new_run_is_worse(tmp_path):
     grown = copy.deepcopy(FILES["inversion_table"])
     grown["rows"][1]["rows"] *= 2

@@ -103,6 +103,12 @@ DEFECTS = [
            'self.samples["floor"] = ROUNDING * eps', 'self.samples["floor"] = ROUNDING * self.rule.eps',
            "test_status.py::test_under_autocast_the_rounding_is_that_of_its_dtype"),
     # Adjoints.
+    Defect("an adjoint multiplies by another map than its own", "pydeqsolve/derivative/narrowed.py",
+           "bool((same <= allowed).all()) and part.f.requires_grad", "part.f.requires_grad",
+           "test_narrowed.py::test_a_map_that_draws_again_is_left_whole_and_draws_nothing_from_the_stream"),
+    Defect("the u of an adjoint's cycle is measured for some samples", "pydeqsolve/derivative/narrowed.py",
+           "self.rows, self.part = None, self.products", "pass",
+           "test_narrowed.py::test_the_samples_that_go_on_alone_are_multiplied_to_the_same_gradient"),
     Defect("a bad sample is masked by multiplication", "pydeqsolve/derivative/linearise.py",
            "torch.where(self.mask[:, None, None], z, stand_in)", "z * self.mask[:, None, None]",
            "test_gradient.py::test_a_first_guess_that_is_nan_poisons_no_gradient_without_compaction"),

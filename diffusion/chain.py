@@ -74,7 +74,7 @@ class Chain(Recurrence):
         ends = None if self.ends is None else self.ends[:, k:]
         return replace(
             self, timesteps=self.timesteps[k:], signal=self.signal[k:], noise=self.noise[k:], ends=ends,
-            init_noise_sigma=float(self.size[k]),
+            init_noise_sigma=float(self.size[k]), skipped=self.skipped + k,
         )  # fmt: skip
 
     def add_noise(self, x_0: Tensor, noise: Tensor) -> Tensor:

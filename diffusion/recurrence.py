@@ -84,6 +84,7 @@ class Recurrence:
         init_noise_sigma: what standard normal noise is multiplied by to be a latent.
         rule: "ddim"; or "dpmsolver++2m" or "belm", s_{k+1} = a_k s_k + c_k e_k + a'_k s_{k−1} + c'_k e_{k−1}
             (`diffusion.rules`), without fresh noise and clipping.
+        skipped: steps before the first, of the longer chain that these are the last of.
 
     Raises:
         TypeError, ValueError: a field of the wrong kind, length or order, by name.
@@ -100,6 +101,7 @@ class Recurrence:
     preconditioning: Preconditioning | None = None
     init_noise_sigma: float = 1.0
     rule: str = "ddim"
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         share_of_noise(self.eta)
@@ -233,7 +235,7 @@ class Recurrence:
         c = torch.where(self.blind | self.still, -self.after[0], before_noise)
         if self.rule == "ddim":
             return a, c, torch.zeros_like(a), torch.zeros_like(c)
-        return TWO_STEP[self.rule](self.before, self.after, (a, c))
+        return TWO_STEP[self.rule](self.before, self.after, (a, c), self.skipped)
 
     @property
     def _direction(self) -> Tensor:

@@ -13,19 +13,19 @@ Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 FEW = 15  # steps; with fewer the last is of first order
 
 
-def dpmsolver(before: Pair, after: Pair, first_order: Pair) -> Coefficients:
+def dpmsolver(before: Pair, after: Pair, first_order: Pair, skipped: int = 0) -> Coefficients:
     """DPM-Solver++ of order 2, multistep, midpoint (Lu et al. 2022, Algorithm 2).
 
     s_{k+1} = (σ⁺/σ) s_k + w ((1 + q) m_k − q m_{k−1}), m = (s − σ ε)/α the image predicted, w = α⁺ − α σ⁺/σ,
     q = h/(2 h⁻), h and h⁻ the last two steps of λ = log(α/σ). The last step is of first order where it ends without
-    noise, and where there are fewer than 15.
+    noise, and where there are fewer than 15, with the `skipped` ones that a longer chain has before the first.
     """
     (alpha, sigma), (alpha_next, sigma_next) = before, after
     level = alpha.log() - sigma.log()
     h, h_before = alpha_next.log() - sigma_next.log() - level, level - level.roll(1)
     second = torch.ones_like(alpha, dtype=torch.bool)
     second[0] = False
-    second[-1] &= len(alpha) >= FEW and bool(sigma_next[-1] > 0)
+    second[-1] &= len(alpha) + skipped >= FEW and bool(sigma_next[-1] > 0)
     q = torch.where(second, h / (2 * h_before), 0.0)
     w, (alpha_before, sigma_before) = alpha_next - alpha * sigma_next / sigma, (part.roll(1) for part in before)
     linear, share = sigma_next / sigma, torch.where(second, w * q / alpha_before, 0.0)
@@ -36,7 +36,7 @@ def dpmsolver(before: Pair, after: Pair, first_order: Pair) -> Coefficients:
     return a, c, -share, share * sigma_before
 
 
-def belm(before: Pair, after: Pair, first_order: Pair) -> Coefficients:
+def belm(before: Pair, after: Pair, first_order: Pair, skipped: int = 0) -> Coefficients:
     """O-BELM (Wang et al. 2024): exact backwards by algebra, because ε is asked at s_k alone. With r = σ/α,
 
     s_{k+1} = (h²/h⁻²)(α⁺/α⁻) s_{k−1} + ((h⁻² − h²)/h⁻²)(α⁺/α) s_k − (h (h + h⁻)/h⁻) α⁺ ε_k, h = r − r⁺, h⁻ = r⁻ − r.

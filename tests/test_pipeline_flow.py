@@ -165,6 +165,20 @@ def test_from_an_image_it_goes_on_as_diffusers_img2img_does(make, strength):
     assert near(got, expected)
 
 
+@pytest.mark.parametrize("several", [False, True])
+@torch.no_grad()
+def test_one_image_is_drawn_once_for_all_as_diffusers_flux_does(several):
+    vae, image = autoencoder(), torch.rand(1, 3, 16, 16, generator=seeded(3))
+    given = {**embeds(), "num_inference_steps": 4, "output_type": "latent", "strength": 0.5}
+    g = [seeded(4), seeded(5)] if several else seeded(4)
+    coded = (vae.encode(2 * image - 1).latent_dist.sample(g[0] if several else g) - 0.3) * 0.5
+    noise = packed(randn_tensor((2, 4, 8, 8), generator=g))
+    got = made(flux(), vae)(image=image, generator=[seeded(4), seeded(5)] if several else seeded(4), **given).images
+    pipe = made(flux(), vae)
+    pipe._encoded = lambda *_: coded.expand(2, -1, -1, -1)
+    assert near(got, pipe(image=image, latents=noise, **given).images)
+
+
 @pytest.mark.parametrize("make", [sd3, flux])
 @pytest.mark.parametrize("strength", [None, 0.5])
 def test_what_is_inverted_is_sampled_back(make, strength):

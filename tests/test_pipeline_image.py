@@ -115,6 +115,34 @@ def test_one_image_starts_every_image_of_the_batch(network):
         pipe(image=IMAGES[:1].expand(3, -1, -1, -1), **given)
 
 
+@torch.no_grad()
+def test_one_image_is_drawn_once_from_one_generator_as_diffusers_img2img_does(parts):
+    unet, vae = parts
+    scheduler, image, prompt = diffusers.DDIMScheduler(**SD), torch.rand(1, 3, 16, 16, generator=seeded(3)), seeded(1)
+    prompt, g, timesteps = torch.randn(2, 5, 12, generator=prompt), seeded(4), split(10, 0.5, scheduler)
+    coded = 0.5 * vae.encode(2 * image - 1).latent_dist.sample(g)
+    state = scheduler.add_noise(torch.cat([coded] * 2), randn_tensor((2, 4, 8, 8), generator=g), timesteps[:1])
+    for t in timesteps:
+        state = scheduler.step(unet(state, t, prompt).sample, t, state).prev_sample
+    got = made(unet, scheduler, vae)(
+        image=image, strength=0.5, num_inference_steps=10, prompt_embeds=prompt, output_type="latent",
+        generator=seeded(4), error=1e-6,
+    ).images  # fmt: skip
+    assert near(got, state)
+
+
+@torch.no_grad()
+def test_the_last_steps_of_a_long_two_step_chain_are_those_of_diffusers(network):
+    scheduler = diffusers.DPMSolverMultistepScheduler(final_sigmas_type="sigma_min")
+    timesteps, noise = split(20, 0.45, scheduler), torch.randn(2, 1, 8, 8, generator=seeded(2))
+    state = scheduler.add_noise(2 * IMAGES - 1, noise, timesteps[:1])
+    for t in timesteps:  # nine of twenty: the last is of second order
+        state = scheduler.step(network(state, t, **LABELS).sample, t, state).prev_sample
+    got = made(network, scheduler)(image=IMAGES, strength=0.45, num_inference_steps=20, latents=noise,
+                                   output_type="latent", error=1e-6, **LABELS).images  # fmt: skip
+    assert near(got, state, 1e-5)
+
+
 def test_an_image_of_another_size_than_the_networks_is_sampled_at_its_own(network):
     pipe = made(network, diffusers.DDIMScheduler(clip_sample=False))
     given = {"num_inference_steps": 10, "output_type": "latent", "method": "sequential", **LABELS}

@@ -44,8 +44,8 @@ class Autoencoder:
     def encode(self, images: Tensor, generator: Any = None, drawn: bool = False) -> Tensor:
         """(B, C, H, W) in [−1, 1] → latents (B, c, h, w).
 
-        drawn: from the distribution that an AutoencoderKL says, as diffusers' img2img has it, by one generator or one
-        for each image; else its mean.
+        drawn: from the distribution that an AutoencoderKL says, as diffusers' img2img has it, by one generator, or a
+        list of them, the first for the first image; else its mean.
         """
         encoded = self.vae.encode(images.to(self.vae.dtype))
         if isinstance(self.vae, VQModel):
@@ -54,7 +54,7 @@ class Autoencoder:
             z = encoded.latent_dist.mean
         elif isinstance(generator, list):
             each = [self.vae.encode(image[None].to(self.vae.dtype)).latent_dist for image in images]
-            z = torch.cat([one.sample(g) for one, g in zip(each, generator, strict=True)])
+            z = torch.cat([one.sample(g) for one, g in zip(each, generator, strict=False)])
         else:
             z = encoded.latent_dist.sample(generator)
         return (z - self.shift.to(z)) * self.scale.to(z)

@@ -56,7 +56,7 @@ class Start:
     """What a call starts from: `count` states, drawn, given as latents, or images with noise.
 
     generator: one, or one for each. latents: standard normal; with images, their noise. image: (count, C, H, W) in
-    [−1, 1]. shape: (C, h, w) of what is drawn, None is the network's own.
+    [−1, 1], or one, (1, C, H, W), for all. shape: (C, h, w) of what is drawn, None is the network's own.
     """
 
     count: int
@@ -130,7 +130,7 @@ class DEQPipeline(DiffusionPipeline):
             raise ValueError(f"generator: one for each of the {n} images is required, got {len(generator)}")
         if shown is not None and len(shown) not in (1, n):
             raise ValueError(f"image: one, or one for each of the {n} images, is required, got {len(shown)}")
-        return Start(n, generator, latents, None if shown is None else shown.expand(n, -1, -1, -1))
+        return Start(n, generator, latents, shown)
 
     def _pixels(self, image: Any) -> Tensor:
         """(n, C, H, W) in [−1, 1] of what diffusers' image processor takes."""
@@ -142,6 +142,10 @@ class DEQPipeline(DiffusionPipeline):
         """The chain's own images of pixels (n, C, H, W); drawn: from what the autoencoder says of them."""
         coder = self._autoencoder
         return x_0 if coder is None else coder.encode(x_0, generator, drawn).to(self._network.dtype)
+
+    def _coded(self, image: Tensor, start: Start) -> Tensor:
+        """The chain's own images (count, …) of `start.image`: one image is encoded, and drawn, once for all."""
+        return self._encoded(image, start.generator, True).expand(start.count, -1, -1, -1)
 
     def _packed(self, x: Tensor) -> Tensor:
         """Latents (B, C, H, W) as the network takes them."""
@@ -165,7 +169,7 @@ class DEQPipeline(DiffusionPipeline):
     def _first(self, chain: Chain, start: Start) -> tuple[Tensor, dict[str, Any]]:
         """The state that the chain starts from, and how noise is drawn."""
         draw = {"generator": start.generator, "device": self._execution_device, "dtype": self._network.dtype}
-        coded = None if start.image is None else self._encoded(start.image, start.generator, True)
+        coded = None if start.image is None else self._coded(start.image, start)
         latents, shape = start.latents, start.shape if coded is None else tuple(coded.shape[1:])
         if latents is not None:
             noise = latents.to(self._execution_device)

@@ -188,6 +188,11 @@ class DEQDDIMPipeline(DEQPipeline):
         vae = self.vae if self.vae is not None else self.vqvae
         return None if vae is None else Autoencoder(vae, self.unet.config.in_channels)
 
+    def _coded(self, image: Tensor, start: Start) -> Tensor:
+        """As in the base; by a list of generators one image is drawn anew for each, as diffusers' img2img has it."""
+        each = image.expand(start.count, -1, -1, -1) if isinstance(start.generator, list) else image
+        return super()._coded(each, start)
+
     def _latent_shape(self) -> tuple[int, ...]:
         side = self.unet.config.sample_size
         if side is None:

@@ -138,7 +138,7 @@ def of_kinsol(sundials: Kinsol, memory: int) -> Run:
 OURS: dict[str, Run] = {
     "Picard": ours(Picard()),
     "Anderson(5), the default": ours(Anderson()),
-    "Anderson(5, safeguard=100)": ours(Anderson(5, safeguard=100.0)),
+    "Anderson(5, safeguard=10)": ours(Anderson(5, safeguard=10.0)),
     "Anderson(10)": ours(Anderson(10)),
     "Anderson(20)": ours(Anderson(20)),
     "Anderson(5, I)": ours(Anderson(5, kind="I")),

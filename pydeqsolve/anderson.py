@@ -29,7 +29,7 @@ class Anderson:
     kind: str = "II"
     ridge: float | None = None
     coupling: str = "joint"
-    safeguard: float = 10.0
+    safeguard: float = 100.0
     _method: Method = field(init=False, repr=False, compare=False)  # made once: a solve asks for it often
 
     def __post_init__(self) -> None:

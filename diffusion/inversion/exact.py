@@ -44,7 +44,7 @@ STIFFNESS = 0.7  # 1 − σ̄_{k+1}/σ̄_k from which a step is solved by itself
 SHARE, RESOLUTION = 0.75, 0.03
 JOINT_SHARE, JOINT_RESOLUTION = 0.85, 0.1
 STIFF_SOLVER = Broyden(memory=24)
-SOLVER = Anderson(memory=4, coupling="causal")
+SOLVER = Anderson(memory=4, coupling="causal", safeguard=10.0)
 SECTIONS, SECTION_ROUNDS = (
     (0.2, 0.36, 0.44),
     10,
@@ -71,7 +71,7 @@ FELL = 0.5  # another pass is made where the last has brought the error down to 
 class Exact:
     """Every step read backwards as an equation for the state before it: a fixed point each, or most of them together.
 
-    solver: of the steps that are not stiff, Anderson(4, coupling="causal") or another forward solver.
+    solver: of the steps that are not stiff, Anderson(4, coupling="causal", safeguard=10) or another forward solver.
     """
 
     solver: Any = SOLVER

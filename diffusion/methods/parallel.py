@@ -27,7 +27,7 @@ from .goal import ROUNDING, Goal, Watch
 from .grid import TimeGrid
 from .visits import Visits
 
-SOLVER = Anderson(memory=2, coupling="causal")
+SOLVER = Anderson(memory=2, coupling="causal", safeguard=10.0)
 CLIPPED_WINDOW = 100  # steps; without a window a chain of 1000 that clips hardly ends
 FEWEST_STEPS = 60  # with fewer the nodes are too few to tell what they miss
 FEWEST_KNOWN = 50  # of a chain near one that is known: what changes is smoother
@@ -54,7 +54,7 @@ class Parallel:
     one step after the other unless a window or a callback is given, or `max_rounds` allows fewer rounds: then every
     step is solved for to the network's rounding, 100 at once where no window says otherwise, because clipped pixels are
     stiff and far ahead of the converged prefix their remainders are of no use yet.
-    solver: Anderson(2, coupling="causal") or any other forward solver of `pydeqsolve`.
+    solver: Anderson(2, coupling="causal", safeguard=10) or any other forward solver of `pydeqsolve`.
     """
 
     window: int | None = None

@@ -23,7 +23,7 @@ from .subject import Subject
 
 PAPER, OURS = "paper", "default"
 SOLVERS: dict[str, dict[str, Any]] = {
-    PAPER: {"splitting": "epsilon", "solver": Anderson(memory=5, coupling="independent")},
+    PAPER: {"splitting": "epsilon", "solver": Anderson(memory=5, coupling="independent", safeguard=10.0)},
     OURS: {},
 }
 LABELS = {PAPER: "paper: Anderson per time step, on ε", OURS: "default here: causal Anderson, split"}

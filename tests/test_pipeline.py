@@ -273,6 +273,50 @@ def test_a_wrong_argument_is_named(options, names):
         pipeline()(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"generator": 3}, "generator: a torch.Generator, or a list"),
+        ({"generator": [None, None], "batch_size": 2}, "generator: a torch.Generator, or a list"),
+        ({"batch_size": 2.0}, "batch_size: an integer"),
+        ({"batch_size": "2"}, "batch_size: an integer"),
+        ({"latents": [0.0]}, "latents: a tensor"),
+        ({"class_labels": [1]}, "class_labels: a tensor"),
+        ({"guidance_scale": None}, "guidance_scale: a number"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end: a function"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(options, names):
+    with pytest.raises(TypeError, match=f"^{names}"):
+        pipeline()(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"batch_size": -1}, "batch_size: at least 0"),
+        ({"image": []}, "image: at least one"),
+        ({"image": torch.zeros(1, 1, 9, 8)}, "image: height and width of a multiple of 2 pixels are required, got 9x8"),
+        ({"latents": torch.zeros(1, 1, 8, 9)}, "latents: height and width of a multiple of 2 are required"),
+    ],
+)
+def test_what_is_out_of_range_is_named(options, names):
+    with pytest.raises(ValueError, match=f"^{names}"):
+        pipeline()(**options)
+
+
+def test_negative_embeddings_of_another_length_are_refused():
+    given = {"prompt_embeds": torch.zeros(2, 3, 12), "negative_prompt_embeds": torch.zeros(2, 2, 12)}
+    with pytest.raises(ValueError, match=r"^negative_prompt_embeds: \(2, 3, 12\), as prompt_embeds, or one row"):
+        pipeline(small_conditional_unet())(**given, guidance_scale=3.0)
+
+
+def test_generators_may_come_as_a_tuple():
+    pipe, given = pipeline(), {"batch_size": 2, "num_inference_steps": 4, "output_type": "latent"}
+    lists, tuples = (pipe(generator=kind([seeded(1), seeded(2)]), **given) for kind in (list, tuple))
+    assert torch.equal(lists.images, tuples.images)
+
+
 def test_a_conditional_network_asks_for_its_embeddings():
     with pytest.raises(ValueError, match="prompt_embeds"):
         pipeline(small_conditional_unet())()

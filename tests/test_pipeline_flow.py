@@ -216,7 +216,7 @@ def test_noise_maps_of_a_flow_give_its_images_back_and_other_prompts_others(make
 def test_a_picture_whose_size_does_not_divide_is_refused(make):
     pipe, image = made(make(), autoencoder()), torch.rand(2, 3, 18, 16)
     for call in (lambda: pipe.invert(image, 4, **embeds()), lambda: pipe(image=image, **embeds())):
-        with pytest.raises(ValueError, match="height: a multiple of 4 is required, got 18"):
+        with pytest.raises(ValueError, match="image: height and width of a multiple of 4 pixels"):
             call()
 
 
@@ -268,12 +268,47 @@ def test_a_whole_folder_is_loaded_but_for_what_is_left_out_by_name(tmp_path):
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents: \('B', 4, 8, 8\) is required"),
         ({"mu": 1.0}, "mu: of use only to a scheduler with use_dynamic_shifting"),
         ({"batch_size": 3}, "batch_size: 3 latents or conditions"),
-        ({"num_inference_steps": 0}, "steps: "),
+        ({"num_inference_steps": 0}, "num_inference_steps: at least 1"),
+        ({"height": -2}, "height: at least 1"),
+        ({"strength": 1e-20, "latents": torch.zeros(2, 4, 8, 8)}, "strength: above 0, to 1, is required"),
+        ({"generator": (seeded(), seeded(), seeded())}, "generator: one for each of the 2 images is required, got 3"),
     ],
 )
 def test_a_wrong_argument_is_named(given, words):
     with pytest.raises(ValueError, match=f"^{words}"):
         made(sd3())(**(embeds() | given))
+
+
+@pytest.mark.parametrize("make", [sd3, flux])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_inference_steps": "4"}, "num_inference_steps: an integer"),
+        ({"num_inference_steps": None}, "num_inference_steps: an integer"),
+        ({"height": 16.0}, "height: an integer"),
+        ({"guidance_scale": "4"}, "guidance_scale: a number"),
+        ({"true_cfg_scale": None}, "true_cfg_scale: a number"),
+        ({"prompt_embeds": [[0.0]]}, "prompt_embeds: a tensor"),
+        ({"latents": [[0.0]]}, "latents: a tensor"),
+        ({"generator": 3}, "generator: a torch.Generator, or a list"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end: a function"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(make, given, words):
+    with pytest.raises(TypeError, match=f"^{words}"):
+        made(make())(**({"height": 16, "width": 16} | embeds() | given))
+
+
+def test_a_shift_that_the_scheduler_cannot_tell_is_asked_for():
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_dynamic_shifting=True, time_shift_type="exponential", use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+    )  # fmt: skip
+    pipe = DEQFlowPipeline(sd3(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="mu: required by a DPMSolverMultistepScheduler"):
+        pipe(**embeds(), num_inference_steps=4)
+    assert pipe(**embeds(), num_inference_steps=4, mu=1.0, output_type="latent").converged.all()
 
 
 def test_negative_embeddings_of_another_length_are_refused():

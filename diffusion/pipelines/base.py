@@ -19,11 +19,13 @@ try:
 except ImportError as error:
     raise ImportError("the pipelines need diffusers: pip install pydeqsolve[diffusers]") from error
 
-from ..arguments import check_options
+from ..arguments import check_options, check_settings
 from ..chain import Chain
+from ..checks import count as whole
 from ..invert import Inversion, find_latents, warn_of_range
 from ..methods.fastest import Method as Sampling
 from ..methods.sequential import Sequential
+from ..models.answers import check_generator
 from ..models.wrappers import check_parts
 from ..sample import sample
 from ..schedule import Schedule
@@ -120,22 +122,39 @@ class DEQPipeline(DiffusionPipeline):
 
     def _start(self, count: int | None, inputs: list[Tensor], generator: Any, latents: Any, image: Any) -> Start:
         """The number of images, and what they start from; raises where arguments disagree about it."""
+        check_settings(tensors={"latents": latents}, functions={})
+        if latents is not None and latents.dim() == 4 and any(side % self._divisor for side in latents.shape[2:]):
+            raise ValueError(f"latents: height and width of a multiple of {self._divisor} are required, got "
+                             f"{tuple(latents.shape)}")  # fmt: skip
         shown = None if image is None else self._pixels(image)
         warn_of_range(shown)
         given = [x for x in (latents, *inputs) if x is not None]
         n = count if count is not None else len(given[0]) if given else 1 if shown is None else len(shown)
+        whole("batch_size", n, least=0)
         if any(len(x) != n for x in given):
             raise ValueError(f"batch_size: {n} latents or conditions are required, got {[len(x) for x in given]}")
-        if isinstance(generator, list) and len(generator) != n:
-            raise ValueError(f"generator: one for each of the {n} images is required, got {len(generator)}")
+        check_generator(generator, n, self._execution_device)
+        if isinstance(generator, (list, tuple)):  # diffusers takes a list of one and more
+            generator = list(generator) or None
         if shown is not None and len(shown) not in (1, n):
             raise ValueError(f"image: one, or one for each of the {n} images, is required, got {len(shown)}")
         return Start(n, generator, latents, shown)
 
     def _pixels(self, image: Any) -> Tensor:
         """(n, C, H, W) in [−1, 1] of what diffusers' image processor takes."""
+        if isinstance(image, (list, tuple)) and not len(image):
+            raise ValueError("image: at least one is required, got none")
         x_0: Tensor = self._processor().preprocess(image).to(self._execution_device, self._network.dtype)
+        multiple = self._divisor * self._processor().config.vae_scale_factor  # else the image made has another size
+        if any(side % multiple or side < 1 for side in x_0.shape[2:]):
+            raise ValueError(f"image: height and width of a multiple of {multiple} pixels are required, got "
+                             f"{x_0.shape[2]}x{x_0.shape[3]}")  # fmt: skip
         return x_0
+
+    @property
+    def _divisor(self) -> int:
+        """What height and width of latents must be a multiple of, by the network."""
+        return 1
 
     @torch.no_grad()
     def _encoded(self, x_0: Tensor, generator: Any = None, drawn: bool = False) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel, VQModel
 from torch import Tensor
 
+from ..arguments import check_settings
+from ..checks import real
 from ..inversion.noise_maps import NoiseMaps
 from ..invert import Inversion, find_latents, warn_of_range
 from ..invert import Method as Inverting
@@ -122,6 +124,7 @@ class DEQDDIMPipeline(DEQPipeline):
             "negative_class_labels": negative_class_labels, "negative_add_time_ids": negative_add_time_ids,
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
         }  # fmt: skip
+        check_settings(tensors={}, functions={"callback_on_step_end": callback_on_step_end})
         model, inputs = self._model(given, guidance_scale, guidance_rescale)
         start = self._start(batch_size, inputs, generator, latents, image)
         eta = self._eta(eta, noises is not None)
@@ -188,6 +191,12 @@ class DEQDDIMPipeline(DEQPipeline):
         vae = self.vae if self.vae is not None else self.vqvae
         return None if vae is None else Autoencoder(vae, self.unet.config.in_channels)
 
+    @property
+    def _divisor(self) -> int:
+        if not isinstance(self.unet, UNet2DModel):
+            return 1  # it makes its own sizes fit
+        return 2 ** sum(getattr(block, "downsamplers", None) is not None for block in self.unet.down_blocks)
+
     def _coded(self, image: Tensor, start: Start) -> Tensor:
         """As in the base; by a list of generators one image is drawn anew for each, as diffusers' img2img has it."""
         each = image.expand(start.count, -1, -1, -1) if isinstance(start.generator, list) else image
@@ -203,6 +212,8 @@ class DEQDDIMPipeline(DEQPipeline):
         self, given: dict[str, Tensor | None], scale: float, rescale: float
     ) -> tuple[DiffusersModel | Guided, list[Tensor]]:
         """The network as model(x, t, *inputs), and the inputs."""
+        check_settings(tensors=given, functions={})
+        scale = real("guidance_scale", scale)
         model, kind = DiffusersModel(self.unet), type(self.unet).__name__
         names = [CONDITIONS[name] for name in model.takes.names]
         used = [name for name in names if given[name] is not None]
@@ -223,6 +234,10 @@ class DEQDDIMPipeline(DEQPipeline):
         if missing:
             raise ValueError(f"negative_{missing[0]}: required with guidance_scale = {scale}")
         nulls = [self._placed(x) for name in used if (x := given[f"negative_{name}"]) is not None]
+        for name, null, own in zip(used, nulls, inputs, strict=True):
+            if null.dim() != own.dim() or null.shape[1:] != own.shape[1:] or len(null) not in (1, len(own)):
+                raise ValueError(f"negative_{name}: {tuple(own.shape)}, as {name}, or one row is required, got "
+                                 f"{tuple(null.shape)}")  # fmt: skip
         nulls = [null.expand_as(condition) for null, condition in zip(nulls, inputs, strict=True)]
         return Guided(model, scale, rescale=rescale), [*inputs, *nulls]
 

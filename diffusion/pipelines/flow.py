@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SchedulerMixin, SD3Transformer2DModel
 from torch import Tensor
 
+from ..arguments import check_settings
 from ..chain import Chain
-from ..checks import real
+from ..checks import count, real
 from ..inversion.noise_maps import NoiseMaps
 from ..invert import Inversion, find_latents, warn_of_range
 from ..invert import Method as Inverting
@@ -121,6 +122,7 @@ class DEQFlowPipeline(DEQPipeline):
         """
         given = dict(zip(CONDITIONS, (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds,
                                       negative_pooled_prompt_embeds), strict=True))  # fmt: skip
+        check_settings(tensors=given, functions={"callback_on_step_end": callback_on_step_end})
         texts = [self._placed(x) for x in (prompt_embeds, pooled_prompt_embeds) if x is not None]
         start = self._start(batch_size, texts, generator, latents, image)
         start.shape = self._shape(start, height, width)
@@ -153,9 +155,9 @@ class DEQFlowPipeline(DEQPipeline):
             Inversion, with x_T, and the loss of the latents per image.
         """
         given = {name: options.pop(name, None) for name in CONDITIONS}
+        check_settings(tensors=given, functions={})
         pixels = self._pixels(image)
         warn_of_range(pixels)
-        self._shape(Start(len(pixels), None, None, pixels), None, None)  # raises for a size that does not divide
         coded = self._encoded(pixels)
         x_0 = self._packed(coded)
         shape = tuple(coded.shape[1:])
@@ -179,10 +181,13 @@ class DEQFlowPipeline(DEQPipeline):
     def _autoencoder(self) -> Autoencoder | None:
         return None if self.vae is None else Autoencoder(self.vae, self._channels)
 
+    @property
+    def _divisor(self) -> int:
+        return 2 if self._flux else int(self.transformer.config.patch_size)  # one token
+
     def _shape(self, start: Start, height: int | None, width: int | None) -> tuple[int, ...]:
         """(C, h, w) of the latents of this call, before FLUX packs them."""
-        factor = self._processor().config.vae_scale_factor
-        patch = 2 if self._flux else self.transformer.config.patch_size
+        factor, patch = self._processor().config.vae_scale_factor, self._divisor
         usual = 2 * [FLUX_SIDE if self._flux else self.transformer.config.sample_size]
         if start.image is not None:
             usual = [side // factor for side in start.image.shape[2:]]
@@ -191,7 +196,8 @@ class DEQFlowPipeline(DEQPipeline):
         sides = []
         for name, side, own in (("height", height, usual[0]), ("width", width, usual[1])):
             pixels = own * factor if side is None else side
-            if pixels % (factor * patch) or pixels < 1:
+            count(name, pixels, least=1)
+            if pixels % (factor * patch):
                 raise ValueError(f"{name}: a multiple of {factor * patch} is required, got {pixels}")
             sides.append(pixels // factor)
         if start.image is not None and [side * factor for side in sides] != list(start.image.shape[2:]):
@@ -218,29 +224,34 @@ class DEQFlowPipeline(DEQPipeline):
         return x.reshape(len(x), h // 2, w // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(len(x), C, h, w)
 
     def _late(self, chain: Chain, strength: float) -> Chain:
-        if not 0 < real("strength", strength) <= 1:
+        first = len(chain) - len(chain) * real("strength", strength)
+        if not 0 < strength <= 1 or first >= len(chain):
             raise ValueError(f"strength: above 0, to 1, is required, got {strength}")
-        return chain.tail(int(len(chain) - len(chain) * strength))  # rounded as diffusers' flow pipelines have it
+        return chain.tail(int(first))  # rounded as diffusers' flow pipelines have it
 
     def _chain(
         self, steps: int, sigmas: Sequence[float] | None, mu: float | None, shape: tuple[int, ...], eta: float
     ) -> Chain:
         """The scheduler's chain for latents of this shape."""
         options = self.scheduler.config
+        if sigmas is None:
+            count("num_inference_steps", steps, least=1)
         if options.get("use_dynamic_shifting") and mu is None:
-            patch = 2 if self._flux else self.transformer.config.patch_size
-            tokens = (shape[1] // patch) * (shape[2] // patch)
+            if "base_image_seq_len" not in options:
+                raise ValueError(f"mu: required by a {type(self.scheduler).__name__} with use_dynamic_shifting")
+            tokens = (shape[1] // self._divisor) * (shape[2] // self._divisor)
             few, many = options["base_image_seq_len"], options["max_image_seq_len"]
             slope = (options["max_shift"] - options["base_shift"]) / (many - few)
             mu = options["base_shift"] + slope * (tokens - few)
         if self._flux and sigmas is None and not options.get("use_flow_sigmas"):
-            sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist() if steps >= 1 else None
+            sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
         schedule = Schedule.from_diffusers(self.scheduler, mu)
         assert isinstance(schedule, ContinuousSchedule)
         return schedule.chain(None if sigmas is not None else steps, eta=eta, sigmas=sigmas)
 
     def _guidance(self, scale: float | None, true_scale: float, rescale: float) -> Guidance:
         """What the three arguments mean to this network."""
+        true_scale, scale = real("true_cfg_scale", true_scale), None if scale is None else real("guidance_scale", scale)
         if not self._flux:
             if true_scale != 1:
                 raise ValueError(f"true_cfg_scale: of FLUX; SD3's guidance is guidance_scale, got {true_scale}")
@@ -283,7 +294,5 @@ class DEQFlowPipeline(DEQPipeline):
         places = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
         ids = [torch.zeros(prompt.shape[1], 3), places]
         shared = [self._placed(one).expand(len(prompt), -1, -1) for one in ids]
-        told = (
-            [] if guidance.embedded is None else [torch.full((len(prompt),), guidance.embedded, device=prompt.device)]
-        )
+        told = [] if (w := guidance.embedded) is None else [torch.full((len(prompt),), w, device=prompt.device)]
         return [prompt, pooled, *shared, *told]

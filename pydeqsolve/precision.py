@@ -94,15 +94,21 @@ def of_graph(f: Tensor, z: Tensor, behind: Sequence[Any]) -> float:
     eps, kind = torch.finfo(z.dtype).eps, z.device.type
     autocast = torch.get_autocast_dtype(kind) if is_autocast(kind) else z.dtype
 
-    found: dict[Any, float] = {}
-    for node in behind:
-        dtypes = {m.dtype for m in getattr(node, "_input_metadata", ())}
+    def coarser(node: Any, dtypes: set[torch.dtype]) -> float:
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             dtypes.add(autocast)
-        for dtype in dtypes - {z.dtype}:
-            if (dtype.is_floating_point or dtype.is_complex) and torch.finfo(dtype).eps > eps:
-                found[node] = max(found.get(node, eps), torch.finfo(dtype).eps)
-    return max((found[node] for node in _between(f, z) if node in found), default=eps) if found else eps
+        return max([eps, *(torch.finfo(t).eps for t in dtypes - {z.dtype} if t.is_floating_point or t.is_complex)])
+
+    suspects = [node for node in behind if coarser(node, {m.dtype for m in getattr(node, "_input_metadata", ())}) > eps]
+    if not suspects:
+        return eps
+    # Of an output without derivative, such as indices, a node holds no dtype but torch's default one.
+    used = {(f.grad_fn, f.output_nr)} | {edge for node in behind for edge in node.next_functions}
+    between = set(_between(f, z)).intersection(suspects)
+    return max(
+        (coarser(node, {m.dtype for k, m in enumerate(node._input_metadata) if (node, k) in used}) for node in between),
+        default=eps,
+    )
 
 
 def _between(f: Tensor, z: Tensor) -> list[Any]:

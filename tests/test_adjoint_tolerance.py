@@ -122,3 +122,23 @@ def test_a_tolerance_of_the_adjoint_that_fits_no_sample_is_refused_before_the_so
     gradient = Implicit(stop=Stop(rtol=torch.full(shape, 1e-5)))
     with pytest.raises(ValueError, match=re.escape(f"gradient.stop.rtol must have shape (5,), got {shape}")):
         solve(lambda z: 0.5 * z + 1, torch.zeros(5, 3), gradient=gradient)
+
+
+class Halved(torch.autograd.Function):
+    """x / 2, and where x is positive."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_non_differentiable(positive := x > 0)
+        return x / 2, positive
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return grad / 2
+
+
+def test_an_output_without_derivative_says_nothing_of_the_precision_of_the_map():
+    x = torch.randn(3, 4, dtype=f64, generator=problems.generator(2)).requires_grad_()
+    solution = solve(lambda z, x: torch.cos(Halved.apply(z)[0] + x), torch.zeros_like(x), (x,), stop=Stop(1e-13))
+    torch.autograd.grad(solution.z.sum(), x)
+    assert bool((solution.adjoint.residual < 1e-12).all())

@@ -72,6 +72,12 @@ TRANSFORMS = {
     "jacrev of jacfwd": lambda f: func.jacrev(func.jacfwd(total(f), 1), 1)(W, X),
     "vmap over x": lambda f: func.vmap(lambda x: f(W, x[None])[0])(X),
     "vmap over W": lambda f: func.vmap(lambda W: f(W, X))(torch.stack([W, -W])),
+    "vmap of jacrev": lambda f: func.vmap(func.jacrev(lambda W: f(W, X)))(torch.stack([W, -W])),
+    "vmap of jacfwd": lambda f: func.vmap(func.jacfwd(lambda x: f(W, x)))(torch.stack([X, -X, X / 2])),
+    "vmap of hessian": lambda f: func.vmap(func.hessian(lambda W: total(f)(W, X)))(torch.stack([W, -W])),
+    "vjp of vmap, vmapped": lambda f: func.vmap(func.vjp(func.vmap(lambda W: f(W, X)), torch.stack([W, -W]))[1])(
+        torch.stack([torch.stack([X, k * X]) for k in (1, 2, 3)])
+    ),
     "vmap over other dimensions": lambda f: func.vmap(f, (2, 1))(torch.stack([W, -W], 2), torch.stack([X, X / 2], 1)),
     "vmap of vmap": lambda f: func.vmap(lambda W: func.vmap(lambda x: f(W, x[None]))(X))(torch.stack([W, -W])),
     "gradient per sample": lambda f: func.vmap(func.grad(lambda W, x: total(f)(W, x[None])), (None, 0))(W, X),
@@ -365,6 +371,28 @@ def test_a_solve_inside_the_map_of_a_solve_has_its_gradient():
     at = X.clone().requires_grad_()
     (expected,) = torch.autograd.grad(outer(at, inner), at)
     close(func.grad(lambda x: outer(x, inner))(X), expected)
+
+
+def in_one_another(x, root):
+    inner = lambda z: root(lambda y: 0.4 * torch.sin(y) + z)  # noqa: E731
+    return root(lambda z: torch.tanh(0.5 * inner(z) @ W.T + x)).sin().sum()
+
+
+@pytest.mark.parametrize("second", [func.grad, func.jacrev, func.jacfwd, directional])
+def test_a_solve_inside_the_map_of_a_solve_has_its_second_derivatives(second):
+    def by_solve(fn):
+        return solve(fn, torch.zeros_like(X), stop=TIGHT, gradient=EXACT).z
+
+    def by_steps(fn):
+        z = torch.zeros_like(X)
+        for _ in range(60):
+            z = fn(z)
+        return z
+
+    def derivative(root):
+        return second(lambda x: func.grad(lambda x: in_one_another(x, root))(x).sin().sum())(X)
+
+    close(derivative(by_solve), derivative(by_steps))
 
 
 def test_complex_and_nested_states_are_differentiated():

@@ -42,17 +42,16 @@ class How:
     adjoint: AdjointSolve | None  # None: no derivative, or that of `steps`
     steps: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None  # (f, z) → z after a few steps
     outcome: Outcome | None = None
-    value: Tensor | None = None  # (*lead, B, T, D), f at the solution
 
 
 def solved(how: How, lifted: Lifted, z0: Tensor) -> tuple[Tensor, ...]:
     """z, residual, evaluations, status, rejections and rank losses of z0 (B, T, D)."""
-    found: tuple[Tensor, ...] = _Root.apply(lifted, how, z0.detach(), *lifted.operands)
-    return found
+    *found, _ = _Root.apply(lifted, how, z0.detach(), *lifted.operands)
+    return tuple(found)
 
 
 class _Root(_autograd.Function):  # type: ignore[misc]
-    """The solution z*, (*lead, B, T, D), as a function of the operands."""
+    """The solution z*, (*lead, B, T, D), as a function of the operands; with it counts, and f there if asked."""
 
     @staticmethod
     def forward(lifted: Lifted, how: How, z0: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -61,7 +60,7 @@ class _Root(_autograd.Function):  # type: ignore[misc]
         layout = Layout.of(start, by_blocks=True)
         problem = Problem(lambda z: lifted(z.view(z0.shape), plain).reshape(start.shape), (), layout, compact=False)
         found = how.outcome = iterate(problem, start, solver=how.solver, stop=_spread(how.stop, lead, B))
-        z = found.z.clone().view(z0.shape)
+        z, value = found.z.clone().view(z0.shape), z0.new_empty(*lead, B, 0, 0)
         if how.adjoint is not None or how.steps is not None:
             good = found.residual.isfinite().view(*lead, B)
             with torch.enable_grad():
@@ -69,17 +68,16 @@ class _Root(_autograd.Function):  # type: ignore[misc]
             if value.requires_grad:
                 raise NotImplementedError(HIDDEN)
             Good(good.reshape(-1), None, [], whole=False).tell_lost(value.reshape(start.shape))
-            how.value = value
         counts = (found.residual, found.evaluations, found.status, found.rejections, found.rank_losses)
-        return z, *(x.clone().view(*lead, B) for x in counts)
+        return z, *(x.clone().view(*lead, B) for x in counts), value.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.lifted, ctx.how, _, *operands = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[0], output[1], *operands)
-        ctx.save_for_forward(output[0], output[1], *operands)
+        ctx.save_for_backward(output[0], output[1], output[-1], *operands)
+        ctx.save_for_forward(output[0], output[1], output[-1], *operands)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, lifted: Lifted, how: How, z0: Tensor, *operands: Tensor) -> Any:
@@ -89,7 +87,7 @@ class _Root(_autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        z, residual, *operands = ctx.saved_tensors
+        z, residual, value, *operands = ctx.saved_tensors
         none = (None, None, None)
         if grads[0] is None:
             return *none, *[None] * len(operands)
@@ -97,41 +95,44 @@ class _Root(_autograd.Function):  # type: ignore[misc]
         h = _of_operands(ctx, z, good)
         u = torch.where(good[..., None, None], g, 0.0)
         if ctx.how.adjoint is not None:
-            u = _Linear.apply(ctx.lifted, ctx.how, True, z, good, u, *operands)
+            u = _Linear.apply(ctx.lifted, ctx.how, True, z, good, value, u, *operands)
         return *none, *_sound(good, pulled(h, operands, u))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if all(t is None for t in tangents[3:]):
-            return None, *[None] * 5
-        return below(_Root.tangent, ctx, ctx.saved_tensors, tangents[3:]), *[None] * 5
+            return None, *[None] * 6
+        return below(_Root.tangent, ctx, ctx.saved_tensors, tangents[3:]), *[None] * 6
 
     @staticmethod
     def tangent(ctx: Any, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
         """That of z for those of the operands."""
-        z, residual, *operands = saved
+        z, residual, value, *operands = saved
         good = residual.isfinite()
         t = torch.where(good[..., None, None], pushed(_of_operands(ctx, z, good), operands, tangents), 0.0)
         if ctx.how.adjoint is not None:
-            t = _Linear.apply(ctx.lifted, ctx.how, False, z, good, t, *operands)
+            t = _Linear.apply(ctx.lifted, ctx.how, False, z, good, value, t, *operands)
         return t
 
 
 class _Linear(_autograd.Function):  # type: ignore[misc]
-    """u = g + A u at a solution z (*lead, B, T, D), A = J or, transposed, Jᵀ; zero for samples that are not good."""
+    """u = g + A u at a solution z (*lead, B, T, D), A = J or, transposed, Jᵀ; zero for samples that are not good.
+
+    value: f there, as it was in the solve.
+    """
 
     @staticmethod
     def forward(
-        lifted: Lifted, how: How, transposed: bool, z: Tensor, good: Tensor, g: Tensor, *operands: Tensor
-    ) -> Tensor:
+        lifted: Lifted, how: How, transposed: bool, z: Tensor, good: Tensor, value: Tensor, g: Tensor,
+        *operands: Tensor,
+    ) -> Tensor:  # fmt: skip
         assert how.adjoint is not None
-        assert how.value is not None
         *lead, B, T, D = z.shape
         with torch.enable_grad():
             at = z.detach().reshape(-1, T, D).clone().requires_grad_()
             f = lifted.guarded(at.view(z.shape), [x.detach() for x in operands], good)
             f = f.reshape(at.shape)
-        _check_same(how.value, f.detach().view(z.shape))
+        _check_same(value, f.detach().view(z.shape))
         recorder = Recorder()
         eps = max(of_graph(f, at, list(nodes(f))), torch.finfo(f.dtype).eps)
         adjoint = replace(how.adjoint, recorder=recorder, eps=eps, stop=_spread(how.adjoint.stop, lead, B))
@@ -145,48 +146,48 @@ class _Linear(_autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.lifted, ctx.how, ctx.transposed, z, good, _, *operands = inputs
-        ctx.save_for_backward(output, z, good, *operands)
-        ctx.save_for_forward(output, z, good, *operands)
+        ctx.lifted, ctx.how, ctx.transposed, z, good, value, _, *operands = inputs
+        ctx.save_for_backward(output, z, good, value, *operands)
+        ctx.save_for_forward(output, z, good, value, *operands)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, lifted: Lifted, how: How, transposed: bool, z: Tensor, good: Tensor, g: Tensor,
-        *operands: Tensor,
+        info: Any, in_dims: Any, lifted: Lifted, how: How, transposed: bool, z: Tensor, good: Tensor, value: Tensor,
+        g: Tensor, *operands: Tensor,
     ) -> Any:  # fmt: skip
-        z, good, g = _in_front(info, in_dims[3:6], (z, good, g))
-        operands = _in_front(None, in_dims[6:], operands)
-        has = tuple(dim is not None for dim in in_dims[6:])
+        z, good, value, g = _in_front(info, in_dims[3:7], (z, good, value, g))
+        operands = _in_front(None, in_dims[7:], operands)
+        has = tuple(dim is not None for dim in in_dims[7:])
         over = lifted.over(info.batch_size, info.randomness, has)
-        return _Linear.apply(over, how, transposed, z, good, g, *operands), 0
+        return _Linear.apply(over, how, transposed, z, good, value, g, *operands), 0
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        u, z, good, *operands = ctx.saved_tensors
+        u, z, good, value, *operands = ctx.saved_tensors
         quiet = _quiet(ctx.how)
-        s = _Linear.apply(ctx.lifted, quiet, not ctx.transposed, z, good, _masked(good, grads[0]), *operands)
+        s = _Linear.apply(ctx.lifted, quiet, not ctx.transposed, z, good, value, _masked(good, grads[0]), *operands)
         # ⟨s, Jᵀ u⟩ = ⟨J s, u⟩: of both kinds the derivative is that of a product with Jᵀ.
         right, left = (u, s) if ctx.transposed else (s, u)
         found = pulled(_product(ctx, good, right), (z, *operands), left)
         dz, *others = _sound(good, found)
-        return None, None, None, dz, None, s, *others
+        return None, None, None, dz, None, None, s, *others
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if all(t is None for t in tangents[3:]):
             return None
-        return below(_Linear.tangent, ctx, ctx.saved_tensors, (tangents[5], tangents[3], *tangents[6:]))
+        return below(_Linear.tangent, ctx, ctx.saved_tensors, (tangents[6], tangents[3], *tangents[7:]))
 
     @staticmethod
     def tangent(ctx: Any, saved: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
         """That of u for those of g, z and the operands."""
-        (u, z, good, *operands), (t, *moved) = saved, tangents
+        (u, z, good, value, *operands), (t, *moved) = saved, tangents
         if any(x is not None for x in moved):
             product = _product(ctx, good, u) if ctx.transposed else _image(ctx, good, u)
             of_A = pushed(product, (z, *operands), moved)
             t = of_A if t is None else t + of_A
         assert t is not None
-        return _Linear.apply(ctx.lifted, _quiet(ctx.how), ctx.transposed, z, good, _masked(good, t), *operands)
+        return _Linear.apply(ctx.lifted, _quiet(ctx.how), ctx.transposed, z, good, value, _masked(good, t), *operands)
 
 
 def below(

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 _torch: Any = torch.func  # whose functions have no types of use
+_functorch: Any = getattr(torch._C, "_functorch", None)
 
 
 def pulled(h: Callable[..., Tensor], at: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
     """The cotangents of `at` for that of h(*at)."""
+    at = [_alive(x) for x in at]
     real = [i for i, x in enumerate(at) if x.is_floating_point() or x.is_complex()]
     if not real:
         return [None] * len(at)
@@ -23,11 +25,21 @@ def pulled(h: Callable[..., Tensor], at: Sequence[Tensor], cotangent: Tensor) ->
 
 def pushed(h: Callable[..., Tensor], at: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
     """The tangent of h(*at): that of a product with the transpose, which is linear."""
+    at = [_alive(x) for x in at]
     real = [i for i, t in enumerate(tangents) if t is not None]
     value, pull = _torch.vjp(_only(h, at, real), *[at[i] for i in real])
     _, push = _torch.vjp(pull, torch.zeros_like(value))
     found: Tensor = push(tuple(tangents[i] for i in real))[0]
     return found
+
+
+def _alive(x: Tensor) -> Tensor:
+    """x without the levels of transforms that have ended: torch cannot make zeros like what has two of them."""
+    while True:
+        inner: Tensor = _functorch.unwrap_if_dead(x)
+        if inner is x:
+            return x
+        x = inner
 
 
 def _only(h: Callable[..., Tensor], at: Sequence[Tensor], which: list[int]) -> Callable[..., Tensor]:

@@ -93,7 +93,7 @@ def solve(
             admissible and merit see all N rows, and inputs of any shape pass unchanged. Samples lie padded to the rows
             of the largest: 2 (m + 1) + 5 words per entry of G times that.
         group: a torch.distributed process group whose ranks hold shards of every sample's features: z0 (B, …) is this
-            rank's, of whatever size, and fn maps it to this rank's share of the new state and does the communication
+            rank's, of any size but 0, and fn maps it to this rank's share of the new state and does the communication
             that this takes. Norms, weights and decisions are those of the whole state: one all-reduce per step, of
             2 m + 2 numbers per sample (`docs/distributed.md`). All other arguments but the values of `inputs` and
             `callback` must be the same on every rank. A state is admissible where every rank says so; its merit is the

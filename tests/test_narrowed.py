@@ -144,3 +144,28 @@ def test_a_cycle_that_begins_with_few_samples_is_narrowed_at_once():
     assert (solution.adjoint.status != Status.NONFINITE).all()
     assert len(seen) >= 3
     assert seen[-1] < B // 4
+
+
+def swept(change) -> tuple[Tensor, Tensor]:
+    """The gradient of x where `change(map)` came between solve and backward, and where nothing did."""
+    W, x = mixed()
+
+    def found(act) -> Tensor:
+        at = {"damping": 0.9, "closed": False}
+
+        def fn(z: Tensor, x: Tensor) -> Tensor:
+            assert not at["closed"]
+            return (1 - at["damping"]) * z + at["damping"] * torch.tanh(z @ W.T + x)
+
+        y = x.clone().requires_grad_()
+        solution = solve(fn, torch.zeros_like(x), (y,), stop=Stop(1e-5, max_steps=400))
+        act(at)
+        return torch.autograd.grad(solution.z.square().sum(), y)[0]
+
+    return found(change), found(lambda at: None)
+
+
+@pytest.mark.parametrize("change", [{"damping": 0.5}, {"closed": True}], ids=["damping", "closed"])
+def test_a_map_of_the_same_fixed_points_that_has_changed_or_fails_leaves_the_gradient_alone(change):
+    found, expected = swept(lambda at: at.update(change))
+    assert (found - expected).norm() <= 1e-3 * expected.norm()

@@ -33,7 +33,8 @@ class Products:
     def of(self, rows: Tensor) -> Product | None:
         """Jᵀu of the samples `rows` (k,) alone, (k, T, D) → (k, T, D), by one evaluation of fn.
 
-        None where fn may not be given some samples alone, or is another map now than it was in the forward pass.
+        None where fn may not be given some samples alone, or is another map now than it was in the forward pass: fails
+        then, or has another value.
         """
         at, problem = self.at, self.problem
         if not problem.compact or problem.causal or problem.split is not None or is_transformed():
@@ -45,11 +46,19 @@ class Products:
         good = Good(torch.ones(k, dtype=torch.bool, device=rows.device), None, inputs, True, problem.layout)
         states, before = at.z.detach().view(at.f.shape)[rows], at.f.detach()[rows]
         devices = [before.device] if before.is_cuda else []
-        with self.as_before(), torch.enable_grad(), torch.random.fork_rng(devices):
-            part = Linearised.again(problem, states, good)
-        same = (part.f.detach() - before).flatten(1).double().norm(dim=1)
-        allowed = torch.finfo(before.dtype).eps ** 0.5 * before.flatten(1).double().norm(dim=1)
-        return part.transposed if bool((same <= allowed).all()) and part.f.requires_grad else None
+        try:
+            with self.as_before(), torch.enable_grad(), torch.random.fork_rng(devices):
+                part = Linearised.again(problem, states, good)
+        except Exception:  # nobody asked for this evaluation: the products with all samples serve as well
+            return None
+        return part.transposed if _is_same(part.f.detach(), before) and part.f.requires_grad else None
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    """Whether values (k, T, D) of two evaluations at the same samples are those of one map."""
+    apart = (now - before).flatten(1).double().norm(dim=1)
+    allowed = torch.finfo(before.dtype).eps ** 0.5 * before.flatten(1).double().norm(dim=1)
+    return bool((apart <= allowed).all())
 
 
 class Narrowing:
@@ -65,12 +74,20 @@ class Narrowing:
         self.waited = 0
         self.rows: Tensor | None = None  # (k,) that are multiplied; None: all
         self.part: Product = products
+        self.tried = False  # a product with `part` is known to be that with all samples
 
     def __call__(self, u: Tensor) -> Tensor:
         """A u; zero for samples that have ended, where they are left out."""
         if self.rows is None:
             return self.products(u)
         product = self.part(u[self.rows])
+        if not self.tried:
+            # A map that has changed may have the same fixed points, such as one of another damping.
+            whole = self.products(u)
+            self.tried = _is_same(product, whole[self.rows])
+            if not self.tried:
+                self.can, self.rows, self.part = False, None, self.products
+            return whole
         return product.new_zeros(u.shape).index_copy_(0, self.rows, product)
 
     def widen(self) -> None:
@@ -94,4 +111,4 @@ class Narrowing:
         part = self.products.of(rows)
         self.can = part is not None
         if part is not None:
-            self.rows, self.part, self.waited = rows, part, 0
+            self.rows, self.part, self.waited, self.tried = rows, part, 0, False

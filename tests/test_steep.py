@@ -7,7 +7,7 @@ import torch
 from mixture import latents
 
 from diffusion import CoarseToFine, Parallel, Schedule, sample
-from diffusion.methods.defects import ALIGNED, STEEP, aligned, bound
+from diffusion.methods.defects import ALIGNED, STEEP, aligned, bound, turning
 from diffusion.trajectory import LinearChain, TwoStepChain
 
 RULES = ["ddim", "dpmsolver++2m", "belm"]
@@ -96,6 +96,43 @@ def test_no_error_is_larger_than_its_bound_where_all_of_the_network_is_met(two_s
                 after = after + past[0][k] * states[k - 1] + past[1][k] * answers[k - 1]
             states.append(after)
         assert states[-1].norm() <= most * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("two_step", [False, True])
+def test_errors_that_a_network_turns_at_random_grow_as_their_squares_add(two_step):
+    T, D, draws = 12, 3, 4000
+    A, c = 1 + 0.1 * normal(T, 1, seed=1), -0.3 * normal(T, 1, seed=2).abs()
+    past = (0.3 * normal(T, 1, seed=3), torch.zeros(T, 1).double()) if two_step else ()
+    linear = TwoStepChain(A, c, *past) if two_step else LinearChain(A, c)
+    slope, squares = normal(1, T, seed=5), torch.rand(1, T, generator=torch.Generator().manual_seed(6)).double()
+    across = 2 * torch.ones(1, T, dtype=torch.float64)
+    directions = torch.nn.functional.normalize(normal(2, T, draws, D, seed=7), dim=-1)
+    before, e = torch.zeros(2, draws, D, dtype=torch.float64)
+    for k in range(T):
+        said = slope[0, k] * e + 2 * directions[0, k] * e.norm(dim=1, keepdim=True)
+        after = A[k] * e + c[k] * said + squares[0, k].sqrt() * directions[1, k]
+        after = after + past[0][k] * before if two_step and k else after
+        before, e = e, after
+    expected = turning(linear, slope, across, squares)
+    assert 0.8 < e.square().sum(1).mean() / expected < 1.25
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("T", "steep"), [(20, 8), (50, 6), (50, 12)])
+def test_what_rounding_grows_to_under_a_steep_network_is_said(T, steep):
+    chain, prediction = chain_of("image", "ddim", T)
+    for seed in range(4):
+        network, g = perceptron(6, steep, seed, 1), torch.Generator().manual_seed(seed)
+
+        def rounded(x, t, network=network, g=g):  # as another batch shape would
+            return (network(x.double(), t) * (1 + 1e-7 * torch.randn(x.shape, generator=g).double())).float()
+
+        x = latents(3, 6, seed=seed).float()
+        expected = sample(rounded, x, chain, "sequential", prediction=prediction).x_0.double()
+        got = sample(rounded, x, chain, prediction=prediction, error=1e-4)
+        true = (got.x_0.double() - expected).norm(dim=1) / expected.norm(dim=1)
+        assert (true <= got.error).all()
+        assert (got.error[got.converged] <= 1e-4).all()
 
 
 def test_a_gentle_network_is_taken_to_meet_half_of_what_it_does_across_its_moves():

@@ -50,6 +50,7 @@ class Goal:
     problem: ChainProblem
     before: int  # calls of the network when the call of `sample` began
     loose: bool  # nothing was asked for: what precision allows will do
+    unseen: Tensor  # (B,) the error that rounding leaves under a steep network, as measured last
 
     @staticmethod
     def of(problem: ChainProblem, error: float | Tensor | None, max_rounds: int | None) -> Goal:
@@ -69,10 +70,18 @@ class Goal:
         if bool((~(asked > 0) | asked.isinf()).any()):
             raise ValueError(f"error: positive and finite is required, got {error}")
         floor = torch.full_like(asked, FLOOR * unit)
-        return Goal(asked, floor, NEAR_FLOOR * floor, unit, max_rounds, problem, network.calls, error is None)
+        return Goal(asked, floor, NEAR_FLOOR * floor, unit, max_rounds, problem, network.calls, error is None,
+                    torch.zeros_like(asked))  # fmt: skip
 
-    def raised(self, images: Tensor, rounding: Tensor, most: Tensor | float = 0.0) -> None:
-        """What rounding leaves (n,) in some images is no less than their floor, and `most` (n,) at most."""
+    def raised(
+        self, images: Tensor, rounding: Tensor, most: Tensor | float = 0.0, turned: Tensor | None = None
+    ) -> None:
+        """What rounding leaves (n,) in some images is no less than their floor, and `most` (n,) at most.
+
+        turned: what it is expected to leave under a steep network, which is pursued no less but said (`judged`).
+        """
+        if turned is not None:
+            self.unseen[images] = ROUNDING * turned
         self.floor[images] = torch.maximum(self.floor[images], ROUNDING * rounding)
         floor = self.floor[images]
         most = torch.where(self.asked[images] < floor, ROUNDING * most, 0.0)
@@ -93,10 +102,11 @@ class Goal:
         """The same, with status, error and solution that say what was measured."""
         finite = found.states.isfinite().flatten(1).all(1) & found.N.isfinite().flatten(1).all(1)
         finite &= ~found.error.isnan()
+        found.error, self.floor = (torch.maximum(part, self.unseen) for part in (found.error, self.floor))
         measured = found.error <= self.error
         found.status[measured] = int(Status.CONVERGED)
-        if not self.loose:
-            found.status[measured & (self.asked < self.floor)] = int(Status.STALLED)
+        short = measured & (self.asked < self.floor)
+        found.status[short & (self.floor >= 1) if self.loose else short] = int(Status.STALLED)
         found.status[~finite] = int(Status.NONFINITE)
         found.error[~finite] = torch.nan
         found.rounds, none = self.problem.map.network.calls - self.before, torch.zeros_like(found.steps)

@@ -82,7 +82,7 @@ class Best:
         goal = Goal.of(run, size.nan_to_num(1.0, 1.0, 1.0).clamp(torch.finfo(torch.float64).eps, 1.0), None)
         found = Found.of(run.base().clone(), torch.zeros_like(N))
         level = torch.zeros_like(N[..., 0])  # by what so small defects grow, the moves that they make tell
-        Together(run, goal, SOLVER, None, Watch(), found).solve(N, run.image, (level, level.clone()))
+        Together(run, goal, SOLVER, None, Watch(), found).solve(N, run.image, (level, level.clone(), level.clone()))
         self.rows[images] += found.evaluations
         return found.states[:, -1], found.error * found.states[:, -1].square().mean(1).sqrt()
 

@@ -187,7 +187,8 @@ def in_steps(problem: ChainProblem, bar: Any = None) -> Tensor:
     chain, network, linear = m.chain, m.network, m.linear
     x, given, two_step = problem.latent, linear.given, chain.rule != "ddim"
     x = x if problem.second is None else problem.second
-    if network.basis is None and m.reading.plain and chain.clip is None:
+    plain = m.reading.plain and chain.clip is None  # ε is what the network says
+    if network.basis is None and plain:
         x = x.reshape(-1, *network.shape)  # nothing but the model asks for the shape
     states, before = [problem.latent.view_as(x), x][-1 - given :], x
     steps = torch.arange(len(chain), device=x.device)[:, None].expand(-1, len(x))
@@ -197,7 +198,7 @@ def in_steps(problem: ChainProblem, bar: Any = None) -> Tensor:
     for number, (k, t, a, c, a_before, c_before) in enumerate(rows):
         if number < given:
             continue
-        eps = m.epsilon(x, k, problem.conditioning, t)
+        eps = network(x, t, problem.conditioning) if plain else m.epsilon(x, k, problem.conditioning, t)
         x = a * x + c * eps
         if two_step:
             x = x + a_before * states[-2] + c_before * before if number else x
@@ -209,7 +210,7 @@ def in_steps(problem: ChainProblem, bar: Any = None) -> Tensor:
         states.append(x)
         if bar is not None:
             bar.update()
-    return torch.stack([state.reshape(problem.latent.shape) for state in states], 1)
+    return torch.stack(states, 1).flatten(2)
 
 
 def pair_of(latent: Any, name: str, chain: Any) -> tuple[Tensor, Tensor | None]:

@@ -229,9 +229,9 @@ class Recurrence:
     @property
     def coefficients(self) -> Coefficients:
         """a, c, a', c'."""
-        alpha, sigma = self.before
-        a = torch.where(self.blind, self._direction / sigma, self.after[0] / alpha)
-        before_noise = self._direction - self.after[0] / alpha * sigma
+        (alpha, sigma), direction = self.before, self._direction
+        a = torch.where(self.blind, direction / sigma, self.after[0] / alpha)
+        before_noise = direction - self.after[0] / alpha * sigma
         c = torch.where(self.blind | self.still, -self.after[0], before_noise)
         if self.rule == "ddim":
             return a, c, torch.zeros_like(a), torch.zeros_like(c)

@@ -59,19 +59,22 @@ class Network:
         if self.group is not None and not alone and not torch.is_grad_enabled():
             own = lambda x, t, *conditioning: self(x, t, conditioning, alone=True)  # noqa: E731
             return evaluate_shared(own, [x, t, *conditioning], self.group).to(x.dtype)
-        one = lambda part: self._portion([rows[part] for rows in (x, t, *conditioning)])  # noqa: E731
+        rows, n = [x, t, *conditioning], x.shape[0]
+        # indexing all rows would cost as much as an operation on them
+        one = lambda part: self._portion(rows if part.stop - part.start == n else [row[part] for row in rows])  # noqa: E731
         # a graph that is kept frees nothing between portions: whoever asked for it makes them smaller
-        parts = self.portions.each(len(x), x.device, one, retry=not torch.is_grad_enabled())
+        parts = self.portions.each(n, x.device, one, retry=not torch.is_grad_enabled())
         out = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x.new_empty(x.shape)
         return out if alone else out.to(x.dtype)
 
     def _portion(self, rows: list[Tensor]) -> Tensor:
         """One call of the model, on x, t and the conditioning."""
-        n, flat = len(rows[0]), rows[0].dim() == 2
-        state, time, *inputs = rows if self.portions.fixed is None else filled(rows, self.portions.fixed)
+        fixed, flat = self.portions.fixed, rows[0].dim() == 2
+        state, time, *inputs = rows if fixed is None else filled(rows, fixed)
         if self.basis is not None:
             state = rotate(state.to(self.basis.dtype), self.basis.T)
-        state = state.to(self.dtype).reshape(-1, *self.shape)
+        state = state.to(self.dtype)
+        state = state.reshape(-1, *self.shape) if state.shape[1:] != self.shape else state
         try:
             value = self.model(state, time, *inputs)
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
@@ -79,7 +82,7 @@ class Network:
             if told is None:
                 raise
             raise told from error
-        value = checked(value, state)[:n]
+        value = checked(value, state) if fixed is None else checked(value, state)[: rows[0].shape[0]]
         value = value.flatten(1) if flat else value
         return value if self.basis is None else rotate(value.to(self.basis.dtype), self.basis)
 
@@ -176,11 +179,10 @@ def forward_map(
 
     given: 1 where a two-step chain's second state is given.
     """
-    a, c = chain.a[:, None], chain.c[:, None]
+    a, c, a_before, c_before = (part[:, None] for part in chain.coefficients)
     A = a + c * splitting.kappa
     linear = LinearChain(A, c) if edit is None else EditedChain(A, c, edit, network.shape)
     if chain.past is not None:
-        a_before, c_before = (part[:, None] for part in chain.past)
         linear = TwoStepChain(A, c, a_before + c_before * splitting.kappa.roll(1, 0), c_before, given)
     drift = None if splitting.offset is None else linear.added(splitting.offset[None])
     return Remainders(network, chain, splitting, linear, scale=scale_of(chain)), drift

@@ -3,10 +3,11 @@
     python benchmarks/inversion_peers.py --steps 20 50 --spacing linspace quadratic
 
 DDIM inversion as diffusers has it (DDIMInverseScheduler, where it is installed, sampled back by its DDIMScheduler) and
-ours; each step's equation x_k = (x_{k+1} − c_k ε(x_k))/a_k by plain iteration and by Anderson's (AIDI, Pan et al.
-2023, Sec. 3), from the ε found last, 11 evaluations a step and as many as it takes; EDICT (Wallace et al. 2022, p =
-.93), whose latent is a pair; exact inversion of DPM-Solver++ 2M (Hong et al. 2024, Sec. 4: the state before the last
-estimated by a DDIM step, each step solved by the forward step method); O-BELM (Wang et al. 2024); and "exact" on the
+ours; each step's equation x_k = (x_{k+1} − c_k ε(x_k))/a_k by plain iteration and by Anderson's, in the manner of AIDI
+(Pan et al. 2023, arXiv:2309.04907), from the ε found last, 11 evaluations a step and as many as it takes; EDICT
+(Wallace et al. 2022, arXiv:2211.12446; p = .93, the pair in turns, as its authors' code has it), whose latent is a
+pair; exact inversion of DPM-Solver++ 2M in the manner of Hong et al. 2024 (arXiv:2311.18387, Algorithm 2), see
+`exact_dpm`; O-BELM (Wang et al. 2024, arXiv:2410.07273), its coefficients as in its authors' code; and "exact" on the
 same DDIM chain. The peers are written here from their formulas, with float64 states and the whole batch in a call, so
 that counts and not implementations are compared.
 
@@ -33,7 +34,9 @@ from pydeqsolve import Anderson, Picard, Stop, solve
 
 FEW, MANY = 11, 200  # evaluations of a step's equation
 MIX = 0.93  # p of EDICT
-FORWARD, PATIENCE = 0.5, 20  # step and number of the forward steps of a step of DPM-Solver++
+# Of DPM-Solver++ read backwards: time steps of a fine step; forward steps, of which the first grow; without progress
+# before they are halved; and the mean square at which they end, the authors' 1e-3 for 4×64×64 entries.
+FINE, MOST, GROWING, PATIENCE, NEAR = 10, 500, 20, 20, 1e-3 / 2**14
 Result = tuple[Tensor, float, int]  # the image made again (B, D), evaluations per image, calls one after the other
 
 
@@ -45,9 +48,12 @@ class Peer:
 
     def __call__(self, x: Tensor, k: int) -> Tensor:
         """ε (B, D) at states x (B, D) of step k."""
+        return self.at(x, self.chain.timesteps[k])
+
+    def at(self, x: Tensor, t: Tensor) -> Tensor:
+        """The same at a time step."""
         self.calls, self.rows = self.calls + 1, self.rows + len(x)
-        t = self.chain.timesteps[k].expand(len(x))
-        answer: Tensor = self.checkpoint.model(x.float().view(-1, *self.checkpoint.shape), t)
+        answer: Tensor = self.checkpoint.model(x.float().view(-1, *self.checkpoint.shape), t.expand(len(x)))
         return answer.flatten(1).double()
 
     def spent(self, images: int) -> tuple[float, int]:
@@ -84,40 +90,87 @@ def per_step(eps: Peer, x: Tensor, solver: Any, most: int, rtol: float) -> Resul
 
 
 def edict(eps: Peer, x: Tensor) -> Result:
-    """Two coupled states, each read backwards with the other's ε."""
+    """Two coupled states, each read backwards with the other's ε; at every second step the other one is first."""
     y = x
     for k, a, c in steps_of(eps.chain):
-        y_mixed = (y - (1 - MIX) * x) / MIX
-        x_mixed = (x - (1 - MIX) * y_mixed) / MIX
-        y = (y_mixed - c * eps(x_mixed, k)) / a
-        x = (x_mixed - c * eps(y, k)) / a
+        y = (y - (1 - MIX) * x) / MIX
+        x = (x - (1 - MIX) * y) / MIX
+        if k % 2:
+            x = (x - c * eps(y, k)) / a
+        y = (y - c * eps(x, k)) / a
+        if not k % 2:
+            x = (x - c * eps(y, k)) / a
     spent = eps.spent(len(x))
     for k, a, c in reversed(list(steps_of(eps.chain))):
-        x_mixed = a * x + c * eps(y, k)
-        y_mixed = a * y + c * eps(x_mixed, k)
-        x = MIX * x_mixed + (1 - MIX) * y_mixed
-        y = MIX * y_mixed + (1 - MIX) * x
+        if not k % 2:
+            x = a * x + c * eps(y, k)
+        y = a * y + c * eps(x, k)
+        if k % 2:
+            x = a * x + c * eps(y, k)
+        x = MIX * x + (1 - MIX) * y
+        y = MIX * y + (1 - MIX) * x
     return x, *spent
 
 
 def exact_dpm(eps: Peer, x: Tensor) -> Result:
-    """DPM-Solver++ 2M read backwards; eps.chain is of that rule."""
-    chain, first = eps.chain, torch.stack(list(ddim_of(eps.chain)))
-    past, coefficients = chain.past, (chain.a, chain.c)
+    """DPM-Solver++ 2M read backwards, in the manner of Hong et al. 2024, Algorithm 2; eps.chain is of that rule.
+
+    s_{k+1} = a s_k + c ε(s_k) + h, a and c DDIM's. h, the part of second order, is made once of the s_k and s_{k−1}
+    that DDIM inversion in steps of 10 time steps finds from s_{k+1}; then forward steps from that s_k, of length 10/t
+    (no more than 1), t of s_{k+1}. The first and last step have no h: from one step of DDIM inversion, of length 1 next
+    to the image, halved where they make no progress. Lengths and numbers as in the authors' code, image by image.
+    """
+    chain, (first, slope) = eps.chain, ddim_of(eps.chain)
+    past = chain.past
     assert past is not None
     for k in range(len(chain) - 1, -1, -1):
-        goal, (a, c) = x, (float(part[k]) for part in coefficients)
-        x = (x - float(first[1, k]) * eps(x, k)) / float(first[0, k])  # DDIM inversion, to start from
-        for _ in range(PATIENCE):
-            e = eps(x, k)
-            made = a * x + c * e
-            if k:
-                before = (x - float(first[1, k - 1]) * e) / float(first[0, k - 1])
-                made = made + float(past[0][k]) * before + float(past[1][k]) * eps(before, k - 1)
-            x = x - FORWARD * (made - goal)
+        a, c = float(first[k]), float(slope[k])
+        last = k == len(chain) - 1
+        length = 1.0 if last else min(1.0, FINE / max(float(chain.timesteps[k + 1]), 1.0))
+        if k and not last:
+            at = finely(eps, x, k + 1, k)
+            before = finely(eps, at, k, k - 1)
+            second = (chain.a[k] - a) * at + (chain.c[k] - c) * eps(at, k)
+            second = second + past[0][k] * before + past[1][k] * eps(before, k - 1)
+            x = forward_steps(eps, at, x - second, k, (a, c), length, halved=False)
+        else:
+            x = forward_steps(eps, (x - c * eps(x, k)) / a, x, k, (a, c), length, halved=True)
     spent = eps.spent(len(x))
     image = sample(eps.checkpoint.model, x.view(-1, *eps.checkpoint.shape), chain, "sequential").x_0
     return image.flatten(1), *spent
+
+
+def finely(eps: Peer, x: Tensor, of: int, to: int) -> Tensor:
+    """DDIM inversion from state `of` to the noisier `to`, in steps of FINE time steps."""
+    start, end = (int(eps.chain.timesteps[k]) for k in (of, to))
+    alphas = eps.checkpoint.schedule.alphas_cumprod.double()
+    for t in range(start, end, FINE):
+        s = min(t + FINE, end)
+        a = float((alphas[s] / alphas[t]).sqrt())
+        c = float((1 - alphas[s]).sqrt()) - a * float((1 - alphas[t]).sqrt())
+        x = a * x + c * eps.at(x, torch.tensor(s))
+    return x
+
+
+def forward_steps(
+    eps: Peer, x: Tensor, goal: Tensor, k: int, step: tuple[float, float], length: float, halved: bool
+) -> Tensor:
+    """x ← x − length (a x + c ε(x) − goal) of every image that is not near."""
+    left, lengths = torch.arange(len(x)), torch.full((len(x),), length, dtype=x.dtype)
+    best, idle = torch.full_like(lengths, torch.inf), torch.zeros(len(x))
+    for i in range(MOST):
+        off = step[0] * x[left] + step[1] * eps(x[left], k) - goal[left]
+        loss = off.square().mean(1)
+        left, off, loss = (part[loss >= NEAR] for part in (left, off, loss))
+        if not len(left):
+            break
+        x = x.index_add(0, left, -min(1.0, (i + 1) / GROWING) * lengths[left, None] * off)
+        better = loss < (1 - 1e-4) * best[left]
+        idle[left] = torch.where(better, 0.0, idle[left] + 1)
+        best[left] = torch.where(better, loss, best[left])
+        slow = left[idle[left] > PATIENCE] if halved else left[:0]
+        lengths[slow], idle[slow] = lengths[slow] / 2, 0.0
+    return x
 
 
 def ddim_of(chain: Chain) -> tuple[Tensor, Tensor]:
@@ -162,7 +215,7 @@ def compare(checkpoint: Checkpoint, x_0: Tensor, steps: int, spacing: str) -> No
         "ours, one pass": lambda: ours(checkpoint, x_0, chain, OnePass()),
         f"per step, plain, {FEW}": lambda: per_step(peer(), flat, Picard(), FEW, 0.0),
         f"per step, plain, to {MANY}": lambda: per_step(peer(), flat, Picard(), MANY, 1e-6),
-        f"per step, Anderson (AIDI), {FEW}": lambda: per_step(peer(), flat, anderson, FEW, 0.0),
+        f"per step, Anderson (as AIDI), {FEW}": lambda: per_step(peer(), flat, anderson, FEW, 0.0),
         f"per step, Anderson, to {MANY}": lambda: per_step(peer(), flat, anderson, MANY, 1e-6),
         "EDICT": lambda: edict(peer(), flat),
         "exact DPM-Solver++ 2M": lambda: exact_dpm(peer(two), flat),

@@ -5,12 +5,12 @@ Run: OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling_peers.py --model digits 
 Sequential DDIM; the Anderson iteration of Pokle, Geng & Kolter 2022, Eq. 10 (every time step by itself, m = 5, on ε);
 ParaDiGMS (Shih et al. 2023, Algorithm 1: Picard over a sliding window, a step leaves it when its change is within a
 tolerance); ParaTAA (Tang et al. 2024, Sec. 3: triangular Anderson, m = 3, over a window, a step leaves it when its
-residual is small); SRDS (Selvam, Merchant & Ermon 2024: parareal, √T blocks, a DDIM step across each as the coarse
-solver, the block's own steps as the fine one, not pipelined); and `diffusion.sample`. The peers are written here from
-their formulas, with the linear parts in float64 like ours and rows in calls of 256, so that counts and not
-implementations are compared. Each is given the loosest tolerance, out of a few, with which it meets --error for nine
-noises of ten; "-" where none does. All chains are spaced "trailing", as diffusers has it. diffusers' DDIMScheduler, if
-installed, runs its own loop of T steps.
+residual is small); parareal in the manner of SRDS (Selvam, Merchant & Ermon 2024, arXiv:2412.08292, whose code is not
+out: √T blocks, a DDIM step across each as the coarse solver, the block's own steps as the fine one, not pipelined); and
+`diffusion.sample`. The peers are written here from their formulas, with the linear parts in float64 like ours and rows
+in calls of 256, so that counts and not implementations are compared. Each is given the loosest tolerance, out of a few,
+with which it meets --error for nine noises of ten; "-" where none does. All chains are spaced "trailing", as diffusers
+has it. diffusers' DDIMScheduler, if installed, runs its own loop of T steps.
 
 rounds: model calls one after the other. rows/T: model rows per image and time step. error: relative, of x_0, against
 sequential DDIM, median and largest. ms: the median for one image. speed: against sequential DDIM here.
@@ -111,9 +111,9 @@ def anderson(peer: Peer, x_T: Tensor, tolerance: float, memory: int, causal: boo
 
 
 def parareal(peer: Peer, x_T: Tensor, tolerance: float) -> Tensor:
-    """Selvam et al. 2024, Algorithm 1: X_{i+1} ← F(X_i) + G(X_i new) − G(X_i), i = 0 … √T − 1, G in sequence.
+    """In the manner of Selvam et al. 2024: X_{i+1} ← F(X_i) + G(X_i new) − G(X_i), i = 0 … √T − 1, G in sequence.
 
-    Ends when the image's mean square change is within tolerance². After p iterations p blocks are exact: left out.
+    Ends when the image's mean absolute change is within the tolerance. After p iterations p blocks are exact: left out.
     """
     chain = peer.chain
     edges = torch.linspace(0, len(chain), max(1, round(len(chain) ** 0.5)) + 1).round().long()
@@ -139,7 +139,7 @@ def parareal(peer: Peer, x_T: Tensor, tolerance: float) -> Tensor:
         for i in range(done + 1, len(first)):
             new = coarse(X[i], i)
             X[i + 1], G[i] = F[i - done] + new - G[i], new
-        if float((X[-1] - before).square().mean()) <= tolerance**2:
+        if float((X[-1] - before).abs().mean()) <= tolerance:
             break
     return X[-1]
 

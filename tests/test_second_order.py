@@ -233,6 +233,16 @@ def test_a_map_that_is_another_in_the_backward_pass_is_told(make):
         torch.autograd.grad(z.sum(), x, create_graph=True)
 
 
+def test_a_map_of_the_same_fixed_points_that_is_another_in_the_backward_pass_is_told():
+    W, x = data()
+    damping = [0.9]
+    fn = lambda z, x: (1 - damping[0]) * z + damping[0] * torch.tanh(z @ W + x)  # noqa: E731
+    z = solve(fn, torch.zeros_like(x), (x,), stop=TIGHT, gradient=EXACT).z
+    damping[0] = 0.5
+    with pytest.raises(RuntimeError, match="another map"):
+        torch.autograd.grad(z.sin().sum(), x, create_graph=True)
+
+
 def test_autocast_of_the_forward_pass_is_that_of_the_second_derivative():
     W, x = (t.detach().float().requires_grad_() for t in data())
 

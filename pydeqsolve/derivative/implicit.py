@@ -49,6 +49,19 @@ def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closu
     return at.good.put(_ImplicitFunction.apply(at.f, value, step, *given, *reached, *closed), z)
 
 
+CHANGED = (
+    "create_graph evaluates fn again in the backward pass, and it was another map then: take the gradient inside "
+    "functional_call, bind loop variables, keep dropout masks and parameters as they were"
+)
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    """Whether values of two evaluations at the same state are those of one map, as far as they are finite."""
+    allowed = torch.finfo(now.dtype).eps ** 0.5 * torch.linalg.vector_norm(before.double())
+    same = bool(torch.linalg.vector_norm((now - before).double()) <= allowed)
+    return same or not bool(before.isfinite().all())
+
+
 @dataclass(eq=False)
 class _Step:
     """What the backward and forward modes of one solution need."""
@@ -132,17 +145,11 @@ class _Step:
 
     def _check_same(self, f: Tensor, reached: tuple[Tensor, ...]) -> None:
         """Raises unless f (n, T, D), evaluated again for a second derivative, is that of the forward pass."""
-        before, now = self.at.f.detach(), f.detach()
-        allowed = torch.finfo(f.dtype).eps ** 0.5 * torch.linalg.vector_norm(before.double())
-        same = bool(torch.linalg.vector_norm((now - before).double()) <= allowed) or not bool(before.isfinite().all())
-        same = self.problem.shards.all_claim(same)
+        same = self.problem.shards.all_claim(_is_same(f.detach(), self.at.f.detach()))
         behind = set(nodes(f))
         known = {id(x) for x in leaves(f)} | {id(x) for x in self.closure.tensors if x.grad_fn in behind}
         if not same or any(id(x) not in known for x in reached):
-            raise RuntimeError(
-                "create_graph evaluates fn again in the backward pass, and it was another map then: take the gradient "
-                "inside functional_call, bind loop variables, keep dropout masks and parameters as they were"
-            )
+            raise RuntimeError(CHANGED)
 
     def _attached_adjoint(self, f: Tensor, z: Tensor, g: Tensor) -> Tensor:
         """u (n, T, D) with its own implicit derivative, from f (n, T, D) at z with a graph of both."""
@@ -151,6 +158,10 @@ class _Step:
         u = self.adjoint(g.detach()).requires_grad_()
         (product,) = torch.autograd.grad(f, z, u, create_graph=True, allow_unused=True)
         value = torch.where(mask, g, 0.0) + (0.0 if product is None else torch.where(mask, product, 0.0))
+        # A map that has changed may have the same fixed points, such as one of another damping.
+        found, before = torch.zeros_like(g) if product is None else product.detach(), self.at.transposed(u.detach())
+        if not self.problem.shards.all_claim(_is_same(torch.where(mask, found, 0.0), before)):
+            raise RuntimeError(CHANGED)
         quiet = replace(self.how, recorder=Recorder())
         return _AdjointFunction.apply(value, u.detach(), Linearised(u, value, good), quiet)
 

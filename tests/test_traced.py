@@ -234,3 +234,27 @@ def test_a_failed_sample_has_no_gradient_in_a_graph_and_spoils_none():
     assert inside[2].tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NONFINITE]
     for a, b in zip(outside[3:], inside[3:], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sample_that_overflows_on_the_way_of_a_phantom_gradient_spoils_none_in_a_graph():
+    x, W = layer_data()
+    scale = torch.tensor([[1.0], [1e150], [1.0]], dtype=torch.float64)
+
+    def run(x, V):
+        fn = lambda z, x, s: s * (torch.sin(0.5 * z @ V) + x + (s > 1) * z)  # noqa: E731
+        return solve(fn, torch.zeros_like(x), (x, scale), gradient=Phantom(4), stop=Stop(1e-10)).z
+
+    found = []
+    for solved in (run, torch.compile(run, backend="eager", fullgraph=True)):
+        V = W.clone().requires_grad_()
+        z = solved(x, V)
+        found.append((z.detach(), *torch.autograd.grad(z[0].sin().sum(), V)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
+
+
+def test_an_empty_batch_of_a_phantom_gradient_is_traced():
+    x, W = layer_data()
+    V = W.requires_grad_()
+    run = lambda x: solve(lambda z, x: torch.tanh(z @ V + x), torch.zeros_like(x), (x,), gradient=Phantom()).z  # noqa: E731
+    assert torch.compile(run, backend="eager", fullgraph=True)(x[:0]).shape == (0, 4)

@@ -566,6 +566,19 @@ def test_an_autoencoder_that_is_changed_later_is_the_one_that_decodes(network):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_half_precision_autoencoder_works_in_float32_where_its_configuration_says_so(force_upcast, network):
+    vae = diffusers.AutoencoderKL(**AUTOENCODER, scaling_factor=0.5, force_upcast=force_upcast).eval().half()
+    seen = []
+    for part in (vae.encoder, vae.decoder):
+        part.register_forward_hook(lambda module, given, made: seen.append(given[0].dtype))
+    coder = DEQDDIMPipeline(network, diffusers.DDIMScheduler(clip_sample=False), vae)._autoencoder
+    coder.decode(coder.encode(torch.rand(1, 1, 16, 16, generator=seeded())))
+    assert seen == [torch.float32 if force_upcast else torch.float16] * 2
+    assert vae.dtype == torch.float16
+
+
+@torch.no_grad()
 def test_variances_that_a_network_predicts_too_are_left_out():
     torch.manual_seed(0)
     learned = diffusers.UNet2DModel(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ class Autoencoder:
     """latents = (z − shift)·scale, z what the autoencoder itself makes of images in [−1, 1].
 
     scale is its scaling_factor, shift its shift_factor; with latents_mean and latents_std, per channel, it is
-    (z − mean)·scaling_factor/std.
+    (z − mean)·scaling_factor/std. One in float16 whose configuration says force_upcast works in float32 and is float16
+    again afterwards.
 
     Args:
         vae: AutoencoderKL, whose mean is taken, or VQModel, whose decoder quantises.
@@ -47,20 +50,38 @@ class Autoencoder:
         drawn: from the distribution that an AutoencoderKL says, as diffusers' img2img has it, by one generator, or a
         list of them, the first for the first image; else its mean.
         """
-        encoded = self.vae.encode(images.to(self.vae.dtype))
-        if isinstance(self.vae, VQModel):
-            z = encoded.latents
-        elif not drawn:
-            z = encoded.latent_dist.mean
-        elif isinstance(generator, list):
-            each = [self.vae.encode(image[None].to(self.vae.dtype)).latent_dist for image in images]
-            z = torch.cat([one.sample(g) for one, g in zip(each, generator, strict=False)])
-        else:
-            z = encoded.latent_dist.sample(generator)
+        with self._upcast():
+            z = self._encoded(images.to(self.vae.dtype), generator, drawn)
         return (z - self.shift.to(z)) * self.scale.to(z)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) → (B, C, H, W), about [−1, 1]."""
         z = latents / self.scale.to(latents) + self.shift.to(latents)
-        image: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
+        with self._upcast():
+            image: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
         return image
+
+    def _encoded(self, images: Tensor, generator: Any, drawn: bool) -> Tensor:
+        encoded = self.vae.encode(images)
+        z: Tensor
+        if isinstance(self.vae, VQModel):
+            z = encoded.latents
+        elif not drawn:
+            z = encoded.latent_dist.mean
+        elif isinstance(generator, list):
+            each = [self.vae.encode(image[None]).latent_dist for image in images]
+            z = torch.cat([one.sample(g) for one, g in zip(each, generator, strict=False)])
+        else:
+            z = encoded.latent_dist.sample(generator)
+        return z
+
+    @contextmanager
+    def _upcast(self) -> Iterator[None]:
+        needed = self.vae.dtype == torch.float16 and bool(self.vae.config.get("force_upcast"))
+        if needed:
+            self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if needed:
+                self.vae.to(torch.float16)

@@ -7,7 +7,7 @@ import torch
 from mixture import latents
 
 from diffusion import CoarseToFine, Parallel, Schedule, sample
-from diffusion.methods.defects import ALIGNED, STEEP, aligned, bound, turning
+from diffusion.methods.defects import ALIGNED, STEEP, aligned, bound, running, turning
 from diffusion.trajectory import LinearChain, TwoStepChain
 
 RULES = ["ddim", "dpmsolver++2m", "belm"]
@@ -138,3 +138,20 @@ def test_what_rounding_grows_to_under_a_steep_network_is_said(T, steep):
 def test_a_gentle_network_is_taken_to_meet_half_of_what_it_does_across_its_moves():
     parts = torch.tensor([[0.1] * 10, [0.6] * 10, [2.0] * 10])
     torch.testing.assert_close(aligned(parts)[:, 0], torch.tensor([ALIGNED, 6 / STEEP, 1.0]))
+
+
+def test_defects_that_cancel_are_bounded_by_what_is_left_of_them():
+    linear = LinearChain(torch.ones(10, 1).double(), 0.1 * torch.ones(10, 1).double())
+    none, delta = torch.zeros(1, 10).double(), torch.ones(1, 10, 2).double()
+    delta[:, 1::2] *= -1
+    assert bound(linear, none, none, linear.added(delta)).item() < 1e-15
+    across = torch.full_like(none, 0.1)  # of what one defect is, for one step in two
+    assert bound(linear, none, across, linear.added(delta)) < 0.1 * linear.added(delta)[0, 0].norm()
+
+
+def test_all_errors_on_the_way_are_those_of_the_recurrence():
+    A, b, e, expected = normal(2, 13, 1, seed=1), normal(2, 13, 3, seed=2), 0.0, []
+    for k in range(13):
+        e = A[:, k] * e + b[:, k]
+        expected.append(e)
+    torch.testing.assert_close(running(A, b), torch.stack(expected, 1))

@@ -84,6 +84,17 @@ def test_the_shipped_digits_meet_what_they_are_said_to(T, options):
         assert (true_errors(got, expected) <= error).all()
 
 
+@torch.no_grad()
+def test_a_hard_image_of_a_gentle_network_costs_no_second_evaluation_of_every_step():
+    checkpoint, T = load_checkpoint("digits"), 1000
+    chain = checkpoint.schedule.chain(T)
+    x = torch.randn(8, *checkpoint.shape, generator=torch.Generator().manual_seed(0))[7:]
+    got = sample(checkpoint.model, x, chain, CoarseToFine(), splitting=checkpoint.splitting(chain, "pixels"))
+    assert got.converged.all()
+    assert got.rounds <= 18
+    assert got.evaluations.item() <= 1.35 * T
+
+
 def chain_of(T=40):
     chain = SCHEDULE.chain(T)
     return LinearChain(chain.a[:, None] + 0 * chain.c[:, None], chain.c[:, None])

@@ -174,3 +174,17 @@ def test_an_image_beside_others_that_finish_earlier_is_sampled_as_alone(dtype):
     if dtype == torch.float64:
         assert beside.evaluations[0] == alone.evaluations[0]
     assert beside.evaluations[0] > beside.evaluations[2]
+
+
+def test_what_the_network_did_across_an_earlier_move_counts_half_with_every_round_since():
+    _, grid, part = grid_of(1, model=Linear().eval(), D=2)
+    secants, image, shape = Secants(part, 1, 2), torch.arange(1), (1, len(grid.at), 2)
+    x, value = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    for across in (4.0, 0.0, 0.0, 3.0):
+        secants.note(image, x, value)
+        x, value = x.clone(), value.clone()
+        x[..., 0] += 1.0
+        value[..., 1] += across
+    torch.testing.assert_close(secants.across, torch.full_like(secants.across, 1.0), rtol=1e-5, atol=0)
+    secants.note(image, x, value)
+    torch.testing.assert_close(secants.across, torch.full_like(secants.across, 3.0), rtol=1e-5, atol=0)

@@ -22,6 +22,7 @@ from .grid import NodeChain
 from .visits import slopes
 
 MEMORY = 3  # m
+FADES = 0.5  # a round, of what the network did across the moves before: they were longer, and further from the solution
 TELLING = 4.0  # a move of fewer units of rounding of the state says nothing
 
 
@@ -42,7 +43,7 @@ class Secants:
         self.value = torch.zeros_like(self.x)  # N there
         self.slope = torch.full((B, n), torch.nan, dtype=torch.float64, device=device)  # of N along its last move
         self.steepest = self.slope.clone()  # the least of all moves
-        self.across = self.slope.clone()  # the most of all moves, as of `Visits`
+        self.across = self.slope.clone()  # as of `Visits`, of earlier moves FADES for every round since
         self.rounds = torch.zeros(B, dtype=torch.int64, device=device)
         self.G = G.mean(0).repeat(m, m)  # (m n, m n)
         self.precision = torch.finfo(part.network.dtype).eps
@@ -72,7 +73,7 @@ class Secants:
         if wanted is not None:
             sound, seen = sound & wanted, seen & wanted
         slope, across, told = slopes(s, y, x, self.precision)
-        steepest, across = torch.fmin(slope, self.steepest[image]), torch.fmax(across, self.across[image])
+        steepest, across = torch.fmin(slope, self.steepest[image]), torch.fmax(across, FADES * self.across[image])
         for kept, new in ((self.slope, slope), (self.steepest, steepest), (self.across, across)):
             kept[image] = torch.where(told & seen, new, kept[image])
         at = self.rounds[image] % MEMORY

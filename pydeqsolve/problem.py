@@ -55,7 +55,8 @@ class Problem:
         return self._call(self.layout.unpack(z), inputs, wanted)[1]
 
     def _call(self, state: Any, inputs: Sequence[Tensor], wanted: Tensor | None) -> Any:
-        found = self.fn(state, *inputs, wanted=wanted) if self.causal else self.fn(state, *inputs)
+        named = {"wanted": wanted} if self.causal else {}
+        found = self.fn(state, *inputs, **named)
         if self.has_aux and not (isinstance(found, tuple) and len(found) == 2):
             raise TypeError(f"fn must return (z, aux) with has_aux=True, got {type(found).__name__}")
         return found

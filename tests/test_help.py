@@ -11,6 +11,7 @@ from diffusion.program.commands import COUNT, STEPS
 from diffusion.program.demo import LONG
 from diffusion.program.editing import COUNT as EDITED
 from diffusion.program.fitting import CLASSIFIER_STEPS
+from diffusion.program.inversion import COUNT as INVERTED
 from diffusion.program.options import build_parser
 from diffusion.program.reproduction.plan import PLANS, Plan
 from diffusion.training.fit import fit, recipes
@@ -47,6 +48,7 @@ DEPENDS = {
     ("demo", "steps"): {*LONG.values(), 100},
     ("sample", "steps"): {STEPS},
     ("sample", "count"): {COUNT},
+    ("invert", "count"): {INVERTED},
     ("edit", "count"): set(EDITED.values()),
     ("invert", "epochs"): {EPOCHS},
     ("invert", "lr"): set(LEARNING_RATES.values()),

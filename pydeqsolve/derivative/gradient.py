@@ -53,7 +53,9 @@ class Implicit:
     dtype, and known to no less than eps ‖u‖; a sample for which that exceeds a given tolerance is STALLED, as for a
     singular I − J. A cotangent, slope or adjoint that is not finite makes the gradient of its sample, and of what
     samples share, not finite. Costs one more evaluation of fn in the forward pass, not counted in
-    `Solution.evaluations`, and keeps its graph, whatever the solve took.
+    `Solution.evaluations`, and keeps its graph, whatever the solve took. Where few samples of a large batch go on, and
+    `compact` allows it, fn is evaluated for these alone in the backward pass, for products that cost less: counters and
+    running statistics of fn see it.
 
     Second derivatives (`create_graph=True`) are right: they cost two more evaluations of fn, a solve for u's own
     derivative and an adjoint solve. fn is then evaluated in the backward pass, and a RuntimeError says when it has

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,15 +239,19 @@ def main() -> None:
             sys.exit(message)
         print(message)
     found = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compiled(job: tuple[str, Path]) -> list[Kernel]:
+            architecture, source = job
+            cubin = Path(folder) / f"{source.stem}_{architecture}.cubin"
+            kernels = compile_kernels(nvcc, architecture, source, cubin)
+            if cuobjdump:
+                count_wide_loads(cuobjdump, cubin, kernels)
+            return kernels
+
+        parts = pool.map(compiled, [(architecture, source) for architecture in options.arch for source in SOURCES])
         for architecture in options.arch:
-            kernels = []
-            for source in SOURCES:
-                cubin = Path(folder) / f"{source.stem}_{architecture}.cubin"
-                compiled = compile_kernels(nvcc, architecture, source, cubin)
-                if cuobjdump:
-                    count_wide_loads(cuobjdump, cubin, compiled)
-                kernels += compiled
+            kernels = [kernel for _ in SOURCES for kernel in next(parts)]
             print_kernels(architecture, kernels, bool(cuobjdump))
             found += [f"sm_{architecture}: {fault}" for fault in faults(kernels, bool(cuobjdump))]
     for size in (4, 2):

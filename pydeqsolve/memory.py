@@ -9,6 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LINE, PAGE = 64, 4096  # bytes
+
+
+def spaced(size: int, itemsize: int) -> int:
+    """How many entries apart pieces of `size` entries begin: those that begin at one place of a page would share few
+    places of a cache."""
+    line = LINE // itemsize
+    return size if size * itemsize < PAGE else (size + line - 1) // line * line + 13 * line
+
 
 def is_plain(x: Tensor) -> bool:
     """Whether the entries of x, whatever lies there, are one after the other as they are read."""

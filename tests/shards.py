@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import spawned
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,30 +50,13 @@ SOLVERS = {
 }
 
 
-def start(folder: Path, seconds: float = 200) -> tuple[dict[str, list[dict[str, Any]]], list[int | None]]:
+def start(folder: Path) -> spawned.Everything:
     """What each of three processes found, by phase, and their exit codes."""
-    context = torch.multiprocessing.get_context("spawn")
-    children = [context.Process(target=_child, args=(rank, folder)) for rank in range(3)]
-    for child in children:
-        child.start()
-    end = time.monotonic() + seconds
-    for child in children:
-        child.join(max(0.0, end - time.monotonic()))
-    hanging = [rank for rank, child in enumerate(children) if child.is_alive()]
-    for rank in hanging:
-        children[rank].kill()
-        children[rank].join()
-    assert not hanging, f"ranks {hanging} were still running after {seconds} s"
-    phases = {phase: sorted(folder.glob(f"{phase}-*.pt")) for phase in ("pair", "three", "lost")}
-    found = {phase: [torch.load(path, weights_only=False) for path in paths] for phase, paths in phases.items()}
-    return found, [child.exitcode for child in children]
+    return spawned.start(_child, folder)
 
 
 def _child(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3, timeout=timedelta(seconds=60)
-    )
+    spawned.meet(rank, folder)
     pair = dist.new_group([0, 1])
     short = [dist.new_group([0, 1], timeout=timedelta(seconds=2)) for _ in range(3)]
     if rank < 2:

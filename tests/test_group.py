@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import shards
+import spawned
 import torch
 import torch.distributed as dist
 
@@ -23,12 +24,10 @@ def everything(tmp_path_factory):
     return shards.start(tmp_path_factory.mktemp("shards"))
 
 
-@pytest.fixture(params=["pair", "three"])
+@pytest.fixture(params=spawned.SIZES)
 def found(request, everything):
     """What every rank of a group of two or three came to, by case."""
-    results = everything[0][request.param]
-    assert len(results) == {"pair": 2, "three": 3}[request.param], f"exit codes {everything[1]}"
-    return results
+    return spawned.of_group(everything, request.param)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import of_sdxl
 
 from diffusion import Schedule
 
@@ -236,13 +237,7 @@ def test_an_inversion_that_misses_says_what_quadratic_spacing_would_give(network
 
 @torch.no_grad()
 def test_the_added_conditions_of_sdxl_reach_the_network():
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4, addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=10 + 6 * 4,
-    ).eval()  # fmt: skip
+    unet = of_sdxl()
     scheduler = diffusers.EulerDiscreteScheduler()
     text, nothing = torch.randn(2, 2, 3, 12, generator=seeded(1))
     pooled, blank = torch.randn(2, 2, 10, generator=seeded(2))

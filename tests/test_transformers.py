@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import of_sdxl
 
 from diffusion import DiffusersModel, Schedule, invert, sample
 
@@ -82,13 +83,7 @@ def test_a_class_transformer_with_learned_variances_is_sampled_by_its_mean():
 
 @torch.no_grad()
 def test_the_added_conditions_of_sdxl_are_inputs_like_the_others():
-    torch.manual_seed(0)
-    network = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4, addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=10 + 6 * 4,
-    ).eval()  # fmt: skip
+    network = of_sdxl()
     text, pooled, ids = torch.randn(2, 3, 12), torch.randn(2, 10), torch.randint(1, 9, (2, 6)).float()
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 500])
     expected = network(x, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+import problems
 
 f64 = torch.float64
 Function = Callable[[Tensor], Tensor]
@@ -22,26 +27,18 @@ class Case:
     solution: Tensor | None = None
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def known(name: str, given: problems.Map, start: list[float] | None = None) -> Case:
+    """A problem of the tests; start: of its own."""
+    first = given.start if start is None else torch.tensor([start], dtype=f64)
+    return Case(name, lambda z: given.fn(z, *given.inputs), first, given.solution)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=f64, generator=generator(seed))
+    return torch.randn(*shape, dtype=f64, generator=problems.generator(seed))
 
 
 def uniform(*shape: int, seed: int) -> Tensor:
-    return torch.rand(*shape, dtype=f64, generator=generator(seed))
-
-
-def orthogonal(n: int, seed: int) -> Tensor:
-    return torch.linalg.qr(normal(n, n, seed=seed)).Q
-
-
-def symmetric(eigenvalues: Tensor, seed: int) -> Tensor:
-    """A symmetric matrix (D, D) with these eigenvalues."""
-    Q = orthogonal(len(eigenvalues), seed)
-    return (Q * eigenvalues) @ Q.T
+    return torch.rand(*shape, dtype=f64, generator=problems.generator(seed))
 
 
 def jacobian(fn: Function, z: Tensor) -> Tensor:

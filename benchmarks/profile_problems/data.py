@@ -5,24 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .case import Case, f64, normal, uniform
-
-DEATHS = (162, 267, 271, 185, 111, 61, 27, 8, 3, 1)  # days with 0 … 9 deaths in the London Times (Hasselblad 1969)
-
-
-def poisson_mixture(name: str, start: list[float]) -> Case:
-    """EM for two Poisson components (p, λ, μ)."""
-    deaths, days = torch.arange(10, dtype=f64), torch.tensor(DEATHS, dtype=f64)
-
-    def fn(z: Tensor) -> Tensor:
-        p, a, b = z[:, :1], z[:, 1:2], z[:, 2:]
-        odds = p.log() - a + deaths * a.log() - ((1 - p).log() - b + deaths * b.log())
-        first = torch.sigmoid(odds) * days
-        second = days - first
-        means = [(w * deaths).sum(1, keepdim=True) / w.sum(1, keepdim=True) for w in (first, second)]
-        return torch.cat([first.sum(1, keepdim=True) / days.sum(), *means], 1)
-
-    return Case(name, fn, torch.tensor([start], dtype=f64), torch.tensor([0.3599, 1.2561, 2.6634]))
+from .case import Case, f64, known, normal, problems, uniform
 
 
 def two_groups(gap: float, n: int = 300) -> Tensor:
@@ -181,8 +164,8 @@ def values(kind: str, discount: float, states: int = 100) -> Case:
 
 def cases() -> list[Case]:
     return [
-        poisson_mixture("EM, Poisson mixture, near start", [0.3, 1.0, 2.5]),
-        poisson_mixture("EM, Poisson mixture, far start", [0.2, 2.0, 6.0]),
+        known("EM, Poisson mixture, near start", problems.poisson_mixture(1), [0.3, 1.0, 2.5]),
+        known("EM, Poisson mixture, far start", problems.poisson_mixture(1), [0.2, 2.0, 6.0]),
         gaussian_means(3.0),
         gaussian_means(1.5),
         gaussian_mixture(3.0),

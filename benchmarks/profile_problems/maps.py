@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .case import Case, Function, f64, normal, orthogonal, symmetric, uniform
+from .case import Case, Function, f64, known, normal, problems, uniform
 
 
 def affine(name: str, A: Tensor, seed: int = 1) -> Case:
@@ -24,31 +24,14 @@ def convection(n: int, peclet: float) -> Tensor:
     return torch.diag(torch.full((n - 1,), left, dtype=f64), -1) + torch.diag(torch.full((n - 1,), right, dtype=f64), 1)
 
 
-def scattering(destruction: float, n: int = 80) -> Case:
-    """Λ-iteration S ← (1 − ε) Λ S + ε of a plane-parallel atmosphere (Ng 1974)."""
-    depth = torch.logspace(-4, 4, n, dtype=f64)
-    operator = torch.zeros(n, n, dtype=f64)
-    for mu, weight in ((0.0694, 0.1739), (0.3300, 0.3261), (0.6700, 0.3261), (0.9306, 0.1739)):
-        kept = torch.exp(-depth.diff() / mu)
-        up, down = torch.zeros(n, n, dtype=f64), torch.zeros(n, n, dtype=f64)
-        up[-1, -1] = 1
-        for i in reversed(range(n - 1)):
-            up[i] = up[i + 1] * kept[i]
-            up[i, i : i + 2] += (1 - kept[i]) / 2
-        for i in range(1, n):
-            down[i] = down[i - 1] * kept[i - 1]
-            down[i, i - 1 : i + 1] += (1 - kept[i - 1]) / 2
-        operator += weight / 2 * (up + down)
-    return Case(
-        f"Λ-iteration, ε={destruction:g}",
-        lambda S: (1 - destruction) * S @ operator.T + destruction,
-        torch.ones(1, n, dtype=f64),
-    )
+def scattering(destruction: float) -> Case:
+    """Λ-iteration (Ng 1974)."""
+    return known(f"Λ-iteration, ε={destruction:g}", problems.scattering(destruction))
 
 
 def spectra() -> list[Case]:
     def spread(low: float, high: float, n: int, seed: int = 0) -> Tensor:
-        return symmetric(torch.linspace(low, high, n, dtype=f64), seed)
+        return problems.with_spectrum(torch.linspace(low, high, n, dtype=f64), seed)
 
     clusters = torch.cat([torch.full((20,), c, dtype=f64) for c in (-0.7, 0.2, 0.9)]) + 1e-3 * normal(60, seed=2)
     geometric = 1 - torch.logspace(0, -4, 60, dtype=f64)
@@ -66,10 +49,10 @@ def spectra() -> list[Case]:
         affine("spectrum [−.99, .5], n=64", spread(-0.99, 0.5, 64)),
         affine("spectrum [−3, .9], n=64", spread(-3, 0.9, 64)),
         affine("spectrum [−10, .5], n=64", spread(-10, 0.5, 64)),
-        affine("spectrum in three clusters", symmetric(clusters, 5)),
-        affine("spectrum 1 − 10⁻⁴ᵗ", symmetric(geometric, 6)),
-        affine(".95 × orthogonal, n=64", 0.95 * orthogonal(64, 7)),
-        affine(".99 × orthogonal, n=16", 0.99 * orthogonal(16, 8)),
+        affine("spectrum in three clusters", problems.with_spectrum(clusters, 5)),
+        affine("spectrum 1 − 10⁻⁴ᵗ", problems.with_spectrum(geometric, 6)),
+        affine(".95 × orthogonal, n=64", 0.95 * problems.orthogonal(64, 7)),
+        affine(".99 × orthogonal, n=16", 0.99 * problems.orthogonal(16, 8)),
         affine("Gaussian matrix, ρ=.9, n=200", 0.9 * gauss),
         affine("Gaussian matrix, ρ=.5, n=200", 0.5 * gauss),
         affine("Jordan block .7, coupling .25", defective),
@@ -77,7 +60,7 @@ def spectra() -> list[Case]:
         affine("shift, n=20", torch.diag(torch.ones(19, dtype=f64), -1)),
         affine("convection, Péclet .5, n=40", convection(40, 0.5)),
         affine("convection, Péclet 3, n=40", convection(40, 3.0)),
-        affine("seven eigenvalues beyond 1", symmetric(beyond, 9)),
+        affine("seven eigenvalues beyond 1", problems.with_spectrum(beyond, 9)),
         scattering(1e-2),
         scattering(1e-4),
     ]
@@ -99,7 +82,7 @@ def graph(name: str, nodes: int, features: int, gain: float, act: Callable[[Tens
     A = ((A + A.T + chords + chords.T) > 0).to(f64)
     degree = A.sum(1).rsqrt()
     A = degree[:, None] * A * degree
-    W, X = gain * orthogonal(features, 13), normal(nodes, features, seed=14)
+    W, X = gain * problems.orthogonal(features, 13), normal(nodes, features, seed=14)
 
     def fn(z: Tensor) -> Tensor:
         Z = z.reshape(-1, nodes, features)
@@ -110,7 +93,7 @@ def graph(name: str, nodes: int, features: int, gain: float, act: Callable[[Tens
 
 def attention(tokens: int = 12, width: int = 16, gain: float = 0.9) -> Function:
     """Z = norm(X + gain · softmax(Z Q Kᵀ Zᵀ/√d) Z V), layer-normalised."""
-    Q, K, V = (orthogonal(width, seed) for seed in (15, 16, 17))
+    Q, K, V = (problems.orthogonal(width, seed) for seed in (15, 16, 17))
     X = normal(tokens, width, seed=18)
 
     def fn(z: Tensor) -> Tensor:
@@ -123,7 +106,7 @@ def attention(tokens: int = 12, width: int = 16, gain: float = 0.9) -> Function:
 
 def normalised(width: int = 64, gain: float = 2.0) -> Function:
     """z = norm(x + W₂ relu(W₁ z)): the block of a multiscale DEQ in small."""
-    first, second = gain * orthogonal(width, 19), orthogonal(width, 20)
+    first, second = gain * problems.orthogonal(width, 19), problems.orthogonal(width, 20)
     x = normal(1, width, seed=21)
 
     def fn(z: Tensor) -> Tensor:
@@ -157,10 +140,10 @@ def monotone(width: int = 60) -> Case:
 
 
 def networks() -> list[Case]:
-    Q = orthogonal
+    Q = problems.orthogonal
 
     def wide(low: float, high: float, n: int) -> Tensor:
-        return symmetric(torch.linspace(low, high, n, dtype=f64), 10)
+        return problems.with_spectrum(torch.linspace(low, high, n, dtype=f64), 10)
 
     elu = torch.nn.functional.elu
     return [

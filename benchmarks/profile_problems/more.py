@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import equations as eq
-from .case import Case, descent, f64, normal, root, symmetric
+from .case import Case, descent, f64, known, problems, root
 from .equations import stacked
 
 
@@ -109,23 +109,6 @@ def larger() -> list[Case]:
     ]
 
 
-def kinsol_analytic(z: Tensor) -> Tensor:
-    """SUNDIALS kinAnalytic_fp."""
-    x, y, w = z.unbind(-1)
-    return stacked(
-        torch.cos((y - 1) * w) / 3 + 1 / 6,
-        torch.sqrt(x * x + torch.sin(w) + 1.06) / 9 + 0.9,
-        -torch.exp(-x * (y - 1)) / 20 - (10 * math.pi - 3) / 60,
-    )
-
-
-def roberts(y: Tensor) -> Tensor:
-    """SUNDIALS kinRoberts_fp: one implicit Euler step of Robertson's kinetics."""
-    a = 0.1 * (-0.04 * y[:, 0] + 1e4 * y[:, 1] * y[:, 2])
-    c = 0.1 * 3e2 * y[:, 1] ** 2
-    return stacked(1 + a, -a - c, c)
-
-
 def ferraris_tronconi(z: Tensor) -> Tensor:
     """SUNDIALS kinFerTron_dns, its two equations without the bounds."""
     a, b = z.unbind(-1)
@@ -137,29 +120,15 @@ def ferraris_tronconi(z: Tensor) -> Tensor:
 
 
 def examples() -> list[Case]:
-    angles = [math.pi / k for k in (2, 3, 4, 5, 6, 1.27, 1.73)]
-    turn = torch.block_diag(
-        *[torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]], dtype=f64) for a in angles]
-    )
-    centre = torch.arange(1, 15, dtype=f64)
-    rates = torch.tensor([0.9, 0.99, 0.999], dtype=f64)
-    scaled = torch.linspace(1e-10, 1, 40, dtype=f64)
-    slow = torch.zeros(50, dtype=f64)
-    slow[:3] = torch.tensor([0.99, 0.98, 0.95])
-    three, b = symmetric(slow, 5), normal(1, 50, seed=6)
-
-    def start(*entries: float) -> Tensor:
-        return torch.tensor([entries], dtype=f64)
-
     return [
-        Case("KINSOL analytic", kinsol_analytic, start(0.1, 0.1, -0.1), torch.tensor([0.5, 1.0, -math.pi / 6])),
-        Case("KINSOL Roberts", roberts, start(1, 0, 0), torch.tensor([1.0])),
+        known("KINSOL analytic", problems.kinsol_analytic()),
+        known("KINSOL Roberts", problems.roberts()),
         root("KINSOL Ferraris–Tronconi", ferraris_tronconi, [0.25, 1.5], torch.tensor([0.5, math.pi])),
-        Case("jaxopt geometric", lambda z: rates * z, start(1, 0.4, -0.2), torch.zeros(3)),
-        Case("jaxopt rotation", lambda z: (z - centre) @ turn.T + centre, torch.zeros(1, 14, dtype=f64), centre),
-        Case("cvxgrp/aa ill-conditioned", lambda z: z - scaled * z, normal(1, 40, seed=0), torch.zeros(40)),
-        Case("rank deficient, n=50", lambda z: z @ three + b, torch.zeros(1, 50, dtype=f64)),
-        Case("cosine", torch.cos, start(0.0), torch.tensor([0.7390851332151607])),
+        known("jaxopt geometric", problems.geometric()),
+        known("jaxopt rotation", problems.rotation()),
+        known("cvxgrp/aa ill-conditioned", problems.ill_conditioned()),
+        known("rank deficient, n=50", problems.rank_deficient()),
+        Case("cosine", torch.cos, torch.zeros(1, 1, dtype=f64), torch.tensor([0.7390851332151607])),
     ]
 
 

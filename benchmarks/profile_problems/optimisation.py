@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .case import Case, f64, normal, orthogonal, uniform
+from .case import Case, f64, normal, problems, uniform
 
 
 def shrunk(z: Tensor, by: float) -> Tensor:
@@ -16,7 +16,7 @@ def regression(rows: int, columns: int, condition: float, seed: int) -> tuple[Te
     """A (rows, columns) with singular values from 1 down to 1/condition in even ratios, and b of a sparse z."""
     k = min(rows, columns)
     values = torch.logspace(0, -float(torch.log10(torch.tensor(condition))), k, dtype=f64)
-    A = orthogonal(rows, seed)[:, :k] * values @ orthogonal(columns, seed + 1)[:k]
+    A = problems.orthogonal(rows, seed)[:, :k] * values @ problems.orthogonal(columns, seed + 1)[:k]
     truth = normal(columns, seed=seed + 2) * (uniform(columns, seed=seed + 3) < 0.2)
     return A, A @ truth + 0.01 * normal(rows, seed=seed + 4)
 
@@ -83,7 +83,7 @@ def douglas_rachford() -> Case:
 
 def alternating() -> Case:
     """Projections onto two subspaces that meet in a point at small angles."""
-    P, Q = (orthogonal(60, seed)[:, :25] for seed in (82, 83))
+    P, Q = (problems.orthogonal(60, seed)[:, :25] for seed in (82, 83))
     Q = torch.linalg.qr(P + 0.3 * Q).Q
     shift = normal(1, 60, seed=84)
 

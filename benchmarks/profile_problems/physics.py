@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .case import Case, Function, f64, generator, jacobian, normal, symmetric, uniform
+from .case import Case, Function, f64, jacobian, known, normal, problems, uniform
 
 
 def laplacian(n: int) -> Tensor:
@@ -51,24 +51,6 @@ def burgers(n: int = 40, viscosity: float = 0.05) -> Case:
     return Case(f"Burgers, lagged convection, ν={viscosity:g}", fn, (1 - 2 * x)[None] * 0.9 + 0.02)
 
 
-def nonlinear_heat(step: float, n: int = 30) -> Case:
-    """One implicit Euler step of u_t = (u² u_x)_x from a hump: u = u₀ + Δt L(u)."""
-    before = torch.exp(-50 * (torch.linspace(0, 1, n + 2, dtype=f64)[1:-1] - 0.5) ** 2)[None]
-
-    def fn(u: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(u, (1, 1))
-        flux = ((padded[:, 1:] + padded[:, :-1]) / 2) ** 2 * (padded[:, 1:] - padded[:, :-1]) * (n + 1)
-        return before + step * (flux[:, 1:] - flux[:, :-1]) * (n + 1)
-
-    return Case(f"nonlinear heat, Δt={step:g}", fn, before)
-
-
-def chandrasekhar(c: float, n: int = 100) -> Case:
-    mu = (torch.arange(n, dtype=f64) + 0.5) / n
-    kernel = c / (2 * n) * mu[:, None] / (mu[:, None] + mu)
-    return Case(f"Chandrasekhar, c={c:g}, n=100", lambda H: 1 / (1 - H @ kernel.T), torch.ones(1, n, dtype=f64))
-
-
 def hubbard(repulsion: float, sites: int = 16) -> Case:
     """Mean field of the Hubbard ring: densities of two spins, at a temperature of .1, chemical potential `level`."""
     ring = torch.arange(sites)
@@ -105,7 +87,7 @@ def charge_sloshing(length: float, n: int = 60) -> Case:
 
 def mean_field(beta: float, n: int = 100) -> Case:
     """m = tanh β (J m + h), J symmetric Gaussian couplings: naive mean field of a spin glass."""
-    J = symmetric(torch.linspace(-1, 1, n, dtype=f64), 48)
+    J = problems.with_spectrum(torch.linspace(-1, 1, n, dtype=f64), 48)
     h = 0.1 * normal(1, n, seed=49)
     return Case(f"mean field of spins, β={beta:g}", lambda m: torch.tanh(beta * (m @ J + h)), torch.zeros(1, n).to(f64))
 
@@ -195,8 +177,8 @@ def stiff_step(step: float) -> Case:
 
 def eigenvector(gap: float) -> Case:
     """The dominant eigenvector by power iteration, normalised."""
-    A = symmetric(torch.cat([torch.linspace(0, 1 - gap, 49, dtype=f64), torch.ones(1, dtype=f64)]), 54)
-    start = torch.rand(1, 50, dtype=f64, generator=generator(55))
+    A = problems.with_spectrum(torch.cat([torch.linspace(0, 1 - gap, 49, dtype=f64), torch.ones(1, dtype=f64)]), 54)
+    start = torch.rand(1, 50, dtype=f64, generator=problems.generator(55))
 
     def fn(v: Tensor) -> Tensor:
         w = v @ A
@@ -222,10 +204,10 @@ def cases() -> list[Case]:
         jacobi("Poisson–Boltzmann, Jacobi", A, lambda u: 20 * torch.sinh(u) - charge, 1 / float(A[0, 0] + 40)),
         burgers(),
         burgers(viscosity=0.02),
-        nonlinear_heat(2e-4),
-        nonlinear_heat(2e-3),
-        chandrasekhar(0.99),
-        chandrasekhar(0.9999),
+        known("nonlinear heat, Δt=0.0002", problems.nonlinear_heat(step=2e-4)),
+        known("nonlinear heat, Δt=0.002", problems.nonlinear_heat(step=2e-3)),
+        known("Chandrasekhar, c=0.99, n=100", problems.chandrasekhar(0.99)),
+        known("Chandrasekhar, c=0.9999, n=100", problems.chandrasekhar(0.9999)),
         hubbard(1.0),
         hubbard(3.0),
         charge_sloshing(3.0),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import address
+from ..memory import address, spaced
 from ..solution import Adjoint
 from ..step import systems
 from ..stop import Stop
@@ -19,7 +19,6 @@ from .linear import Products
 from .narrowed import Narrowing
 
 TOGETHER = 8  # vectors in one piece of memory
-LINE, PAGE = 64, 4096  # bytes
 
 
 class Vectors:
@@ -33,10 +32,7 @@ class Vectors:
         """Vector k, of the shape of g."""
         if k == len(self.made):
             size, count = self.g.numel(), min(TOGETHER, self.most - k)
-            line = LINE // self.g.itemsize
-            # Vectors that start at one place of a page would share few places of a cache.
-            apart = size if size * self.g.itemsize < PAGE else (size + line - 1) // line * line + 13 * line
-            memory = torch.empty(count, apart, dtype=self.g.dtype, device=self.g.device)
+            memory = torch.empty(count, spaced(size, self.g.itemsize), dtype=self.g.dtype, device=self.g.device)
             self.made += memory[:, :size].view(count, *self.g.shape).unbind(0)
         return self.made[k]
 

@@ -25,8 +25,8 @@ from ..stop import Stop
 from .adjoint import AdjointSolve
 from .leaves import nodes
 from .lifted import ANOTHER, HIDDEN, Lifted, is_transformed
-from .linearise import Good
-from .products import adjoint_products, forward_products, pulled, pushed
+from .linearise import Good, Linearised, is_same
+from .products import forward_products, pulled, pushed
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _autograd: Any = torch.autograd  # whose functions have no types
@@ -132,13 +132,15 @@ class _Linear(_autograd.Function):  # type: ignore[misc]
             at = z.detach().reshape(-1, T, D).clone().requires_grad_()
             f = lifted.guarded(at.view(z.shape), [x.detach() for x in operands], good)
             f = f.reshape(at.shape)
-        _check_same(value, f.detach().view(z.shape))
+        if not is_same(f.detach().view(z.shape), value):
+            raise RuntimeError(ANOTHER)
         recorder = Recorder()
         eps = max(of_graph(f, at, list(nodes(f))), torch.finfo(f.dtype).eps)
         adjoint = replace(how.adjoint, recorder=recorder, eps=eps, stop=_spread(how.adjoint.stop, lead, B))
         mask = good.reshape(-1)
-        products = adjoint_products(f, at) if transposed else forward_products(f, at)
-        u = adjoint(products, g.detach().reshape(at.shape).contiguous(), Good(mask, None, [], bool(mask.all())))
+        linear = Linearised(at, f, Good(mask, None, [], bool(mask.all())))
+        products = linear.transposed if transposed else forward_products(f, at)
+        u = adjoint(products, g.detach().reshape(at.shape).contiguous(), linear.good)
         if recorder.last is not None:
             parts = (x.view(*lead, B) for x in vars(recorder.last).values())
             how.adjoint.recorder.note(Adjoint(*parts))
@@ -264,11 +266,3 @@ def _spread(stop: Stop, lead: Sequence[int], B: int) -> Stop:
         t.expand(*lead, B).reshape(-1) if isinstance(t, Tensor) and t.dim() else t for t in (stop.rtol, stop.atol)
     ]
     return replace(stop, rtol=spread[0], atol=spread[1])
-
-
-def _check_same(before: Tensor, now: Tensor) -> None:
-    """Raises RuntimeError unless f is what it was in the solve."""
-    allowed = torch.finfo(now.dtype).eps ** 0.5 * torch.linalg.vector_norm(before.double())
-    apart = (now - before).double().flatten(-3)
-    if bool(before.isfinite().all()) and not bool((torch.linalg.vector_norm(apart, dim=-1) <= allowed).all()):
-        raise RuntimeError(ANOTHER)

@@ -22,8 +22,9 @@ from .adjoint import AdjointSolve, worst
 from .batched import one_by_one
 from .closure import Closure, cut
 from .leaves import leaves, leaves_before, nodes
-from .linearise import DEPENDS, Good, Linearised, evaluate
+from .linearise import DEPENDS, Good, Linearised, evaluate, is_same
 from .narrowed import Products
+from .products import forward_products
 
 
 def attach(how: AdjointSolve, problem: Problem, finite: Tensor, z: Tensor, closure: Closure | None = None) -> Tensor:
@@ -53,13 +54,6 @@ CHANGED = (
     "create_graph evaluates fn again in the backward pass, and it was another map then: take the gradient inside "
     "functional_call, bind loop variables, keep dropout masks and parameters as they were"
 )
-
-
-def _is_same(now: Tensor, before: Tensor) -> bool:
-    """Whether values of two evaluations at the same state are those of one map, as far as they are finite."""
-    allowed = torch.finfo(now.dtype).eps ** 0.5 * torch.linalg.vector_norm(before.double())
-    same = bool(torch.linalg.vector_norm((now - before).double()) <= allowed)
-    return same or not bool(before.isfinite().all())
 
 
 @dataclass(eq=False)
@@ -98,22 +92,12 @@ class _Step:
         return self.how(Products(self.at, self.problem, self.autocast.again), g, self.at.good)
 
     def tangent(self, t: Tensor) -> Tensor:
-        """v (n, T, D) of v = t + J v, without a graph; J v as the derivative of u ↦ Jᵀu, which is linear."""
+        """v (n, T, D) of v = t + J v, without a graph."""
         at = self.at
-        with torch.enable_grad():
-            f = forward_ad.unpack_dual(at.f).primal
-            u = torch.zeros_like(f, requires_grad=True)
-            (product,) = torch.autograd.grad(f, at.z, u, create_graph=True, allow_unused=True)
-
-        def products(v: Tensor) -> Tensor:
-            if product is None or not product.requires_grad:
-                return torch.zeros_like(v)
-            cotangent = v.to(product.dtype).view(product.shape)
-            (found,) = torch.autograd.grad(product, u, cotangent, retain_graph=True, allow_unused=True)
-            return torch.zeros_like(v) if found is None else forward_ad.unpack_dual(found).primal
-
+        with torch.enable_grad():  # unpacked without, f would have lost its graph
+            image = forward_products(forward_ad.unpack_dual(at.f).primal, at.z)
         with torch.no_grad():
-            v = self.how(products, t.detach(), at.good)
+            v = self.how(lambda v: forward_ad.unpack_dual(image(v)).primal, t.detach(), at.good)
         return _Mixed.apply(v, t)
 
     def differentiable(self, g: Tensor, boundary: tuple[Tensor, ...]) -> list[Tensor | None]:
@@ -145,7 +129,7 @@ class _Step:
 
     def _check_same(self, f: Tensor, reached: tuple[Tensor, ...]) -> None:
         """Raises unless f (n, T, D), evaluated again for a second derivative, is that of the forward pass."""
-        same = self.problem.shards.all_claim(_is_same(f.detach(), self.at.f.detach()))
+        same = self.problem.shards.all_claim(is_same(f.detach(), self.at.f.detach()))
         behind = set(nodes(f))
         known = {id(x) for x in leaves(f)} | {id(x) for x in self.closure.tensors if x.grad_fn in behind}
         if not same or any(id(x) not in known for x in reached):
@@ -160,7 +144,7 @@ class _Step:
         value = torch.where(mask, g, 0.0) + (0.0 if product is None else torch.where(mask, product, 0.0))
         # A map that has changed may have the same fixed points, such as one of another damping.
         found, before = torch.zeros_like(g) if product is None else product.detach(), self.at.transposed(u.detach())
-        if not self.problem.shards.all_claim(_is_same(torch.where(mask, found, 0.0), before)):
+        if not self.problem.shards.all_claim(is_same(torch.where(mask, found, 0.0), before)):
             raise RuntimeError(CHANGED)
         quiet = replace(self.how, recorder=Recorder())
         return _AdjointFunction.apply(value, u.detach(), Linearised(u, value, good), quiet)

@@ -19,6 +19,17 @@ from .leaves import leaves_among, nodes
 DEPENDS = "whether fn depends on a tensor that requires a gradient"  # what ranks may differ in
 
 
+def are_same(now: Tensor, before: Tensor) -> Tensor:
+    """(n,) bool: whether values (n, …) of two evaluations at the same states are those of one map."""
+    apart, size = (torch.linalg.vector_norm(x.double().flatten(1), dim=1) for x in (now - before, before))
+    return apart <= torch.finfo(now.dtype).eps ** 0.5 * size
+
+
+def is_same(now: Tensor, before: Tensor) -> bool:
+    """`are_same` of all together; so are values that were not finite."""
+    return bool(are_same(now[None], before[None])) or not bool(before.isfinite().all())
+
+
 def evaluate(problem: Problem, z: Tensor, inputs: list[Tensor]) -> Tensor:
     """f at flat z (n, T, D), with gradients as the current mode says."""
     wanted = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if problem.causal else None
@@ -150,6 +161,8 @@ class Linearised:
         if not self.good.whole:
             u = torch.where(self.good.mask_taken()[:, None, None], u, 0.0)
         f = self.f if self.value is None else self.value
+        if not f.requires_grad:
+            return torch.zeros_like(u)
         (product,) = _gradients((f,), (u.to(f.dtype).view(f.shape),), (self.z,))
         return torch.zeros_like(u) if product is None else product.view(u.shape)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .lifted import is_transformed
-from .linearise import Good, Linearised
+from .linearise import Good, Linearised, are_same
 
 WAIT = 4  # products with at most half of the samples after which more of them are expected
 LEAST = 1 << 14  # entries of a product below which its cost is that of its calls, whatever their number
@@ -51,14 +51,8 @@ class Products:
                 part = Linearised.again(problem, states, good)
         except Exception:  # nobody asked for this evaluation: the products with all samples serve as well
             return None
-        return part.transposed if _is_same(part.f.detach(), before) and part.f.requires_grad else None
-
-
-def _is_same(now: Tensor, before: Tensor) -> bool:
-    """Whether values (k, T, D) of two evaluations at the same samples are those of one map."""
-    apart = (now - before).flatten(1).double().norm(dim=1)
-    allowed = torch.finfo(before.dtype).eps ** 0.5 * before.flatten(1).double().norm(dim=1)
-    return bool((apart <= allowed).all())
+        same = bool(are_same(part.f.detach(), before).all())
+        return part.transposed if same and part.f.requires_grad else None
 
 
 class Narrowing:
@@ -84,7 +78,7 @@ class Narrowing:
         if not self.tried:
             # A map that has changed may have the same fixed points, such as one of another damping.
             whole = self.products(u)
-            self.tried = _is_same(product, whole[self.rows])
+            self.tried = bool(are_same(product, whole[self.rows]).all())
             if not self.tried:
                 self.can, self.rows, self.part = False, None, self.products
             return whole

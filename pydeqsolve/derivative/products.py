@@ -52,18 +52,6 @@ def _only(h: Callable[..., Tensor], at: Sequence[Tensor], which: list[int]) -> C
     return called
 
 
-def adjoint_products(f: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
-    """u ↦ Jᵀu, (n, T, D)."""
-
-    def product(u: Tensor) -> Tensor:
-        if not f.requires_grad:
-            return torch.zeros_like(u)
-        (found,) = torch.autograd.grad(f, z, u.to(f.dtype).view(f.shape), retain_graph=True, allow_unused=True)
-        return torch.zeros_like(u) if found is None else found
-
-    return product
-
-
 def forward_products(f: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
     """v ↦ J v, (n, T, D): the derivative of u ↦ Jᵀu, which is linear."""
     if not f.requires_grad:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..memory import spaced
 from . import native
 
 KINDS = ("anderson II", "anderson I", "broyden good", "broyden bad")  # csrc/step.h, Kind
 COUPLINGS = ("joint", "independent", "causal")  # csrc/step.h, Coupling
 STORAGES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/scalar.h, Storage
-PAGE = 4096  # bytes
 SMALL = ("gram", "steps_gram", "rhs", "squares", "count")  # of a ring, a few numbers per sample each
 
 
@@ -31,10 +31,7 @@ class Method:
 
 def _rows(B: int, M: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for rows (B, M, T, D), slot by slot: a step reads each slot's from the first sample to the last."""
-    line = 64 // dtype.itemsize
-    stride = B * T * D
-    if stride * dtype.itemsize >= PAGE:  # slots that start at one place of a page would share few places of a cache
-        stride = (stride + line - 1) // line * line + 13 * line
+    stride = spaced(B * T * D, dtype.itemsize)
     rows = torch.empty_strided((B, M, T, D), (T * D, stride, D, 1), dtype=dtype, device=device)
     return native.on_large_pages(rows)
 

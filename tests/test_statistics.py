@@ -58,8 +58,9 @@ def test_a_checkpoint_makes_the_splitting_that_is_fitted_to_its_images(tmp_path,
     assert_same_map(loaded.splitting(chain, basis), Splitting.fitted(chain, images, basis))
 
 
-def test_all_statistics_come_back_bit_for_bit(tmp_path):
-    statistics = Statistics.of(correlated())
+@pytest.mark.parametrize("eigenvectors", [None, 3, 0])
+def test_all_statistics_come_back_bit_for_bit(tmp_path, eigenvectors):
+    statistics = Statistics.of(correlated(), eigenvectors)
     loaded = load_checkpoint(save(tmp_path, statistics=statistics, dtype=torch.float16)).statistics
     assert loaded.tensors().keys() == statistics.tensors().keys()
     for name, value in statistics.tensors().items():
@@ -71,6 +72,47 @@ def test_only_eigenvectors_above_the_floor_of_a_splitting_are_kept():
     values, r = statistics.eigenvalues, statistics.eigenvectors.shape[1]
     assert 0 < r < 32
     assert values[r - 1] > 0.01 * values.mean() >= values[r]
+
+
+def test_of_fewer_eigenvectors_the_rest_of_the_variance_is_the_same_in_all_directions():
+    images, chain, r = correlated(), SCHEDULE.chain(6), 5
+    values, vectors = torch.linalg.eigh(torch.cov(images.double().flatten(1).T, correction=0))
+    spread = torch.cat([values[:-r].mean().expand(32 - r), values[-r:]])
+    covariance = vectors * spread @ vectors.T
+    statistics = Statistics.of(images, eigenvectors=r)
+    assert statistics.eigenvectors.shape == (32, r)
+    got, _ = affine(statistics.splitting(chain, "covariance"))
+    for alpha, sigma, K in zip(*chain.before, got, strict=True):
+        K_expected = sigma * torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(32))
+        torch.testing.assert_close(K, K_expected, rtol=0, atol=1e-5 * float(K_expected.abs().max()))
+
+
+def test_of_no_eigenvectors_the_covariance_is_left_out():
+    statistics = Statistics.of(correlated(), eigenvectors=0)
+    assert statistics.tensors().keys() == {"mean", "variance", "frequencies"}
+
+
+def test_more_eigenvectors_than_matter_are_not_kept():
+    for number in (None, 32, 1000):
+        got, expected = Statistics.of(correlated(), number), Statistics.of(correlated())
+        assert torch.equal(got.eigenvalues, expected.eigenvalues)
+        assert torch.equal(got.eigenvectors, expected.eigenvectors)
+
+
+def test_eigenvectors_take_no_more_than_their_share_of_a_file_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(module, "MOST_ENTRIES", 32 * 4 + 3)
+    assert Statistics.of(correlated()).eigenvectors.shape == (32, 4)
+    assert Statistics.of(correlated(), eigenvectors=9).eigenvectors.shape == (32, 9)
+
+
+@pytest.mark.parametrize("number", [-1, 2.0, True, "all"])
+def test_a_number_of_eigenvectors_that_is_none_is_refused(number, tmp_path):
+    words = "eigenvectors: None or an integer of at least 0 is required"
+    with pytest.raises(ValueError, match=words):
+        Statistics.of(correlated(), number)
+    with pytest.raises(ValueError, match=words):
+        fit(correlated(), tmp_path / "new", model=network(), steps=1, batch=2, eigenvectors=number)
+    assert not (tmp_path / "new").exists()
 
 
 def test_statistics_of_more_images_than_are_summed_at_once_are_those_of_all():
@@ -168,6 +210,11 @@ def test_images_of_no_batch_are_refused():
     for images in (torch.zeros(2, 4, 4), torch.zeros(0, 1, 4, 4), None):
         with pytest.raises(ValueError, match="images: a tensor"):
             Statistics.of(images)
+
+
+def test_fit_carries_as_many_eigenvectors_as_are_asked_for(tmp_path):
+    trained = fit(correlated(20), tmp_path, model=network(), steps=1, batch=2, eigenvectors=2)
+    assert trained.statistics.eigenvectors.shape == (32, 2)
 
 
 def test_fit_carries_statistics_and_adds_them_to_a_run_that_was_done_without(tmp_path):

@@ -163,16 +163,17 @@ def check_images(images: Tensor, levels: int) -> None:
         raise ValueError(f"levels: 1 … 255 is required, got {levels}")
 
 
-def add_statistics(folder: str | Path, images: Tensor) -> None:
+def add_statistics(folder: str | Path, images: Tensor, eigenvectors: int | None = None) -> None:
     """Add to an older checkpoint the statistics that it lacks, from the images (n, C, H, W) it was trained on.
 
-    Weights, and statistics that are there, stay as they are. The file is replaced in one move.
+    Weights, and statistics that are there, stay as they are. The file is replaced in one move. `eigenvectors` as in
+    `Statistics.of`.
 
     Raises:
         FileNotFoundError: no weights in `folder`.
         ValueError: the file is malformed, or its mean differs from that of the images.
     """
-    path, statistics = Path(folder) / WEIGHTS, Statistics.of(images)
+    path, statistics = Path(folder) / WEIGHTS, Statistics.of(images, eigenvectors)
     check_stored(read_header(path)[0], tuple(images.shape[1:]), path)
     tensors, metadata = read_tensors(path)
     mean = tensors.get("data.mean", statistics.mean)

@@ -19,6 +19,7 @@ PREFIX = "data."
 NORM_ERROR = 1e-2  # of an eigenvector, at most; float32 leaves 1e-6
 ROUNDING = 1e-4  # of the largest eigenvalue: what a computed one may lie below 0
 LARGEST = 4096  # entries of an image, above which its covariance takes minutes and gigabytes: it is left out
+MOST_ENTRIES = 2**20  # of the eigenvectors that are kept: 4 MiB in a checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,10 @@ class Statistics:
     """What a splitting needs to know of the data. D = C·H·W; float32 on the CPU; variances divide by the count.
 
     Of the covariance's eigenvectors, only those with more than a hundredth of the mean variance are kept: a splitting
-    raises all other variances to that floor, and so does not tell their eigenvectors apart.
+    raises all other variances to that floor, and so does not tell their eigenvectors apart. Where there are more than
+    are asked for, the first r are, and the other D − r eigenvalues are replaced by their mean: of all covariances
+    V diag(λ_1 … λ_r) Vᵀ + λ̄ (1 − V Vᵀ) that is the likeliest, λ̄ = (tr Σ − λ_1 − … − λ_r)/(D − r) (Tipping & Bishop
+    1999, Eq. 8).
 
     Attributes:
         mean: (C, H, W).
@@ -67,12 +71,18 @@ class Statistics:
                 raise ValueError(f"eigenvectors of length 1 are required, got {norms.min():g} … {norms.max():g}")
 
     @staticmethod
-    def of(images: Tensor) -> Statistics:
+    def of(images: Tensor, eigenvectors: int | None = None) -> Statistics:
         """The statistics of images (n, C, H, W); sums in float64, a few thousand images at a time, and D³ operations.
 
+        Args:
+            images: (n, C, H, W), n at least 1.
+            eigenvectors: r at most, which take 4 r D bytes; 0 leaves the covariance out. None: as many as 4 MiB hold,
+                which are all up to D = 1024.
+
         Raises:
-            ValueError: images of another shape, or none.
+            ValueError: images of another shape, or none; a number below 0.
         """
+        check_eigenvectors(eigenvectors)
         if not isinstance(images, Tensor) or images.dim() != 4 or len(images) == 0:
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images: a tensor (n, C, H, W) is required, got {got}")
@@ -81,14 +91,15 @@ class Statistics:
         mean = images.mean(0, dtype=torch.float64)
         variance, frequencies = torch.zeros_like(mean), torch.zeros_like(mean)
         size = shape.numel()
-        covariance = torch.zeros(size, size, dtype=torch.float64) if size <= LARGEST else None
+        most = MOST_ENTRIES // size if eigenvectors is None else eigenvectors
+        covariance = torch.zeros(size, size, dtype=torch.float64) if size <= LARGEST and most > 0 else None
         for part in images.split(4096):
             centred = part.double() - mean
             variance += centred.square().sum(0) / count
             frequencies += (rows.T @ centred @ columns).square().sum(0) / count
             if covariance is not None:
                 covariance.addmm_(centred.flatten(1).T, centred.flatten(1), alpha=1 / count)
-        known = (mean, variance, frequencies, *(() if covariance is None else _leading(covariance)))
+        known = (mean, variance, frequencies, *(() if covariance is None else _leading(covariance, most)))
         return Statistics(*[part.float() for part in known])
 
     def splitting(self, chain: Chain, basis: str) -> Splitting:
@@ -155,7 +166,17 @@ def read_statistics(tensors: Mapping[str, Tensor], path: Path) -> Statistics | N
         raise ValueError(f"{path}: {PREFIX}{error}") from error
 
 
-def _leading(covariance: Tensor) -> tuple[Tensor, Tensor]:
+def check_eigenvectors(number: int | None) -> None:
+    """Raises ValueError for what is no number of eigenvectors to keep."""
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
+        raise ValueError(f"eigenvectors: None or an integer of at least 0 is required, got {number!r}")
+
+
+def _leading(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """eigenvalues and eigenvectors, as in `Statistics`, of a covariance (D, D)."""
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(covariance))
-    return values, vectors[:, values > VARIANCE_FLOOR * values.mean()]
+    kept = int((values > VARIANCE_FLOOR * values.mean()).sum())
+    if kept > most:
+        kept = most
+        values[kept:] = values[kept:].mean()
+    return values, vectors[:, :kept]

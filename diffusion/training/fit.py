@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.checkpoint import IMAGES, Checkpoint, add_statistics, check_images, load_checkpoint, save_images
 from ..models.configuration import ARCHITECTURES, PREDICTIONS, check_timesteps
+from ..models.statistics import check_eigenvectors
 from ..models.unet import UNet
 from ..schedule import Schedule
 from .data import Dataset, digits, fashion
@@ -36,6 +37,7 @@ def fit(
     prediction: str = "epsilon",
     dtype: torch.dtype | None = None,
     drop_label: float = 0.1,
+    eigenvectors: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
     callback: Callable[[int, float], Any] | None = None,
@@ -67,6 +69,7 @@ def fit(
         prediction: what the model learns to return: "epsilon", "v" (√ᾱ ε − √(1−ᾱ) x_0) or "sample" (x_0).
         dtype: type of the weights on disk; None: as trained.
         drop_label: of a model with classes, the share of images trained on without their label, in [0, 1].
+        eigenvectors: of the images' covariance, kept in the checkpoint at most (`Statistics.of`).
         device: where the model is moved before, and trained; None: where it is.
         progress: show a bar with the loss on stderr (tqdm), if that is a terminal.
         callback: callback(step, loss) after each step; a true return saves and ends the run for now. Reading the
@@ -83,6 +86,7 @@ def fit(
         labels = images.train_labels
         images = images.train
     _check(images, held_out, levels, steps, batch, lr, ema, save_every, prediction)
+    check_eigenvectors(eigenvectors)
     folder = Path(folder)
     schedule = schedule or Schedule.linear()
     if not isinstance(schedule, Schedule):
@@ -101,7 +105,7 @@ def fit(
     }  # fmt: skip
     if labels is not None:
         settings |= {"drop_label": drop_label, "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()}
-    run = Run(images, folder, model, schedule, settings, dtype, labels)
+    run = Run(images, folder, model, schedule, settings, dtype, labels, eigenvectors)
     finished = resume and run.finished()
     if resume and not finished:
         run.resume()
@@ -117,7 +121,7 @@ def fit(
         checkpoint = load_checkpoint(folder)
         if checkpoint.statistics is not None and checkpoint.statistics.frequencies is not None:
             return checkpoint
-        add_statistics(folder, images)  # trained before checkpoints carried them
+        add_statistics(folder, images, eigenvectors)  # trained before checkpoints carried them
         return load_checkpoint(folder)
     try:
         for step in _counter(run, steps, progress):

@@ -38,6 +38,7 @@ class Run:
         settings: steps, batch, lr, ema, seed, prediction as in `fit`, and what else must agree on resuming.
         dtype: type of the weights in the checkpoint; None: as trained.
         labels: (n,) long, the classes of the images, for a class-conditional model; settings then say `drop_label`.
+        eigenvectors: as in `fit`.
 
     Attributes:
         step: steps done.
@@ -46,9 +47,9 @@ class Run:
 
     def __init__(
         self, images: Tensor, folder: Path, model: nn.Module, schedule: Schedule, settings: dict[str, Any],
-        dtype: torch.dtype | None, labels: Tensor | None = None,
+        dtype: torch.dtype | None, labels: Tensor | None = None, eigenvectors: int | None = None,
     ) -> None:  # fmt: skip
-        self.labels = labels
+        self.labels, self.eigenvectors = labels, eigenvectors
         self.images, self.folder, self.model, self.schedule = images, folder, model, schedule
         self.settings, self.dtype = settings, dtype
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
@@ -64,7 +65,7 @@ class Run:
     @cached_property
     def statistics(self) -> Statistics:
         """Of the images; their covariance takes a while, and a run that is done does not need it."""
-        return Statistics.of(self.images)
+        return Statistics.of(self.images, self.eigenvectors)
 
     def advance(self) -> Tensor:
         """Do one step and return its loss, a scalar on the model's device."""

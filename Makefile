@@ -14,11 +14,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # CUDA kernels for every GPU generation take minutes to compile: by default only where there is a GPU.
 export PYDEQSOLVE_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 
-.PHONY: help install demo docs notebooks report test check lint format types cuda-check arm-check emulate fuzz defects wheel clean
+.PHONY: help install demo docs notebooks report test check lint format types cuda-check arm-check emulate fuzz defects wheel release clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "make %-11s %s\n", $$1, $$2 }'
+
+# Says what is missing by name, instead of failing in the middle of the build.
+define needed
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	  || { echo "$(PYTHON) is missing or older than 3.10: sudo apt-get install -y python3 python3-venv python3-dev, or make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip, os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+	  && command -v $${CXX:-c++} >/dev/null \
+	  || { echo "missing: sudo apt-get install -y python3-venv python3-dev g++"; exit 1; }
+endef
 
 install: $(INSTALLED)  ## .venv with all that developers need, the native module built
 demo: $(READY)  ## samples and inverts images; pictures in demo-output/
@@ -77,7 +86,14 @@ fuzz: $(INSTALLED)  ## 100,000 random steps of the CPU kernels under sanitizers
 
 # Apart from .venv: of this tree, of no environment.
 wheel:  ## wheels in dist/, each installed and used; ARGS="--all" for every Python here, PYDEQSOLVE_CUDA=ON for GPUs
+	$(call needed)
 	@$(PYTHON) release/wheels.py $(ARGS)
+
+release:  ## dist/ with wheels for every Python here, source archive, notes and check sums; ARGS="--tag v0.1.0"
+	$(call needed)
+	@rm -rf dist
+	@$(PYTHON) release/wheels.py --all --source
+	@$(PYTHON) release/check.py $(ARGS)
 
 clean:  ## removes .venv and everything built
 	rm -rf $(VENV) build dist demo-output report-output docs/_build docs/gallery *.egg-info pydeqsolve/_native*.so
@@ -97,12 +113,7 @@ $(INSTALLED): $(READY)
 	@$(BIN)/python -m pip install "pydeqsolve[dev,docs,viz,data,diffusers]"
 	@touch $@
 
-# Says what is missing by name, instead of failing in the middle of the build.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
-	  || { echo "$(PYTHON) is missing or older than 3.10: sudo apt-get install -y python3 python3-venv python3-dev, or make PYTHON=python3.11"; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip, os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
-	  && command -v $${CXX:-c++} >/dev/null \
-	  || { echo "missing: sudo apt-get install -y python3-venv python3-dev g++"; exit 1; }
+	$(call needed)
 	@echo "install: virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)

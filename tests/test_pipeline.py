@@ -262,7 +262,7 @@ def test_the_progress_bar_is_that_of_diffusers(capfd):
     [
         ({"output_type": "jpeg"}, "output_type"),
         ({"batch_size": 3, "latents": torch.zeros(2, 1, 8, 8)}, "batch_size"),
-        ({"guidance_scale": 2.0}, "negative_class_labels"),
+        ({"guidance_scale": 2.0}, "guidance_scale: of a network with conditions"),
         ({"prompt_embeds": torch.zeros(1, 2, 12)}, "prompt_embeds"),
         ({"num_inference_steps": 0}, "steps"),
         ({"method": "fast"}, "method"),

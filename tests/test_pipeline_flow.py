@@ -265,7 +265,8 @@ def test_a_whole_folder_is_loaded_but_for_what_is_left_out_by_name(tmp_path):
         ({"guidance_rescale": 0.5}, "guidance_rescale: of guidance by a scale other than 1"),
         ({"height": 7}, "height: a multiple of 2 is required, got 7"),
         ({"latents": torch.zeros(2, 16, 16)}, r"latents: "),
-        ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents: \('B', 4, 8, 8\) is required"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents: shape \(B, 4, h, w\) is required"),
+        ({"latents": torch.zeros(2, 4, 8, 6), "width": 8}, r"latents: \('B', 4, 8, 8\) is required"),
         ({"mu": 1.0}, "mu: of use only to a scheduler with use_dynamic_shifting"),
         ({"batch_size": 3}, "batch_size: 3 latents or conditions"),
         ({"num_inference_steps": 0}, "num_inference_steps: at least 1"),
@@ -313,7 +314,7 @@ def test_a_shift_that_the_scheduler_cannot_tell_is_asked_for():
 
 def test_negative_embeddings_of_another_length_are_refused():
     given = embeds(negative=True) | {"negative_prompt_embeds": torch.zeros(2, 5, 12), "guidance_scale": 2.0}
-    with pytest.raises(ValueError, match=r"negative_prompt_embeds: \(3, 12\) each, as prompt_embeds, is required"):
+    with pytest.raises(ValueError, match=r"negative_prompt_embeds: \(2, 3, 12\), as prompt_embeds, or one row"):
         made(sd3())(**given)
 
 

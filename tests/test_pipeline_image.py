@@ -197,7 +197,7 @@ def test_rescaled_guidance_is_that_of_diffusers(rescale, parts):
         guidance_rescale=rescale, output_type="latent", error=1e-6,
     ).images  # fmt: skip
     assert near(got, state)
-    with pytest.raises(ValueError, match="guidance_rescale: of guidance_scale other than 1"):
+    with pytest.raises(ValueError, match="guidance_rescale: of guidance by a scale other than 1"):
         made(unet, scheduler)(prompt_embeds=prompt, guidance_rescale=rescale)
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..checks import one_of
 from ..recurrence import Preconditioning
-from .levels import Given, Levels, time_steps_of
+from .levels import Given, Levels, listed, time_steps_of
 
 NO_SIGNAL = 2**-22  # α below this is what float32 leaves of none
 SPACED = ("linspace", "leading", "trailing", "quadratic")
@@ -76,8 +75,7 @@ class SchedulerGrid:
             if given is not None:
                 if name not in taken:
                     raise ValueError(f"{name}: not taken by {type(self.scheduler).__name__}")
-                values = given.tolist() if isinstance(given, Tensor) else list(given)
-                return {name: values}
+                return {name: listed(name, given).tolist()}
         return {"num_inference_steps": steps}
 
     def _spaced(self, own: Any, steps: int, spacing: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..checks import PREDICTIONS, SPACINGS, count, one_of, real
 from ..recurrence import Preconditioning
 
 STEPS = 50  # of a chain for which no number is asked
+MOST_STEPS = 2**20  # whose tables alone take seconds
 
 Given = Sequence[float] | Tensor | None
 
@@ -125,6 +126,26 @@ def refuse(name: str, value: Any, reason: str) -> None:
         raise ValueError(f"{name}: {reason}")
 
 
+def listed(name: str, values: Any) -> Tensor:
+    """The numbers (T,) of a list, an array or a tensor, on the CPU; floats of a list in float64.
+
+    Raises:
+        TypeError: something else, by name.
+        ValueError: other things than numbers in it, nothing, or lists.
+    """
+    if not isinstance(values, (Sequence, Tensor, np.ndarray)) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name}: a list of numbers is required, got {type(values).__name__}")
+    try:
+        given = values if isinstance(values, Tensor) else np.asarray(values)
+        numbers = isinstance(given, Tensor) or given.dtype.kind in "iuf"
+    except (TypeError, ValueError, RuntimeError):  # of lists of several lengths, and tensors in a list
+        numbers = False
+    found = torch.as_tensor(given) if numbers else torch.empty(0)
+    if found.dim() != 1 or not len(found) or found.is_complex() or found.dtype == torch.bool or found.is_meta:
+        raise ValueError(f"{name}: a list of numbers is required, got {values!r:.80}")
+    return found.detach().cpu()
+
+
 def steps_of(steps: int | None, spacing: str | None, **given: Given) -> int:
     """The number of steps asked for, 50 where none is; beside own steps, which it counts, no spacing and no other.
 
@@ -132,15 +153,17 @@ def steps_of(steps: int | None, spacing: str | None, **given: Given) -> int:
         ValueError: own steps given beside a spacing, or beside another number of steps.
     """
     if steps is not None:
-        count("steps", steps, least=1)
+        count("steps", steps, least=1, most=MOST_STEPS)
     for name, values in given.items():
         if values is None:
             continue
         refuse("spacing", spacing, f"not taken beside {name}, which are the steps themselves, got {spacing!r}")
         if steps is None:
             continue
-        listed = torch.as_tensor(values).flatten()
-        own = len(listed) - int(name == "sigmas" and len(listed) > 1 and listed[-1] == 0)  # the 0 after the last step
+        numbers = listed(name, values)
+        own = len(numbers) - int(
+            name == "sigmas" and len(numbers) > 1 and numbers[-1] == 0
+        )  # the 0 after the last step
         if own != steps:
             raise ValueError(f"steps: {own}, as many as {name}, or None is required beside them, got {steps}")
     return STEPS if steps is None else steps
@@ -148,10 +171,7 @@ def steps_of(steps: int | None, spacing: str | None, **given: Given) -> int:
 
 def falling(name: str, values: Given, most: float | None = None) -> Tensor:
     """(T+1,) float64: the T positive numbers given, each below the last, and a 0, which may be given too."""
-    given = torch.as_tensor(values)
-    if given.dim() != 1 or not len(given) or given.is_complex() or given.dtype == torch.bool:
-        raise ValueError(f"{name}: a list of numbers is required, got {values!r:.80}")
-    given = given.detach().to("cpu", torch.float64)
+    given = listed(name, values).double()
     given = given[:-1] if len(given) > 1 and given[-1] == 0 else given
     if not bool(given.isfinite().all() and (given > 0).all() and (given.diff() < 0).all()):
         raise ValueError(f"{name}: positive numbers that fall are required, got {given.tolist()!r:.80}")
@@ -182,10 +202,10 @@ def time_steps_of(N: int, T: int, spacing: str, offset: int, like_diffusers: boo
 
 def time_steps_given(N: int, timesteps: Given) -> Tensor:
     """(T,) int64 as given: integers of 0 … N − 1 that fall."""
-    t = torch.as_tensor(timesteps)
-    if t.dim() != 1 or not len(t) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+    t = listed("timesteps", timesteps)
+    if t.is_floating_point():
         raise ValueError(f"timesteps: a list of integers is required, got {timesteps!r:.80}")
-    t = t.detach().to("cpu", torch.int64)
+    t = t.long()
     if int(t[0]) >= N or int(t[-1]) < 0 or bool((t.diff() >= 0).any()):
         raise ValueError(f"timesteps: integers that fall, of {N - 1} … 0, are required, got {t.tolist()!r:.80}")
     return t

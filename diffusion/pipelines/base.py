@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +22,19 @@ from ..arguments import check_options, check_settings
 from ..chain import Chain
 from ..checks import count as whole
 from ..invert import Inversion, find_latents, warn_of_range
-from ..methods.fastest import Method as Sampling
-from ..methods.sequential import Sequential
 from ..models.answers import check_generator
 from ..models.wrappers import check_parts
 from ..sample import sample
 from ..schedule import Schedule
 from .autoencoder import Autoencoder
+from .conditions import check_values
+from .hooks import Callback, hooks_of
+from .images import check_images
 from .scheduled import noises_of
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 GIVEN = {"model", "latent", "x_0", "chain", "prediction", "method", "inputs", "noises"}  # by the pipeline itself
 HUB = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")  # options of a download
-Callback = Callable[..., dict[str, Any]]
 
 
 @dataclass
@@ -122,10 +121,7 @@ class DEQPipeline(DiffusionPipeline):
 
     def _start(self, count: int | None, inputs: list[Tensor], generator: Any, latents: Any, image: Any) -> Start:
         """The number of images, and what they start from; raises where arguments disagree about it."""
-        check_settings(tensors={"latents": latents}, functions={})
-        if latents is not None and latents.dim() == 4 and any(side % self._divisor for side in latents.shape[2:]):
-            raise ValueError(f"latents: height and width of a multiple of {self._divisor} are required, got "
-                             f"{tuple(latents.shape)}")  # fmt: skip
+        self._check_latents(latents)
         shown = None if image is None else self._pixels(image)
         warn_of_range(shown)
         given = [x for x in (latents, *inputs) if x is not None]
@@ -140,16 +136,45 @@ class DEQPipeline(DiffusionPipeline):
             raise ValueError(f"image: one, or one for each of the {n} images, is required, got {len(shown)}")
         return Start(n, generator, latents, shown)
 
+    def _check_latents(self, latents: Any) -> None:
+        """Raises for what the network does not take; FLUX's packed ones have no height and width."""
+        check_settings(tensors={"latents": latents}, functions={})
+        if latents is None:
+            return
+        if not latents.is_floating_point():
+            raise TypeError(f"latents: floating-point values are required, got {latents.dtype}")
+        check_values("latents", latents)
+        got = tuple(latents.shape)
+        if self._packs:
+            if len(got) != 3:
+                raise ValueError(f"latents: packed ones (B, h·w/4, {4 * self._channels}) are required, got {got}")
+        elif len(got) != 4 or got[1] != self._channels or 0 in got[1:]:
+            raise ValueError(f"latents: shape (B, {self._channels}, h, w) is required, got {got}")
+        elif any(side % self._divisor for side in got[2:]):
+            raise ValueError(f"latents: height and width of a multiple of {self._divisor} are required, got {got}")
+
     def _pixels(self, image: Any) -> Tensor:
         """(n, C, H, W) in [−1, 1] of what diffusers' image processor takes."""
-        if isinstance(image, (list, tuple)) and not len(image):
-            raise ValueError("image: at least one is required, got none")
+        check_images(image)
         x_0: Tensor = self._processor().preprocess(image).to(self._execution_device, self._network.dtype)
+        channels = self._channels if (coder := self._autoencoder) is None else coder.vae.config.in_channels
+        if x_0.shape[1] != channels:
+            raise ValueError(f"image: {channels} channels are required, got {x_0.shape[1]}")
         multiple = self._divisor * self._processor().config.vae_scale_factor  # else the image made has another size
         if any(side % multiple or side < 1 for side in x_0.shape[2:]):
             raise ValueError(f"image: height and width of a multiple of {multiple} pixels are required, got "
                              f"{x_0.shape[2]}x{x_0.shape[3]}")  # fmt: skip
         return x_0
+
+    @property
+    def _packs(self) -> bool:
+        """Whether the network takes latents (B, tokens, channels)."""
+        return False
+
+    @property
+    def _channels(self) -> int:
+        """Of latents (B, C, h, w)."""
+        return int(self._network.config.in_channels)
 
     @property
     def _divisor(self) -> int:
@@ -208,19 +233,25 @@ class DEQPipeline(DiffusionPipeline):
         check_options(options, sample, GIVEN | {"generator", "callback"}, type(self).__name__)
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type: one of {', '.join(OUTPUTS)} is required, got {output_type!r}")
+        check_settings(tensors={"noises": noises}, functions={})
+        if noises is not None:
+            check_values("noises", noises)
         x_T, draw = self._first(chain, start)
         noises = noises_of(self.scheduler, chain, x_T, draw) if noises is None else noises
         self._interrupt = False
         with self.progress_bar(total=len(chain)) as bar:
-            hooks = self._hooks(chain, bar, callback, method, options.pop("edit", None))
+            hooks = hooks_of(self, chain, bar, callback, method, options.pop("edit", None))
             fixed: dict[str, Any] = {"inputs": inputs, "noises": noises, "prediction": chain.prediction or "epsilon"}
             out = sample(model, x_T, chain, method=method, **fixed, **hooks, **options)
         images = out.x_0 if output_type == "latent" else self._decoded(self._unpacked(out.x_0, start), output_type)
         self.maybe_free_model_hooks()
         return DEQPipelineOutput(images, out.rounds, out.evaluations, out.converged)
 
-    def _given(self, chain: Chain, inputs: list[Tensor], options: dict[str, Any]) -> dict[str, Any]:
+    def _given(self, chain: Chain, x_0: Tensor, inputs: list[Tensor], options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `find_latents` besides model, images, chain and method."""
+        if any(len(x) != len(x_0) for x in inputs):
+            raise ValueError(f"image: one for each of the conditions is required, got {len(x_0)} for "
+                             f"{[len(x) for x in inputs]}")  # fmt: skip
         check_options(options, find_latents, GIVEN, f"{type(self).__name__}.invert")
         return {"prediction": chain.prediction or "epsilon", "inputs": inputs, **options}
 
@@ -229,37 +260,6 @@ class DEQPipeline(DiffusionPipeline):
         found.x_T = found.x_T / chain.init_noise_sigma
         self.maybe_free_model_hooks()
         return found
-
-    def _hooks(
-        self, chain: Chain, bar: Any, callback: Callback | None, method: str | Sampling, edit: Any
-    ) -> dict[str, Any]:
-        """The hooks of `sample` that move the bar and call the callback."""
-        times = chain.timesteps.tolist()
-
-        def after_round(step: int, trajectory: Tensor, residual: Tensor) -> bool:
-            bar.update()
-            if callback is not None:
-                latents = trajectory[:, -1].to(self._network.dtype)
-                returned = callback(self, step - 1, times[0], {"latents": latents}) or {}
-                if returned.get("latents", latents) is not latents:
-                    raise ValueError("callback_on_step_end: the states of a parallel chain are changed by edit=")
-            return bool(self._interrupt)
-
-        def after_step(x: Tensor, k: int, image: Tensor) -> Tensor:
-            bar.update()
-            x = x if edit is None else edit(x, k, image)
-            if callback is None:
-                return x
-            latents = x.to(self._network.dtype)
-            returned = (callback(self, k - 1, times[k - 1], {"latents": latents}) or {}).get("latents", latents)
-            return x if returned is latents else returned.to(x)
-
-        if method == "sequential" or isinstance(method, Sequential):
-            if chain.past is not None and callback is not None:
-                raise ValueError("callback_on_step_end: of a chain of two-step rule, with a parallel method alone")
-            return {"edit": after_step if chain.past is None else edit}
-        quiet = callback is None and bar.disable
-        return {"edit": edit, "callback": None if quiet else after_round}
 
     def _decoded(self, x_0: Tensor, output_type: str) -> Any:
         if (autoencoder := self._autoencoder) is not None:

@@ -19,7 +19,9 @@ from ..models.answers import WRAPPERS
 from ..models.wrappers import DiffusersModel, Guided
 from ..schedule import Schedule
 from .autoencoder import Autoencoder
-from .base import Callback, DEQPipeline, DEQPipelineOutput, Start, tell_of_spacing
+from .base import DEQPipeline, DEQPipelineOutput, Start, tell_of_spacing
+from .conditions import check_conditions, guidance_rescale, nulls_of
+from .hooks import Callback
 from .scheduled import chain_of
 
 # Arguments of the pipeline by what the network calls them.
@@ -175,7 +177,7 @@ class DEQDDIMPipeline(DEQPipeline):
         own: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas, "spacing": spacing}
         chain = chain_of(self.scheduler, num_inference_steps, eta, clip_sample, **own)
         chain = self._partial(chain, strength, Start(len(x_0), None, x_0, None))
-        found = find_latents(model, x_0, chain, method, **self._given(chain, inputs, options))
+        found = find_latents(model, x_0, chain, method, **self._given(chain, x_0, inputs, options))
         if timesteps is None:
             tell_of_spacing(found, Schedule.from_diffusers(self.scheduler), spacing, method)
         return self._found(found, chain)
@@ -214,6 +216,7 @@ class DEQDDIMPipeline(DEQPipeline):
         """The network as model(x, t, *inputs), and the inputs."""
         check_settings(tensors=given, functions={})
         scale = real("guidance_scale", scale)
+        rescale = guidance_rescale(rescale, guided=scale != 1)
         model, kind = DiffusersModel(self.unet), type(self.unet).__name__
         names = [CONDITIONS[name] for name in model.takes.names]
         used = [name for name in names if given[name] is not None]
@@ -221,24 +224,20 @@ class DEQDDIMPipeline(DEQPipeline):
             if name not in names and (given[name] is not None or given[f"negative_{name}"] is not None):
                 raise ValueError(f"{name}: not taken by a {kind}, which has {', '.join(names)}")
         for name in names[: model.takes.needed]:
-            if name not in used and name != "class_labels":
+            if name not in used:
                 raise ValueError(f"{name}: required by a {kind}")
-        inputs = [self._placed(x) for name in used if (x := given[name]) is not None]
-        if scale == 1:
-            if rescale:
-                raise ValueError(f"guidance_rescale: of guidance_scale other than 1, got {rescale}")
-            return model, inputs
+        if "class_labels" in used and not model.classes:
+            raise ValueError(f"class_labels: not taken by a {kind} without classes")
         if given["negative_add_time_ids"] is None:
             given = {**given, "negative_add_time_ids": given["add_time_ids"]}
-        missing = [name for name in used or ["class_labels"] if given[f"negative_{name}"] is None]
-        if missing:
-            raise ValueError(f"negative_{missing[0]}: required with guidance_scale = {scale}")
-        nulls = [self._placed(x) for name in used if (x := given[f"negative_{name}"]) is not None]
-        for name, null, own in zip(used, nulls, inputs, strict=True):
-            if null.dim() != own.dim() or null.shape[1:] != own.shape[1:] or len(null) not in (1, len(own)):
-                raise ValueError(f"negative_{name}: {tuple(own.shape)}, as {name}, or one row is required, got "
-                                 f"{tuple(null.shape)}")  # fmt: skip
-        nulls = [null.expand_as(condition) for null, condition in zip(nulls, inputs, strict=True)]
+        check_conditions(self.unet, given)
+        inputs = [self._placed(x) for name in used if (x := given[name]) is not None]
+        if scale == 1:
+            return model, inputs
+        if not used:
+            raise ValueError(f"guidance_scale: of a network with conditions, which this {kind} has not, got {scale}")
+        nulls = nulls_of(used, inputs, given, f"guidance_scale = {scale}")
+        nulls = [self._placed(null) for null in nulls]
         return Guided(model, scale, rescale=rescale), [*inputs, *nulls]
 
 

@@ -19,10 +19,13 @@ from ..invert import Method as Inverting
 from ..methods.fastest import Method as Sampling
 from ..models.answers import WRAPPERS
 from ..models.continuous import ContinuousSchedule
+from ..models.levels import MOST_STEPS
 from ..models.wrappers import DiffusersModel, Guided
 from ..schedule import Schedule
 from .autoencoder import Autoencoder
-from .base import Callback, DEQPipeline, DEQPipelineOutput, Start
+from .base import DEQPipeline, DEQPipelineOutput, Start
+from .conditions import check_conditions, guidance_rescale, nulls_of
+from .hooks import Callback
 
 EMBEDDED = 3.5  # guidance of a network that has it as an input, unless told otherwise
 FLUX_SIDE = 128  # of FLUX's latents, whose configuration names none
@@ -122,7 +125,8 @@ class DEQFlowPipeline(DEQPipeline):
         """
         given = dict(zip(CONDITIONS, (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds,
                                       negative_pooled_prompt_embeds), strict=True))  # fmt: skip
-        check_settings(tensors=given, functions={"callback_on_step_end": callback_on_step_end})
+        check_settings(tensors={}, functions={"callback_on_step_end": callback_on_step_end})
+        check_conditions(self.transformer, given)
         texts = [self._placed(x) for x in (prompt_embeds, pooled_prompt_embeds) if x is not None]
         start = self._start(batch_size, texts, generator, latents, image)
         start.shape = self._shape(start, height, width)
@@ -155,7 +159,7 @@ class DEQFlowPipeline(DEQPipeline):
             Inversion, with x_T, and the loss of the latents per image.
         """
         given = {name: options.pop(name, None) for name in CONDITIONS}
-        check_settings(tensors=given, functions={})
+        check_conditions(self.transformer, given)
         pixels = self._pixels(image)
         warn_of_range(pixels)
         coded = self._encoded(pixels)
@@ -166,12 +170,16 @@ class DEQFlowPipeline(DEQPipeline):
         model, inputs = self._model(given, guidance, start)
         eta = float(method == "ddpm" or isinstance(method, NoiseMaps)) if eta is None else eta
         chain = self._partial(self._chain(num_inference_steps, sigmas, mu, shape, eta), strength, start)
-        found = find_latents(model, x_0, chain, method, **self._given(chain, inputs, options))
+        found = find_latents(model, x_0, chain, method, **self._given(chain, x_0, inputs, options))
         return self._found(found, chain)
 
     @property
     def _flux(self) -> bool:
         return isinstance(self.transformer, FluxTransformer2DModel)
+
+    @property
+    def _packs(self) -> bool:
+        return self._flux
 
     @property
     def _channels(self) -> int:
@@ -235,7 +243,7 @@ class DEQFlowPipeline(DEQPipeline):
         """The scheduler's chain for latents of this shape."""
         options = self.scheduler.config
         if sigmas is None:
-            count("num_inference_steps", steps, least=1)
+            count("num_inference_steps", steps, least=1, most=MOST_STEPS)
         if options.get("use_dynamic_shifting") and mu is None:
             if "base_image_seq_len" not in options:
                 raise ValueError(f"mu: required by a {type(self.scheduler).__name__} with use_dynamic_shifting")
@@ -252,36 +260,30 @@ class DEQFlowPipeline(DEQPipeline):
     def _guidance(self, scale: float | None, true_scale: float, rescale: float) -> Guidance:
         """What the three arguments mean to this network."""
         true_scale, scale = real("true_cfg_scale", true_scale), None if scale is None else real("guidance_scale", scale)
+        w = true_scale if self._flux else 1.0 if scale is None else scale
+        rescale = guidance_rescale(rescale, guided=w != 1)
         if not self._flux:
             if true_scale != 1:
                 raise ValueError(f"true_cfg_scale: of FLUX; SD3's guidance is guidance_scale, got {true_scale}")
-            return Guidance(1.0 if scale is None else float(scale), rescale, None)
+            return Guidance(w, rescale, None)
         embeds = bool(self.transformer.config.guidance_embeds)
         if not embeds and scale is not None:
             raise ValueError(f"guidance_scale: this network is not told of it; true_cfg_scale guides, got {scale}")
-        return Guidance(float(true_scale), rescale, (EMBEDDED if scale is None else float(scale)) if embeds else None)
+        return Guidance(w, rescale, (EMBEDDED if scale is None else scale) if embeds else None)
 
     def _model(
         self, given: dict[str, Tensor | None], guidance: Guidance, start: Start
     ) -> tuple[DiffusersModel | Guided, list[Tensor]]:
         """The network as model(x, t, *inputs), and the inputs."""
-        prompt, pooled, *negative = (None if (x := given[name]) is None else self._placed(x) for name in CONDITIONS)
+        prompt, pooled = (None if (x := given[name]) is None else self._placed(x) for name in CONDITIONS[:2])
         if prompt is None or pooled is None:
             raise ValueError(f"{'' if prompt is None else 'pooled_'}prompt_embeds: required by a "
                              f"{type(self.transformer).__name__}")  # fmt: skip
         model, inputs = DiffusersModel(self.transformer), self._inputs(prompt, pooled, guidance, start)
         if guidance.scale == 1:
-            if guidance.rescale:
-                raise ValueError(f"guidance_rescale: of guidance by a scale other than 1, got {guidance.rescale}")
             return model, inputs
-        nulls = []
-        for name, null, own in zip(CONDITIONS[2:], negative, (prompt, pooled), strict=True):
-            if null is None:
-                raise ValueError(f"{name}: required with guidance by {guidance.scale}")
-            if null.shape[1:] != own.shape[1:]:
-                raise ValueError(f"{name}: {tuple(own.shape[1:])} each, as {name[9:]}, is required, got "
-                                 f"{tuple(null.shape[1:])}")  # fmt: skip
-            nulls.append(null.expand_as(own))
+        nulls = nulls_of(CONDITIONS[:2], (prompt, pooled), given, f"guidance by {guidance.scale}")
+        nulls = [self._placed(null) for null in nulls]
         without = self._inputs(nulls[0], nulls[1], guidance, start)
         return Guided(model, guidance.scale, rescale=guidance.rescale), [*inputs, *without]
 

@@ -11,8 +11,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..chain import Chain
+from ..checks import count
 from ..models.clip import Clip
 from ..models.continuous import ContinuousSchedule
+from ..models.levels import MOST_STEPS
 from ..schedule import Schedule
 
 
@@ -35,6 +37,8 @@ def chain_of(
     """
     schedule = Schedule.from_diffusers(scheduler)
     length = steps if own.get("timesteps") is None and own.get("sigmas") is None else None
+    if length is not None:
+        count("num_inference_steps", length, least=1, most=MOST_STEPS)
     for name, value in (("clip_sample", clip_sample), ("use_clipped_model_output", anew)):
         if value not in (None, True, False):
             raise TypeError(f"{name}: true, false or None is required, got {value!r}")

@@ -61,7 +61,7 @@ def multistep(run: ChainProblem, at: Tensor, order: int) -> Tensor:
     T, linear, base = len(run.map.chain), run.map.linear, run.base()
     ends, found, total = [*at.tolist(), T], [], torch.zeros_like(base[:, 0])
     for j, k in enumerate(ends[:-1]):
-        x = base[:, k] + linear.P[k] * total
+        x = base[:, k] + linear.products[k] * total
         found.append(evaluate(run, x[:, None], torch.tensor([k]))[:, 0])
         used = ends[max(0, j - order + 1) : j + 1]
         grid = np.arange(k, ends[j + 1])

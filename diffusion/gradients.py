@@ -278,7 +278,7 @@ def through_phantom(
     m, tau = problem.map, phantom.damping
     B, T = states.shape[0], len(m.chain)
     if phantom.steps == 1 or not B:
-        return states.detach() + tau * m.linear.P * (latent - latent.detach())[:, None]
+        return states.detach() + tau * m.linear.products * (latent - latent.detach())[:, None]
     k, rows = torch.arange(T, device=states.device).repeat(B), [c.repeat_interleave(T, 0) for c in inputs]
     full = states.detach()
     X = torch.cat([latent[:, None], full[:, 1:T]], 1)

@@ -182,31 +182,38 @@ class Found:
 
 
 def in_steps(problem: ChainProblem, bar: Any = None) -> Tensor:
-    """The states (B, T+1, D), one step after the other: T model calls, each on B rows."""
-    m, noise, image = problem.map, problem.noise, problem.image
+    """The states (B, T+1, D), one step after the other: T model calls, each on B rows.
+
+    Between the calls of a small network whatever is touched has left the processor's caches, and costs several times
+    what it does alone: so the loop indexes no tensor and calls no function that it can do without.
+    """
+    m, noise, conditioning = problem.map, problem.noise, problem.conditioning
     chain, network, linear = m.chain, m.network, m.linear
-    x, given, two_step = problem.latent, linear.given, chain.rule != "ddim"
-    x = x if problem.second is None else problem.second
-    plain = m.reading.plain and chain.clip is None  # ε is what the network says
-    if network.basis is None and plain:
+    clips, two_step, given = chain.clip is not None, chain.rule != "ddim", linear.given
+    x = problem.latent if problem.second is None else problem.second
+    if network.basis is None and not clips:
         x = x.reshape(-1, *network.shape)  # nothing but the model asks for the shape
     states, before = [problem.latent.view_as(x), x][-1 - given :], x
-    steps = torch.arange(len(chain), device=x.device)[:, None].expand(-1, len(x))
-    times = chain.timesteps[:, None].expand_as(steps)
-    # Indexing a tensor costs as much as an operation on it: a tenth of a small network's time, all together.
-    rows = zip(steps.unbind(), times.unbind(), *(part.tolist() for part in chain.coefficients), strict=True)
-    for number, (k, t, a, c, a_before, c_before) in enumerate(rows):
-        if number < given:
+    a, c, a_before, c_before = (part.tolist() for part in chain.coefficients)
+    scale, share, output = (None if part is None else part.tolist() for part in m.reading.parts)
+    rows = torch.arange(len(chain), device=x.device)[:, None].expand(-1, len(x))
+    ask, edit = network.stepping(x), linear.after if isinstance(linear, EditedChain) else None
+    for k, t in enumerate(chain.timesteps[:, None].expand_as(rows).unbind()):
+        if k < given:
             continue
-        eps = network(x, t, problem.conditioning) if plain else m.epsilon(x, k, problem.conditioning, t)
-        x = a * x + c * eps
+        if clips:
+            eps = m.epsilon(x, rows[k], conditioning, t)
+        else:
+            eps = ask(x if scale is None else scale[k] * x, t, conditioning)
+            eps = eps if share is None or output is None else share[k] * x + output[k] * eps
+        x = a[k] * x + c[k] * eps
         if two_step:
-            x = x + a_before * states[-2] + c_before * before if number else x
+            x = x + a_before[k] * states[-2] + c_before[k] * before if k else x
             before = eps
         if noise is not None:
-            x = x + noise[:, number].view_as(x)
-        if isinstance(linear, EditedChain):
-            x = linear.after(x, number, image)
+            x = x + noise[:, k].view_as(x)
+        if edit is not None:
+            x = edit(x, k, problem.image)
         states.append(x)
         if bar is not None:
             bar.update()

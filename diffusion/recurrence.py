@@ -7,9 +7,10 @@ where variance is preserved (DDPM, DDIM), α = 1 − s and σ = s on a flow, α 
 
 from __future__ import annotations
 
-from copy import copy
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,13 @@ from .models.clip import Clip
 from .rules import TWO_STEP, Coefficients
 
 R = TypeVar("R", bound="Recurrence")
-ROUNDING = 4 * torch.finfo(torch.float64).eps
-TINY = torch.finfo(torch.float64).tiny ** 0.5
+K = TypeVar("K")
+ROUNDING, TINY = 4 * torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny ** 0.5
+
+
+def kept(function: Callable[[Any], K]) -> cached_property[K]:
+    """A property computed once for each chain, as tensors that a gradient may keep, whatever the mode."""
+    return cached_property(torch.inference_mode(False)(function))
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,9 @@ class Reading:
     output: Tensor | None = None
 
     @property
-    def plain(self) -> bool:
-        """The network is given x and its answer is e."""
-        return self.input is None and self.output is None
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """input, state and output."""
+        return self.input, self.state, self.output
 
     def asked(self, x: Tensor, k: Tensor) -> Tensor:
         """What the network is given for states x (n, D) of steps k (n,)."""
@@ -167,18 +173,18 @@ class Recurrence:
         """α' and σ' (T,) of the state that each step ends at."""
         return (self.signal[1:], self.noise[1:]) if self.ends is None else (self.ends[0], self.ends[1])
 
-    @property
+    @kept
     def size(self) -> Tensor:
         """√(α² + σ²) (T+1,) of the states, by which x is divided where a unit variance is wanted."""
         size = (self.signal.square() + self.noise.square()).sqrt()
         return torch.where((size - 1).abs() <= ROUNDING, 1.0, size)
 
-    @property
+    @kept
     def blind(self) -> Tensor:
         """(T,) bool, true where the state before the step has no signal, α = 0; the first alone can be."""
         return self.before[0] == 0
 
-    @property
+    @kept
     def still(self) -> Tensor:
         """(T,) bool, true where a step that removes no noise changes the state by what it clips alone."""
         (alpha, sigma), (alpha_next, sigma_next) = self.before, self.after
@@ -204,9 +210,8 @@ class Recurrence:
         "small": σ_k² = η² (σ'/σ)² (σ² − (α/α')² σ'²). "large": σ_k² = η² (1 − ᾱ/ᾱ') with the mean of "small", and none
         from t = 0 (Ho et al. 2020, Sec. 3.2; DDPMScheduler's fixed_large).
         """
-        if self.variance == "small":
-            return self.posterior.sqrt()
-        return self.eta * (self._added * (self.timesteps > 0)).sqrt()
+        large = self.eta * (self._added * (self.timesteps > 0)).sqrt()
+        return self.posterior.sqrt() if self.variance == "small" else large
 
     @property
     def a(self) -> Tensor:
@@ -226,7 +231,7 @@ class Recurrence:
         """a'_k and c'_k (T,), of the state and the answer before; None of "ddim"."""
         return None if self.rule == "ddim" else (self.coefficients[2], self.coefficients[3])
 
-    @property
+    @kept
     def coefficients(self) -> Coefficients:
         """a, c, a', c'."""
         (alpha, sigma), direction = self.before, self._direction
@@ -248,8 +253,7 @@ class Recurrence:
         With x̂_0 the image that it predicts, e is ε = (x − α x̂_0)/σ, and −x̂_0 where α = 0. "v" is α ε − σ x_0 of a state
         of unit variance (Salimans & Ho 2022), "flow" ε − x_0.
         """
-        (alpha, sigma), size = self.before, self.size[:-1]
-        given, zero, one = self.preconditioning, torch.zeros_like(alpha), torch.ones_like(alpha)
+        (alpha, sigma), given = self.before, self.preconditioning
         scale = None if given is None else 1 / ((alpha * given.data).square() + sigma.square()).sqrt()
         if given is not None and given.output:
             assert scale is not None
@@ -257,6 +261,7 @@ class Recurrence:
             return Reading(scale, sigma * scale.square(), -out)
         if prediction == "epsilon":
             return Reading(scale)
+        size, zero, one = self.size[:-1], torch.zeros_like(alpha), torch.ones_like(alpha)
         if prediction == "v":
             parts, blind = (sigma / size.square(), alpha / size), (zero, one)
         elif prediction == "sample":
@@ -286,9 +291,10 @@ class Recurrence:
 
     def at(self: R, positions: Tensor, device: torch.device | None = None) -> R:
         """The steps at these positions, in their order, each as it is here; `device` moves them."""
-        chain, ends = copy(self), torch.stack(self.after)[:, positions]
-        states = (torch.cat([part[positions], end[-1:]]) for part, end in zip(self.before, ends, strict=True))
-        for name, value in zip(("timesteps", "signal", "noise", "ends"), (self.timesteps[positions], *states, ends),
-                               strict=True):  # fmt: skip
-            object.__setattr__(chain, name, value.to(device))
+        ends = torch.stack(self.after)[:, positions]
+        signal, noise = (torch.cat([part[positions], end[-1:]]) for part, end in zip(self.before, ends, strict=True))
+        parts = {"timesteps": self.timesteps[positions], "signal": signal, "noise": noise, "ends": ends}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        chain = object.__new__(type(self))  # without what is kept of this one
+        chain.__dict__.update(own | {name: part.to(device) for name, part in parts.items()})
         return chain

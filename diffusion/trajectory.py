@@ -8,6 +8,7 @@ P_k = Π_{j<k} A_j.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,11 +29,22 @@ class LinearChain:
 
     def __init__(self, A: Tensor, c: Tensor) -> None:
         self.A, self.c = A, c
-        products = torch.cat([torch.ones_like(A[:1]), A.cumprod(0)])
-        size = products.abs()
-        self.safe = bool(size.isfinite().all()) and bool(size.min() > 1e-8 * size.max()) and bool(size.min() > 1e-100)
-        self.P = products  # (T+1, 1 or D)
-        self.w = c / products[1:] if self.safe else c
+
+    @cached_property
+    def products(self) -> Tensor:
+        """P_k = A_0 … A_{k−1} (T+1, 1 or D)."""
+        return torch.cat([torch.ones_like(self.A[:1]), self.A.cumprod(0)])
+
+    @cached_property
+    def safe(self) -> bool:
+        """Whether the product form loses no digits."""
+        size = self.products.abs()
+        return bool(size.isfinite().all()) and bool(size.min() > 1e-8 * size.max()) and bool(size.min() > 1e-100)
+
+    @cached_property
+    def w(self) -> Tensor:
+        """c_k/P_{k+1} (T, 1 or D), or c where that is not safe."""
+        return self.c / self.products[1:] if self.safe else self.c
 
     def base(self, x: Tensor, d: Tensor | None, second: Tensor | None = None) -> Tensor:
         """The trajectory (B, T+1, D) with N = 0, from x (B, D); d (B or 1, T, D) or None.
@@ -41,15 +53,15 @@ class LinearChain:
         """
         if not self.safe:
             return self._stepwise(x, d)
-        drift = 0 if d is None else torch.nn.functional.pad((d / self.P[1:]).cumsum(1), (0, 0, 1, 0))
-        return self.P * (x[:, None] + drift)
+        drift = 0 if d is None else torch.nn.functional.pad((d / self.products[1:]).cumsum(1), (0, 0, 1, 0))
+        return self.products * (x[:, None] + drift)
 
     def trajectory(self, base: Tensor, N: Tensor, image: Tensor | None = None) -> Tensor:
         """(B, T+1, D): base plus the response to N (B, T, D). image (B,): numbers, which `EditedChain` needs."""
         if not self.safe:
             return base + self._stepwise(torch.zeros_like(base[:, 0]), self.c * N)
         out = base.clone()
-        out[:, 1:] += (self.w * N).cumsum_(1).mul_(self.P[1:])
+        out[:, 1:] += (self.w * N).cumsum_(1).mul_(self.products[1:])
         return out
 
     def added(self, N: Tensor) -> Tensor:

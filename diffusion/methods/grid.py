@@ -65,7 +65,7 @@ class NodeChain(LinearChain):
         super().__init__(linear.A, linear.c)
         segments = list(pairwise(at.tolist()))
         sums = torch.stack([self.w[a:b].T @ spread[a:b] for a, b in segments]).cumsum(0)  # (n − 1, 1 or D, n)
-        G = torch.cat([torch.zeros_like(sums[:1]), sums * self.P[at[1:], :, None]])
+        G = torch.cat([torch.zeros_like(sums[:1]), sums * self.products[at[1:], :, None]])
         self.G = G.transpose(0, 1).contiguous()  # (1 or D, n, n)
         rows = self.G.permute(1, 2, 0)  # (n, n, 1 or D)
         self.rows = rows.contiguous() if rows.numel() <= SMALL else rows  # larger ones are not used: no copy

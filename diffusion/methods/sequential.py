@@ -24,9 +24,9 @@ class Sequential:
             raise ValueError('callback: of the rounds of method="parallel"; with "sequential" edit= sees every state')
         if goal.max_rounds is not None and goal.max_rounds < T:
             raise ValueError(f"max_rounds: at least {T}, the steps, is required of sequential, got {goal.max_rounds}")
-        states = in_steps(problem, watch.bar)
+        states = in_steps(problem, None if watch.quiet else watch.bar)
         found = Found.of(states, states[:, :0], T)
         found.rounds, finite = problem.map.network.calls - before, states.isfinite().flatten(1).all(1)
-        found.error = torch.zeros_like(found.error).masked_fill(~finite, torch.nan)
+        found.error = torch.zeros_like(found.error).masked_fill_(~finite, torch.nan)
         found.status = torch.where(finite, int(Status.CONVERGED), int(Status.NONFINITE))
         return found

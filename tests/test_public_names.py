@@ -6,6 +6,7 @@ in CHANGELOG.md what changed.
 
 import dataclasses
 import enum
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -36,7 +37,7 @@ def described(name, value):
         for key, member in sorted({key: member for names in own for key, member in names.items()}.items()):
             if key.startswith("_"):
                 continue
-            if isinstance(member, property):
+            if isinstance(member, (property, functools.cached_property)):
                 lines.append(f"    .{key}")
             elif isinstance(member, (staticmethod, classmethod)) or inspect.isfunction(member):
                 lines.append(f"    .{key}{signature(getattr(value, key))}")

@@ -78,6 +78,7 @@ class AdjointSolve:
         if not isinstance(self.solver, GMRES) or self.shards.many:
             return None
         wide = g.to(torch.promote_types(g.dtype, torch.float32)).contiguous()
+        wide = wide.view(getattr(products, "shape", g.shape))  # that in which they take no views
         stop = self.stop
         if good.rows is not None or isinstance(stop.rtol, Tensor) or isinstance(stop.atol, Tensor):
             stop = self._stop(good, g.device)
@@ -85,12 +86,15 @@ class AdjointSolve:
         judged = (True, self.follows, eps)
         if is_direct(self.solver, wide, stop):
             small = Small.of(products, wide, stop, mask, eps)
-            return None if small is None else small.run(g.dtype, judged, self._left(g, stop))
+            if small is None:
+                return None
+            u, outcome, failures = small.run(g.dtype, judged, self._left(g, stop))
+            return u.view(g.shape), outcome, failures
         solve = Arnoldi.of(products, wide, self.solver.restart)
         if solve is None:
             return None
         solve.run(stop, mask, eps)
-        u = solve.deliver(g.dtype)
+        u = solve.deliver(g.dtype).view(g.shape)
         outcome, failures = solve.outcome(*judged)
         if failures:
             lost = ((outcome.residual == torch.inf) & u.isfinite().flatten(1).all(1))[:, None, None]

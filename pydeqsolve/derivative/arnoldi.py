@@ -69,15 +69,17 @@ class Arnoldi:
 
     def _cycle(self, candidate: Tensor, most: int) -> int:
         """Takes in at most that many products; candidate (B, …) may be written to. Returns their number."""
+        vector = self.vectors[0]
         for k in range(most):
             last = k + 1 == most
             following = candidate if last else self.vectors[k + 1]
-            product = self._product(self.vectors[k])
+            product = self._product(vector)
             going = self.handle.append(product.data_ptr(), following.data_ptr(), self.threads)
             if not going:
                 return k + 1
             if not last:
                 self.products.tell(going, following)
+            vector = following
         return most
 
     def _accept(self, candidate: Tensor) -> tuple[int, int]:

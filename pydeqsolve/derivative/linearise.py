@@ -156,15 +156,23 @@ class Linearised:
         """At z (n, T, D), for products alone: fn evaluated once more, as the current mode says."""
         return Linearised(*_evaluated(problem, z, good)[:2], good)
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of f as fn returned it, in which products take no views."""
+        return (self.f if self.value is None else self.value).shape
+
     def transposed(self, u: Tensor) -> Tensor:
-        """Jᵀu, (n, T, D) → (n, T, D)."""
+        """Jᵀu of the shape of u: (n, T, D), or `shape`."""
         if not self.good.whole:
-            u = torch.where(self.good.mask_taken()[:, None, None], u, 0.0)
+            u = torch.where(self.good.mask_taken().view(-1, *[1] * (u.dim() - 1)), u, 0.0)
         f = self.f if self.value is None else self.value
         if not f.requires_grad:
             return torch.zeros_like(u)
-        (product,) = _gradients((f,), (u.to(f.dtype).view(f.shape),), (self.z,))
-        return torch.zeros_like(u) if product is None else product.view(u.shape)
+        fits = u.dtype is f.dtype and u.shape == f.shape
+        (product,) = _gradients((f,), (u if fits else u.to(f.dtype).view(f.shape),), (self.z,))
+        if product is None:
+            return torch.zeros_like(u)
+        return product if fits else product.reshape(u.shape)
 
 
 _sequence = getattr(torch.autograd, "_get_sequence_nr", None)

@@ -21,17 +21,22 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """Jᵀu, (n, T, D) → (n, T, D), at a solution, and the same for some of its samples."""
+    """u ↦ Jᵀu at a solution, and the same for some of its samples; u is (n, T, D), or of `shape`."""
 
     at: Linearised
     problem: Problem
     as_before: Callable[[], AbstractContextManager[None]]  # the autocast state of the forward pass
 
+    @property
+    def shape(self) -> torch.Size:
+        """That in which products take no views."""
+        return self.at.shape
+
     def __call__(self, u: Tensor) -> Tensor:
         return self.at.transposed(u)
 
     def of(self, rows: Tensor) -> Product | None:
-        """Jᵀu of the samples `rows` (k,) alone, (k, T, D) → (k, T, D), by one evaluation of fn.
+        """Jᵀu of the samples `rows` (k,) alone, u likewise, by one evaluation of fn.
 
         None where fn may not be given some samples alone, or is another map now than it was in the forward pass: fails
         then, or has another value.
@@ -64,7 +69,7 @@ class Narrowing:
 
     def __init__(self, products: Product, g: Tensor) -> None:
         self.products, self.size = products, g.numel()
-        self.can = isinstance(products, Products)
+        self.can = isinstance(products, Products) and self.size >= LEAST
         self.waited = 0
         self.rows: Tensor | None = None  # (k,) that are multiplied; None: all
         self.part: Product = products
@@ -94,8 +99,9 @@ class Narrowing:
         """After a product: `going` samples go on; in `following` (B, …), the next vector, the others are zero."""
         if not self.can:
             return
-        width = len(following) if self.rows is None else len(self.rows)
-        if 2 * going > width or self.size // len(following) * width < LEAST:
+        n = following.shape[0]
+        width = n if self.rows is None else self.rows.shape[0]
+        if 2 * going > width or self.size // n * width < LEAST:
             return
         self.waited += 1
         if self.waited <= WAIT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,14 +49,36 @@ class Adjoint:
         return f"Adjoint({in_short(self.status, self.evaluations, 'products', self.residual)})"
 
 
+KEPT = 64  # outcomes of compiled backward passes
+_numbered: OrderedDict[int, Adjoint] = OrderedDict()
+
+
 @dataclass(eq=False)
 class Recorder:
-    """Where backward passes leave their outcome: the graph behind a solution holds it, and so does the `Solution`."""
+    """Where backward passes leave their outcome: the graph behind a solution holds it, and so does the `Solution`.
+
+    ticket: (), int64, the number under which a compiled backward pass does so, for it knows tensors alone; the last
+    `KEPT` are kept.
+    """
 
     last: Adjoint | None = None
+    ticket: Tensor | None = None
 
     def note(self, adjoint: Adjoint) -> None:
         self.last = adjoint
+
+    @property
+    def found(self) -> Adjoint | None:
+        return self.last if self.ticket is None else _numbered.get(int(self.ticket))
+
+
+def note_numbered(ticket: Tensor, adjoint: Adjoint) -> None:
+    """Leaves the outcome of a compiled backward pass under its number."""
+    number = int(ticket)
+    _numbered.pop(number, None)
+    _numbered[number] = adjoint
+    if len(_numbered) > KEPT:
+        _numbered.popitem(last=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,8 +107,11 @@ class Solution:
 
     @property
     def adjoint(self) -> Adjoint | None:
-        """How the adjoint solve of the last backward pass through z went; None before the first."""
-        return self.recorder.last
+        """How the adjoint solve of the last backward pass through z went; None before the first.
+
+        Of a compiled backward pass it is None too when 64 others have come after it.
+        """
+        return self.recorder.found
 
     @property
     def converged(self) -> Tensor:

@@ -15,7 +15,8 @@ from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
 from .derivative.auxiliary import auxiliary
-from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled, attach_in_graph
+from .derivative.compiled import attach_in_graph, is_compilable
+from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .derivative.lifted import is_transformed
 from .derivative.linearise import is_wanted
 from .derivative.transformed import refuse_options, transformed
@@ -167,9 +168,9 @@ def solve(
         )  # fmt: skip
     seen = _with_phantom(problem, flat, found, gradient)
     z = found.z
-    if in_graph and isinstance(gradient, Phantom) and torch.is_grad_enabled():
-        z = attach_in_graph(gradient, problem, found)
-    elif gradient is not None and flat.shape[0] and not in_graph and not apart:
+    if in_graph:
+        z, recorder = attach_in_graph(gradient, problem, found)
+    elif gradient is not None and flat.shape[0] and not apart:
         z = gradient.attach(problem, flat, found, recorder)
     aux = None
     if has_aux:
@@ -272,8 +273,7 @@ def refuse_pairs(
 
 def _is_one_graph(solver: Solver, gradient: Gradient | None, options: tuple[Any, ...]) -> bool:
     """Whether a solve under torch.compile or torch.export stays in their graph, as one loop; else the graph breaks."""
-    without = gradient is None or isinstance(gradient, Phantom) or not torch.is_grad_enabled()
-    return without and is_traceable(solver, options)
+    return is_compilable(gradient) and is_traceable(solver, options)
 
 
 def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: Gradient | None) -> list[Any]:

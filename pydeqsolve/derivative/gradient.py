@@ -130,32 +130,6 @@ def stepped(how: Phantom, f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return z
 
 
-def attach_in_graph(how: Phantom, problem: Problem, outcome: Outcome) -> Tensor:
-    """`Phantom.attach` in a graph, where nothing may depend on data: a good sample stands in for every bad one.
-
-    Several steps are taken twice, first without graph: a sample that is not finite after them is a bad one.
-    """
-    good, z = outcome.residual.isfinite(), outcome.z.detach()
-    if not z.shape[0]:
-        return z
-    if how.steps > 1:
-        with torch.no_grad():
-            good = good & _moved_in_graph(how, problem, z, good).isfinite().flatten(1).all(1)
-    moved = _moved_in_graph(how, problem, z, good)
-    return torch.where(good[:, None, None], z + (moved - moved.detach()), z)
-
-
-def _moved_in_graph(how: Phantom, problem: Problem, z: Tensor, good: Tensor) -> Tensor:
-    """z (B, T, D) after the steps of a phantom gradient, the first good sample (B,) in the place of every bad one."""
-    first = good.to(torch.uint8).argmax(0, keepdim=True)
-
-    def taken(x: Tensor) -> Tensor:
-        return torch.where(good.reshape(-1, *[1] * (x.dim() - 1)), x, x.detach().index_select(0, first))
-
-    inputs = [taken(x) for x in problem.inputs] if problem.compact else list(problem.inputs)
-    return stepped(how, lambda z: evaluate(problem, z, inputs), taken(z).nan_to_num(0.0, 0.0, 0.0))
-
-
 @dataclass(frozen=True)
 class Unrolled:
     """Differentiates through every step of the solver; memory and time grow with the steps.

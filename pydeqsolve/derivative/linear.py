@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..memory import check_dense
 from ..shards import WHOLE, Whole
-from ..stop import Stop
 
 Products = Callable[[Tensor], Tensor]  # (B, N) to (B, N), row by row
+
+
+class Tolerances(Protocol):
+    """What a system reads of a `Stop`."""
+
+    @property
+    def rtol(self) -> float | Tensor: ...
+
+    @property
+    def atol(self) -> float | Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +41,7 @@ class System:
     shards: Whole = WHOLE  # who holds which entries of a row
 
     @staticmethod
-    def of(A: Products, g: Tensor, stop: Stop, shards: Whole = WHOLE) -> System:
+    def of(A: Products, g: Tensor, stop: Tolerances, shards: Whole = WHOLE) -> System:
         """A maps (B, N) to (B, N); g (B, N) is finite; the goal is atol + rtol ‖g‖, per row."""
         _, exponent = torch.frexp(shards.largest(g.abs().amax(1))) if g.shape[1] else (None, g.new_zeros(len(g)))
         exponent = exponent.long()
@@ -91,7 +100,7 @@ def blurred(residual: Tensor, u: Tensor, eps: float, shards: Whole = WHOLE) -> T
     return torch.maximum(residual, eps * shards.lengths(u))
 
 
-def _of(stop: Stop) -> tuple[float | Tensor, float | Tensor]:
+def _of(stop: Tolerances) -> tuple[float | Tensor, float | Tensor]:
     return stop.rtol, stop.atol
 
 

@@ -1,0 +1,195 @@
+"""Implicit gradients inside a graph of torch.compile: against unrolled iteration, and against the eager ones."""
+
+import warnings
+
+import problems
+import pytest
+import torch
+
+from pydeqsolve import DEQ, GMRES, Anderson, ConvergenceError, Implicit, Status, Stop, solution, solve
+from pydeqsolve.derivative.adjoint import AdjointSolve, Recorder
+from pydeqsolve.derivative.looped import Bounds, solved
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
+
+
+class Cell(torch.nn.Module):
+    def __init__(self, D):
+        super().__init__()
+        self.linear = torch.nn.Linear(D, D, dtype=torch.float64)
+        with torch.no_grad():
+            self.linear.weight.copy_(0.6 * problems.orthogonal(D, 1))
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x)
+
+
+def gradients(z, tensors):
+    return torch.autograd.grad(z.sin().sum(), tensors)
+
+
+@pytest.mark.parametrize(
+    ("D", "backend"),
+    [(8, "eager"), (72, "aot_eager"), pytest.param(72, "inductor", marks=pytest.mark.check)],
+    ids=["by-matrix", "by-loop", "inductor"],
+)
+def test_a_compiled_training_step_has_the_gradients_of_unrolled_iteration(D, backend):
+    layer = DEQ(Cell(D), solver=Anderson(1), stop=Stop(1e-11))
+    x = torch.randn(3, D, dtype=torch.float64, generator=problems.generator(2)).requires_grad_()
+    wanted = [x, *layer.parameters()]
+    z = torch.zeros_like(x)
+    for _ in range(60):
+        z = layer.cell(z, x)
+    truth = gradients(z, wanted)
+    gradients(layer(x), wanted)
+    eager = layer.solution
+    torch._dynamo.reset()
+    found = gradients(torch.compile(layer, fullgraph=True, backend=backend)(x), wanted)
+    for a, b in zip(truth, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-10)
+    assert layer.solution.status.tolist() == eager.status.tolist()
+    assert layer.solution.evaluations.tolist() == eager.evaluations.tolist()
+    adjoint = layer.solution.adjoint
+    assert adjoint.status.tolist() == [Status.CONVERGED] * 3
+    assert adjoint.residual.max() <= 1e-11
+    assert (adjoint.evaluations - eager.adjoint.evaluations).abs().max() <= 2
+
+
+def both(fn, x, *closed):
+    """The solution, the gradients of x and of what fn closes over, and the warnings of it: eager and compiled."""
+
+    def run(x):
+        return solve(fn, torch.zeros_like(x), (x,), solver=Anderson(2), stop=Stop(1e-9))
+
+    torch._dynamo.reset()
+    for form in (run, torch.compile(run, fullgraph=True, backend="eager")):
+        at = [x.clone().requires_grad_(), *closed]
+        found = form(at[0])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            slopes = gradients(found.z[found.residual.isfinite()], at)
+        yield found, slopes, [str(w.message) for w in told if "adjoint" in str(w.message)]
+
+
+def test_a_failed_sample_has_no_implicit_gradient_in_a_graph_and_spoils_none():
+    x = torch.randn(3, 6, dtype=torch.float64, generator=problems.generator(3))
+    x[1] = torch.nan
+    W = (0.7 * problems.orthogonal(6, 2)).requires_grad_()
+    (_, expected, _), (found, slopes, told) = both(lambda z, x: torch.tanh(z @ W.T + x), x, W)
+    assert found.adjoint.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
+    assert not told
+    for a, b in zip(expected, slopes, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
+
+
+def flat_line(z, x):
+    """z_0 keeps its value, so that I − J is singular; the rest contracts."""
+    return torch.cat([z[:, :1], 0.5 * z[:, 1:] + x[:, 1:]], 1)
+
+
+@pytest.mark.parametrize("D", [5, 70])
+def test_a_singular_adjoint_is_warned_of_and_stalled_in_a_graph_too(D):
+    x = torch.randn(2, D, dtype=torch.float64, generator=problems.generator(4))
+    (_, expected, _), (found, slopes, told) = both(flat_line, x)
+    assert found.adjoint.status.tolist() == [Status.STALLED] * 2
+    assert len(told) == 1
+    assert "2 of 2 STALLED" in told[0]
+    torch.testing.assert_close(slopes[0], expected[0], rtol=1e-7, atol=1e-9)
+
+
+def test_a_compiled_adjoint_that_fails_raises_where_that_is_asked_for():
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    gradient = Implicit(on_failure="raise")
+    run = lambda x: solve(flat_line, torch.zeros_like(x), (x,), gradient=gradient, solver=Anderson(1)).z  # noqa: E731
+    torch._dynamo.reset()
+    z = torch.compile(run, fullgraph=True, backend="eager")(x)
+    with pytest.raises(ConvergenceError, match="2 of 2 STALLED"):
+        gradients(z, [x])
+
+
+def test_another_adjoint_solver_breaks_the_graph_and_is_right():
+    gradient = Implicit(Anderson())
+
+    def run(x):
+        return solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,), gradient=gradient).z.sum()
+
+    x = torch.randn(2, 3, generator=problems.generator(5), requires_grad=True)
+    torch._dynamo.reset()
+    (slope,) = torch.autograd.grad(torch.compile(run, backend="eager")(x), x)
+    torch.testing.assert_close(slope, torch.full_like(x, 2.0), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(run, fullgraph=True, backend="eager")(x)
+
+
+def test_the_precision_of_autocast_bounds_what_a_compiled_adjoint_pursues():
+    linear = torch.nn.Linear(8, 8)
+    torch.nn.init.orthogonal_(linear.weight, 0.5)
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return solve(lambda z, x: linear(z) + x, torch.zeros_like(x), (x,), solver=Anderson(1))
+
+    x = torch.randn(3, 8, generator=problems.generator(6), requires_grad=True)
+    torch._dynamo.reset()
+    found = torch.compile(run, fullgraph=True, backend="eager")(x)
+    (slope,) = gradients(found.z, [x])
+    assert found.adjoint.status.tolist() == [Status.CONVERGED] * 3
+    expected = found.z.detach().cos() @ torch.linalg.inv(torch.eye(8) - linear.weight.detach())
+    torch.testing.assert_close(slope, expected, rtol=0.05, atol=0.05)
+
+
+def looped(matrix, g, dense, rtol=1e-10, restart=30, budget=200, on_failure="warn"):
+    """u of u = g + matrix u by operators of a graph, called one by one."""
+    n, eps = len(g), torch.finfo(g.dtype).eps
+    how = AdjointSolve(GMRES(restart), Stop(), False, on_failure, Recorder(), eps)
+    tolerances = torch.full((n,), rtol, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    product = lambda u, saved: u @ saved[0].T  # noqa: E731
+    bounds, good = Bounds(*tolerances, torch.tensor(budget)), torch.ones(n, dtype=torch.bool)
+    u, outcome = solved(how, product, (matrix,), g[:, None], good, bounds, dense)
+    return u[:, 0], outcome
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_the_looped_adjoint_solves_a_system_that_expands_at_every_scale(dense, scale):
+    draw = problems.generator(7)
+    matrix = torch.randn(24, 24, dtype=torch.float64, generator=draw) / 3
+    g = torch.randn(4, 24, dtype=torch.float64, generator=draw)
+    u, outcome = looped(matrix, g * scale, dense)
+    torch.testing.assert_close(u / scale, torch.linalg.solve(torch.eye(24) - matrix, g.T).T, rtol=1e-7, atol=1e-9)
+    assert outcome.status.tolist() == [Status.CONVERGED] * 4
+    assert outcome.evaluations.tolist() == [25] * 4
+
+
+def test_the_looped_adjoint_restarts_and_keeps_to_its_budget():
+    matrix = 0.9 * problems.orthogonal(40, 3)
+    g = torch.randn(3, 40, dtype=torch.float64, generator=problems.generator(8))
+    _, outcome = looped(matrix, g, False, restart=7, budget=400)
+    assert outcome.status.tolist() == [Status.CONVERGED] * 3
+    _, outcome = looped(matrix, g, False, restart=7, budget=20)
+    assert outcome.status.tolist() == [Status.MAX_STEPS] * 3
+    assert outcome.evaluations.max() <= 20
+
+
+def test_a_cotangent_that_is_not_finite_stays_so_and_spoils_no_other_sample():
+    g = torch.ones(3, 5, dtype=torch.float64)
+    g[1, 2], g[2] = torch.inf, 0.0
+    u, outcome = looped(0.5 * torch.eye(5, dtype=torch.float64), g, False)
+    assert outcome.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
+    assert u[0].tolist() == [2.0] * 5
+    assert not u[1].isfinite().any()
+    assert u[2].tolist() == [0.0] * 5
+
+
+def test_a_failed_looped_adjoint_may_be_replaced_by_the_phantom_gradient():
+    g = torch.ones(1, 3, dtype=torch.float64)
+    assert looped(torch.eye(3, dtype=torch.float64), g, True, on_failure="phantom")[0].tolist() == g.tolist()
+
+
+def test_only_the_last_outcomes_of_compiled_backward_passes_are_kept():
+    numbers = [torch.tensor(-k) for k in range(1, solution.KEPT + 2)]
+    for number in numbers:
+        solution.note_numbered(number, number)
+    assert solution.Recorder(ticket=numbers[0]).found is None
+    assert solution.Recorder(ticket=numbers[-1]).found is numbers[-1]

@@ -74,6 +74,19 @@ def test_only_eigenvectors_above_the_floor_of_a_splitting_are_kept():
     assert values[r - 1] > 0.01 * values.mean() >= values[r]
 
 
+@pytest.mark.parametrize("count", [1, 2, 9, 31])
+def test_of_fewer_images_than_pixels_the_covariance_is_theirs(count):
+    images = correlated(count)
+    statistics, whole = Statistics.of(images), images.double().flatten(1)
+    values, vectors = torch.linalg.eigh(torch.cov(whole.T, correction=0))
+    values, r = values.flip(0).clamp_min(0), statistics.eigenvectors.shape[1]
+    assert r == int((values > 0.01 * values.mean()).sum()) < count
+    torch.testing.assert_close(statistics.eigenvalues.double(), values, rtol=1e-6, atol=1e-9)
+    got = statistics.eigenvectors.double() @ statistics.eigenvectors.double().T
+    vectors = vectors.flip(1)[:, :r]
+    torch.testing.assert_close(got, vectors @ vectors.T, rtol=0, atol=1e-6)
+
+
 def test_of_fewer_eigenvectors_the_rest_of_the_variance_is_the_same_in_all_directions():
     images, chain, r = correlated(), SCHEDULE.chain(6), 5
     values, vectors = torch.linalg.eigh(torch.cov(images.double().flatten(1).T, correction=0))
@@ -147,9 +160,10 @@ def test_large_images_have_no_covariance_and_say_so(monkeypatch, tmp_path):
 def test_shipped_checkpoints_sample_the_same_in_parallel_with_every_splitting(name, basis):
     checkpoint = load_checkpoint(name)
     chain = checkpoint.schedule.chain(10)
+    options = {"prediction": checkpoint.prediction}
     x = torch.randn(2, *checkpoint.shape, generator=torch.Generator().manual_seed(5))
-    expected = sample(checkpoint.model, x, chain, method="sequential").x_0
-    out = sample(checkpoint.model, x, chain, splitting=checkpoint.splitting(chain, basis), error=1e-4)
+    expected = sample(checkpoint.model, x, chain, method="sequential", **options).x_0
+    out = sample(checkpoint.model, x, chain, splitting=checkpoint.splitting(chain, basis), error=1e-4, **options)
     assert out.solution.converged.all()
     assert (out.x_0 - expected).norm() <= 1e-4 * expected.norm()
 

@@ -72,7 +72,7 @@ class Statistics:
 
     @staticmethod
     def of(images: Tensor, eigenvectors: int | None = None) -> Statistics:
-        """The statistics of images (n, C, H, W); sums in float64, a few thousand images at a time, and D³ operations.
+        """The statistics of images (n, C, H, W); sums in float64, a few thousand images at a time, and D²·min(D, n) more.
 
         Args:
             images: (n, C, H, W), n at least 1.
@@ -92,14 +92,18 @@ class Statistics:
         variance, frequencies = torch.zeros_like(mean), torch.zeros_like(mean)
         size = shape.numel()
         most = MOST_ENTRIES // size if eigenvectors is None else eigenvectors
-        covariance = torch.zeros(size, size, dtype=torch.float64) if size <= LARGEST and most > 0 else None
+        wanted, few = size <= LARGEST and most > 0, count < size
+        covariance = torch.zeros(size, size, dtype=torch.float64) if wanted and not few else None
         for part in images.split(4096):
             centred = part.double() - mean
             variance += centred.square().sum(0) / count
             frequencies += (rows.T @ centred @ columns).square().sum(0) / count
             if covariance is not None:
                 covariance.addmm_(centred.flatten(1).T, centred.flatten(1), alpha=1 / count)
-        known = (mean, variance, frequencies, *(() if covariance is None else _leading(covariance, most)))
+        leading: tuple[Tensor, ...] = ()
+        if wanted:  # few images are one part
+            leading = _leading(_of_few(centred.flatten(1)) if covariance is None else _spectrum(covariance), most)
+        known = (mean, variance, frequencies, *leading)
         return Statistics(*[part.float() for part in known])
 
     def splitting(self, chain: Chain, basis: str) -> Splitting:
@@ -172,11 +176,28 @@ def check_eigenvectors(number: int | None) -> None:
         raise ValueError(f"eigenvectors: None or an integer of at least 0 is required, got {number!r}")
 
 
-def _leading(covariance: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """eigenvalues and eigenvectors, as in `Statistics`, of a covariance (D, D)."""
-    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(covariance))
+def _spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,), largest first, and eigenvectors (D, D) of a covariance (D, D)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return values.flip(-1), vectors.flip(-1)
+
+
+def _of_few(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,) of the covariance XᵀX/n of n < D centred images X (n, D), and eigenvectors (D, n).
+
+    XXᵀ/n, n × n, has the same λ but for zeros, and of its eigenvectors u those are Xᵀu/√(n λ).
+    """
+    count, size = centred.shape
+    values, vectors = _spectrum(centred @ centred.T / count)
+    directions = centred.T @ vectors / (count * values).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    return torch.cat([values.clamp_min(0), values.new_zeros(size - count)]), directions
+
+
+def _leading(spectrum: tuple[Tensor, Tensor], most: int) -> tuple[Tensor, Tensor]:
+    """eigenvalues and eigenvectors, as in `Statistics`, of all of them."""
+    values, vectors = spectrum
     kept = int((values > VARIANCE_FLOOR * values.mean()).sum())
     if kept > most:
         kept = most
-        values[kept:] = values[kept:].mean()
+        values = torch.cat([values[:kept], values[kept:].mean().expand(len(values) - kept)])
     return values, vectors[:, :kept]

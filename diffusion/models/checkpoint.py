@@ -185,7 +185,7 @@ def add_statistics(folder: str | Path, images: Tensor, eigenvectors: int | None 
 def load_checkpoint(
     name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Checkpoint:
-    """Return the checkpoint in a folder, or the shipped one of that name ("digits", "fashion").
+    """Return the checkpoint in a folder, or the shipped "digits", "digit-classes", "fashion" or "emoji".
 
     A folder whose config.json was written by diffusers ("_class_name": "UNet2DModel") is read with diffusers, and so is
     one of a whole pipeline that has a unet and a scheduler alone.

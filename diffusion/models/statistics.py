@@ -72,7 +72,7 @@ class Statistics:
 
     @staticmethod
     def of(images: Tensor, eigenvectors: int | None = None) -> Statistics:
-        """The statistics of images (n, C, H, W); sums in float64, a few thousand images at a time, and D²·min(D, n) more.
+        """The statistics of images (n, C, H, W); sums in float64, a few thousand images at a time; D² min(D, n) work.
 
         Args:
             images: (n, C, H, W), n at least 1.

@@ -15,6 +15,7 @@ from ..models.configuration import CONFIG, WEIGHTS
 from ..models.files import read_json
 from ..sample import sample
 from ..training.data import Dataset, class_folder, digits, fashion
+from ..training.emoji import emoji
 from ..training.fit import fit, recipes
 from ..training.frechet import FEATURES_FILE, FeatureSpace, fit_classifier, load_features, save_features
 from ..training.shape import shape_of_folder
@@ -25,7 +26,7 @@ CLASSIFIER_STEPS = {"digits": 600, "fashion": 1200}  # where it is not 1000
 FILES = (WEIGHTS, CONFIG, IMAGES, FEATURES_FILE)
 SAMPLED_STEPS, SAMPLED_BATCH = 50, 64  # of the images whose distance is measured
 FEATURES_OF = {"digit-classes": "digits"}  # the shipped data of the same images
-NAMED: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion}
+NAMED: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion, "emoji": emoji}
 
 
 def run_fit(args: Namespace) -> dict[str, Any]:
@@ -105,7 +106,10 @@ def _distance(
 def _space(args: Namespace, data: Dataset | None, folder: Path, device: torch.device) -> FeatureSpace | None:
     """The features in which distances are measured: shipped, or of a classifier of these pictures, trained once."""
     if data is None:
-        return load_features(SHIPPED / FEATURES_OF.get(args.data, args.data))
+        shipped = SHIPPED / FEATURES_OF.get(args.data, args.data)
+        if (shipped / FEATURES_FILE).is_file():
+            return load_features(shipped)
+        data = NAMED[args.data]()
     if (folder / FEATURES_FILE).is_file() and not args.restart:
         return load_features(folder)
     say(f"deq-ddim: training the classifier in whose features the distance is measured, {_steps(None, '')} steps")

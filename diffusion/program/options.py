@@ -68,7 +68,7 @@ def _add_chain(add: Callable[..., Any], model: str | None, usual: str, **steps: 
         "--model",
         default=model,
         metavar="NAME",
-        help=f"digits, fashion, or the folder of a checkpoint or of a pipeline of diffusers (default{usual})",
+        help=f"digits, fashion, emoji, or the folder of a checkpoint or of a pipeline of diffusers (default{usual})",
     )
     add("--steps", type=int, **steps)
     add("--spacing", metavar="NAME", help="of the time steps: linspace, leading, trailing or quadratic "
@@ -83,7 +83,7 @@ def _add_chain(add: Callable[..., Any], model: str | None, usual: str, **steps: 
 
 def _add_demo(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--model", default=None, metavar="NAME", help="digits, fashion or a folder (default: digits and fashion)")
+    add("--model", metavar="NAME", help="digits, fashion, emoji or a folder (default: digits and fashion)")
     add("--count", type=whole(1), default=16, help="images to sample (default 16); half as many are inverted")
     add("--steps", type=whole(1), help="T of sampling (default: digits 1000, others 100)")
     add("--invert-steps", type=whole(1), default=50, metavar="STEPS", help="T of inversion (default 50)")
@@ -150,7 +150,7 @@ def _add_edit(command: argparse.ArgumentParser) -> None:
 
 
 def _add_data(add: Callable[..., Any], holding: str, more: str = "") -> None:
-    add("--data", required=True, metavar="NAME", help=f"digits, {more}fashion, or a folder of {holding}")
+    add("--data", required=True, metavar="NAME", help=f"digits, {more}fashion, emoji, or a folder of {holding}")
     add("--shape", type=whole(1), nargs=3, metavar=("C", "H", "W"),
         help="what pictures of a folder are cut and scaled to (default: their own)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -160,9 +160,9 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_data(add, "PNG or JPEG files", "digit-classes (the digits by class), ")
     add("--steps", type=whole(1), help="optimiser steps (default: digits and folders 20000, fashion 9000, "
-        "digit-classes 8000)")  # fmt: skip
+        "digit-classes 8000, emoji 12000)")  # fmt: skip
     add("--lr", type=positive, help="largest learning rate (default 0.0015)")
-    add("--batch", type=whole(1), help="images per step (default 64)")
+    add("--batch", type=whole(1), help="images per step (default 64, emoji 32)")
     add("--save-every", type=whole(1), help="steps between two saves (default 1000)")
     add("--distance", type=whole(0), default=256, metavar="COUNT",
         help="images sampled in the end, to measure their Fréchet distance; 0: none (default 256)")  # fmt: skip

@@ -15,6 +15,7 @@ from ..models.statistics import check_eigenvectors
 from ..models.unet import UNet
 from ..schedule import Schedule
 from .data import Dataset, digits, fashion
+from .emoji import emoji
 from .run import Run
 
 KEPT = 32  # images that were not trained on, beside a checkpoint
@@ -220,8 +221,18 @@ def fit_digit_classes(folder: str | Path, *, steps: int = 8_000, seed: int = 0, 
     return _fit_dataset(digits(), folder, network, steps=steps, seed=seed, **options)
 
 
+def fit_emoji(folder: str | Path, *, steps: int = 12_000, seed: int = 0, **options: Any) -> Checkpoint:
+    """Return the checkpoint of emoji in colour, 3×32×32; about a quarter of an hour on one core.
+
+    It learns v on the cosine schedule. There are few pictures, and what it draws is most often one of them.
+    """
+    network = {"channels": 32, "multipliers": (1, 2, 4), "blocks": (1, 1, 1), "unshuffle": 2, "attention": True}
+    options = {"batch": 32, "prediction": "v", "schedule": Schedule.cosine(), "eigenvectors": 64, **options}
+    return _fit_dataset(emoji(), folder, network, steps=steps, seed=seed, **options)
+
+
 recipes: dict[str, Callable[..., Checkpoint]] = {
-    "digits": fit_digits, "fashion": fit_fashion, "digit-classes": fit_digit_classes,
+    "digits": fit_digits, "fashion": fit_fashion, "digit-classes": fit_digit_classes, "emoji": fit_emoji,
 }  # fmt: skip
 
 

@@ -43,8 +43,10 @@ def inline_math(self: Any, node: Any) -> None:
 
 
 def block_math(self: Any, node: Any) -> None:
-    """Write a displayed formula as MathML."""
-    self.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    """Write a displayed formula as MathML: its parts side by side, on a phone one below the other."""
+    parts = [part for part in re.split(r"\\q?quad\b", node.astext()) if part.strip()]
+    formulas = "".join(convert(part.strip(), display="block") for part in parts)
+    self.body.append(f'<div class="formula">{formulas}</div>')
 
 
 def skip(*_: Any) -> None:

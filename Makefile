@@ -84,7 +84,7 @@ defects: $(INSTALLED)  ## plants defects one by one, each must fail its test (tw
 fuzz: $(INSTALLED)  ## 100,000 random steps of the CPU kernels under sanitizers
 	@FUZZ_CASES=100000 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
-# Apart from .venv: of this tree, of no environment.
+# Apart from .venv: of this tree, of no environment. What was compiled for .venv with the same flags is not compiled again.
 wheel:  ## wheels in dist/, each installed and used; ARGS="--all" for every Python here, PYDEQSOLVE_CUDA=ON for GPUs
 	$(call needed)
 	@$(PYTHON) release/wheels.py $(ARGS)

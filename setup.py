@@ -25,11 +25,14 @@ class FreshBuild(build):
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds in build/native-<python>, which is kept: only what changed is compiled again."""
+    """Configures and builds in build/native, which is kept: only what changed is compiled again.
+
+    Of what is compiled only bindings.cpp knows the Python: another one compiles that file, and links.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         source = Path(__file__).resolve().parent
-        build = source / "build" / f"native-{sys.implementation.cache_tag}"
+        build = source / "build" / "native"
         prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parents[1]
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None or ninja is None:

@@ -2,7 +2,8 @@
 
     python release/wheels.py [--all] [--pythons python3.12 …] [--torch 2.13.0 …] [--source] [--output dist]
 
-One wheel per Python version: the native module has no symbol of torch, so it serves every torch.
+One wheel per Python version: the native module has no symbol of torch, so it serves every torch. The kernels know no
+Python: they are compiled once, in build/native, and not again after an installation from this tree with the same flags.
 Each wheel is built apart from the tree's own environment, tagged by auditwheel with the oldest C library it runs on,
 and loaded by its own interpreter. The wheel of the interpreter that runs this is also installed into environments of
 its own, one per torch version, where no compiler is on the PATH: there it solves, differentiates, and samples from the

@@ -118,6 +118,14 @@ def test_the_native_module_brings_no_thread_pool_beside_that_of_torch():
     assert b"libgomp" not in Path(native.__file__).read_bytes()
 
 
+def test_kernels_are_the_same_for_every_python_and_with_cuda_or_without():
+    # so that they are compiled once for all wheels: CMakeLists.txt defines it for the bindings alone
+    sources = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "csrc").rglob("*.*")}
+    assert [name for name, text in sources.items() if "PYDEQSOLVE_WITH_CUDA" in text] == ["bindings.cpp"]
+    foreign = [name for name, text in sources.items() if re.search(r"#include .(Python|pybind11|torch)", text)]
+    assert foreign == ["bindings.cpp"]
+
+
 def test_a_module_removed_since_an_earlier_build_is_not_installed(tmp_path):
     shutil.copytree(ROOT, tmp_path / "tree", ignore=LEFT_BEHIND)
     stale = tmp_path / "tree" / "build" / "lib" / "pydeqsolve" / "removed.py"

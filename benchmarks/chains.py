@@ -108,7 +108,7 @@ def belm_row(checkpoint: Checkpoint, noise: Tensor, fine: Tensor, steps: int, sp
     alone = invert(model, targets, chain, OnePass())
     found = invert(model, targets, chain, splitting=splitting)
     rounds = next(
-        r for r in range(2, found.rounds + 1)
+        r for r in range(9, found.rounds + 1)  # before, DDIM's states are made
         if relative(invert(model, targets, chain, splitting=splitting, max_rounds=r).x_T, alone.x_T).max() <= 1e-3
     )  # fmt: skip
     return (

@@ -203,6 +203,68 @@ def test_under_guidance_a_belm_chain_is_as_exact():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "spacing", "steps", "most"),
+    [("digits", "linspace", 50, 12), ("digits", "quadratic", 20, 13), ("fashion", "linspace", 20, 13),
+     ("guided", "linspace", 20, 14), ("guided", "quadratic", 20, 14)],
+)  # fmt: skip
+def test_the_latents_of_a_belm_chain_are_found_to_a_thousandth_in_fourteen_rounds(name, spacing, steps, most):
+    checkpoint = load_checkpoint("digit-classes" if name == "guided" else name)
+    model, images = checkpoint.model.requires_grad_(False), checkpoint.images[:2]
+    model, inputs = (Guided(model, 7.5, model.no_class), (torch.tensor([3, 6]),)) if name == "guided" else (model, ())
+    chain = checkpoint.schedule.chain(steps, spacing, rule="belm")
+    alone = invert(model, images, chain, OnePass(), inputs=inputs)
+    found = invert(model, images, chain, inputs=inputs, max_rounds=most)
+    assert found.rounds <= most
+    assert apart(found.x_T, alone.x_T) < 1e-3
+
+
+@torch.no_grad()
+def test_what_rounding_keeps_a_guided_belm_chain_from_is_found_one_step_after_the_other():
+    checkpoint = load_checkpoint("digit-classes")
+    model = Guided(checkpoint.model.requires_grad_(False), 7.5, checkpoint.model.no_class)
+    chain = checkpoint.schedule.chain(30, "quadratic", rule="belm")
+    found = invert(model, checkpoint.images[:2], chain, inputs=(torch.tensor([3, 6]),))
+    assert found.converged.all()
+    assert found.loss.max() < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [24, 25, 32])
+def test_as_many_rounds_as_steps_are_enough_for_a_belm_chain_under_guidance(most):
+    checkpoint = load_checkpoint("digit-classes")
+    model = Guided(checkpoint.model.requires_grad_(False), 7.5, checkpoint.model.no_class)
+    chain = checkpoint.schedule.chain(24, "quadratic", rule="belm")
+    found = invert(model, checkpoint.images[:2], chain, inputs=(torch.tensor([3, 6]),), max_rounds=most)
+    assert found.rounds <= most
+    assert found.converged.all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [4, 6, 8, 9])
+def test_few_rounds_of_a_belm_chain_make_what_ddim_inversion_of_all_steps_makes(most):
+    digits = load_checkpoint("digits")
+    model, images, schedule = digits.model.requires_grad_(False), digits.images[:3], digits.schedule
+    chain = schedule.chain(20, "quadratic", rule="belm")
+    plain = invert(model, images, schedule.chain(20, "quadratic"), OnePass()).x_T
+    loss = (sample(model, plain, chain, "sequential").x_0 - images).square().flatten(1).sum(1)
+    found = invert(model, images, chain, max_rounds=most)
+    assert found.rounds <= most
+    assert (found.loss < 8 * loss).all()
+    assert not found.converged.any()
+
+
+@torch.no_grad()
+def test_on_a_linear_network_the_moves_of_neighbours_tell_the_whole_jacobian():
+    M = torch.tensor([[0.5, 0.3], [-0.2, 0.4]], dtype=torch.float64)
+    chain, images = SCHEDULE.chain(40, rule="belm"), latents(3, 2, seed=4)
+    model = lambda x, t: x @ M.to(x)  # noqa: E731
+    found = invert(model, images, chain, max_rounds=9)
+    assert apart(found.x_T, invert(model, images, chain, OnePass()).x_T) < 1e-3
+    assert found.loss.max() < 1e-8
+
+
+@torch.no_grad()
 def test_a_belm_chain_inverts_a_flow_that_starts_below_pure_noise():
     chain = Schedule.flow().chain(20, rule="ddim").tail(1)
     chain = dataclasses.replace(chain, rule="belm")

@@ -177,10 +177,7 @@ class TwoStepChain(LinearChain):
 
 
 def summed(A: Tensor, b: Tensor) -> Tensor:
-    """e_T (n, D) of e_{k+1} = A_k e_k + b_k from e_0 = 0; A (n, T, 1 or D), b (n, T, D): neighbours pair by pair."""
-    while b.shape[1] > 1:
-        if b.shape[1] % 2:
-            A, b = torch.cat([torch.ones_like(A[:, :1]), A], 1), torch.cat([torch.zeros_like(b[:, :1]), b], 1)
-        b = A[:, 1::2] * b[:, ::2] + b[:, 1::2]
-        A = A[:, 1::2] * A[:, ::2]
-    return b[:, 0]
+    """e_T (n, D) of e_{k+1} = A_k e_k + b_k from e_0 = 0: Σ_k A_{T−1} … A_{k+1} b_k; A (n, T, 1 or D), b (n, T, D)."""
+    later = A.flip(1)[:, :-1].cumprod(1)
+    later = torch.cat([torch.ones_like(A[:, :1]), later], 1).flip(1)
+    return (later.mT @ b)[:, 0] if A.shape[2] == 1 else (later * b).sum(1)

@@ -1,4 +1,4 @@
-"""Sequential sampling: what a step takes besides the model, and what a chain keeps between calls."""
+"""What sampling takes besides the model, in a step and for a whole chain, and what a chain keeps between calls."""
 
 import sys
 from collections import Counter
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import Schedule, sample
+from diffusion import Parallel, Schedule, sample
 from pydeqsolve import Implicit
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -89,7 +89,7 @@ def test_a_chain_that_was_sampled_before_computes_nothing_anew():
 
 def test_a_chain_first_sampled_in_inference_mode_serves_a_gradient_later():
     chain, x = SCHEDULE.chain(5), torch.randn(2, 4, dtype=torch.float64)
-    act = lambda chain, x: sample(lambda x, t: torch.sin(x), x, chain, gradient=Implicit()).x_0.sum()  # noqa: E731
+    act = lambda chain, x: sample(lambda x, t: 0.1 * torch.sin(x), x, chain, gradient=Implicit()).x_0.sum()  # noqa: E731
     with torch.inference_mode():
         act(chain, x)
     gradients = []
@@ -123,3 +123,15 @@ def test_a_step_that_did_not_fit_is_not_tried_whole_again():
     sample(small, torch.ones(4, 6), SCHEDULE.chain(9), "sequential")
     assert max(rows[3:]) == 2
     assert rows.count(4) <= 2
+
+
+@torch.no_grad()
+def test_images_that_meet_the_error_at_once_take_no_operation_for_every_step():
+    x, found = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)), []
+
+    def act(chain):
+        found.append(sample(lambda x, t: 0.1 * torch.sin(x), x, chain, Parallel()).converged)
+
+    few, many = (operations(lambda chain=SCHEDULE.chain(T): act(chain)).total() for T in (150, 600))
+    assert torch.cat(found).all()
+    assert many - few < 450

@@ -29,17 +29,19 @@ ALIGNED, STEEP = 0.5, 8.0
 SAME = 0.125  # a move of fewer units of rounding gives the network the same numbers
 
 
-def filled(slope: Tensor) -> Tensor:
-    """slope (n, T) with every NaN replaced by the next value that is none, after the last by the last; 0 without any.
+def filled(*slopes: Tensor) -> Tensor:
+    """Slopes (n, T) with every NaN replaced by the next value that is none, after the last by the last; 0 without any.
 
     A step that never moves, as the first, tells nothing of itself, and its neighbours' slopes are nearest to its own.
+    Several are (m, n, T) in the end.
     """
-    T, known = slope.shape[1], ~slope.isnan()
+    slope = slopes[0] if len(slopes) == 1 else torch.stack(slopes)
+    T, known = slope.shape[-1], ~slope.isnan()
     k = torch.arange(T, device=slope.device).expand_as(slope)
-    after = torch.where(known, k, T).flip(1).cummin(1).values.flip(1)
-    before = torch.where(known, k, -1).cummax(1).values
+    after = torch.where(known, k, T).flip(-1).cummin(-1).values.flip(-1)
+    before = torch.where(known, k, -1).cummax(-1).values
     at = torch.where(after < T, after, before.clamp_min(0))
-    return slope.gather(1, at).nan_to_num(0.0)
+    return slope.gather(-1, at).nan_to_num(0.0)
 
 
 def lowest(m: Remainders, slope: Tensor, least: Tensor) -> Tensor:
@@ -86,8 +88,9 @@ def carried(
     J = 0, and with J the least slope that was seen at all, if that is negative: it keeps what expands. No less than
     `bound`/|x_T|.
     """
-    most = bound(linear, filled(slope), filled(across), linear.added(delta))
-    slope, least = filled(slope)[..., None], filled(least)[..., None]
+    slope, least, across = filled(slope, least, across)
+    most = bound(linear, slope, across, linear.added(delta))
+    slope, least = slope[..., None], least[..., None]
     trials = (slope, torch.zeros_like(slope), torch.minimum(slope, least).clamp_max(0))
     if isinstance(linear, EditedChain):
         moved = [edited(linear, base, N, x, delta, J, image) for J in trials]
@@ -170,7 +173,7 @@ def rounding(
     made = (precision * m.linear.added(eps)).square() + (
         torch.finfo(torch.float64).eps * (x.abs() + base.abs())[:, 1:]
     ).square()
-    slope, across, size = filled(slope), filled(across), x[:, -1].norm(dim=1)
+    (slope, across), size = filled(slope, across), x[:, -1].norm(dim=1)
     answer = precision * (slope.square() + across.square()).sqrt() * x[:, :-1].norm(dim=2)
     turned = turning(m.linear, slope, across, made.sum(2) + widest(m.linear.c).square() * answer.square())
     most, turned = (

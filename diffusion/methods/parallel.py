@@ -195,10 +195,11 @@ class Together:
         for _ in range(ATTEMPTS):
             if not len(images) or not goal.left:
                 return
-            error, guess = torch.full_like(share, torch.inf), guess.clone()
+            error, guess, delta = torch.full_like(share, torch.inf), guess.clone(), torch.zeros_like(guess)
             for part, solving in ((front, True), (~front, False)):
                 if bool(part.any()) and goal.left and not self.watch.stopped:
-                    guess[part], error[part] = self._attempt(images[part], guess[part], share[part], visits, solving)
+                    found = self._attempt(images[part], guess[part], share[part], visits, solving)
+                    guess[part], delta[part], error[part] = found
             if self.watch.stopped:
                 return
             asked, slow = goal.error[images], error > SLOW * before
@@ -209,13 +210,17 @@ class Together:
             if self.exact:
                 images = images[error > asked]
                 break
-            share, guess, before, front, images = (v[open_] for v in (share, guess, error, slow, images))
+            share, guess, delta, before, front, images = (
+                v[open_] for v in (share, guess, delta, error, slow, images)
+            )  # fmt: skip
+            if len(images):
+                guess = guess + visits.foretold(self.problem.map.linear, delta, images)
         self.in_sequence(images)
 
     def _attempt(
         self, images: Tensor, guess: Tensor, share: Tensor, visits: Visits, solving: bool
-    ) -> tuple[Tensor, Tensor]:
-        """A solve, if so, and the measurement of what it gave: N (n, T, D) corrected by it, and the estimate (n,)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A solve, if so, and the measurement of what it gave: N and its defects (n, T, D), and the estimate (n,)."""
         problem, found, goal = self.problem.pick(images), self.found, self.goal
         m, base, T = problem.map, problem.base(), guess.shape[1]
         x, N, settled = m.linear.trajectory(base, guess, images), guess, torch.full_like(images, not solving) > 0
@@ -223,7 +228,7 @@ class Together:
         measuring = -(-T // most)  # rounds that it may take
         measured = goal.left >= measuring
         if not measured and bool(found.error[images].isfinite().all()):
-            return guess, torch.full_like(share, torch.inf)  # what was measured before stays
+            return guess, torch.zeros_like(guess), torch.full_like(share, torch.inf)  # what was measured before stays
         if solving and (goal.left > measuring or not measured):
             rounds = min(T, goal.left - measuring if measured else goal.left)
             m.visits = visits
@@ -250,7 +255,7 @@ class Together:
             found.note(images, (rows > 0).long(), rows, (delta * scale_of(m.chain)).square().mean((1, 2)).sqrt())
             self.watch.tell(self.problem, found, x, images)
         found.take(images, x, N, error)
-        return (N + visits.foretold(m.linear, delta, images) if measured else N), error
+        return N, delta, error
 
     def _telling(self, images: Tensor) -> Callable[[int, Tensor, Tensor], bool] | None:
         """What a solve of some images calls after every round; None where nobody listens."""

@@ -59,9 +59,12 @@ class Visits:
         if isinstance(linear, EditedChain):
             return delta
         change, direction, out = self.change[image], self.direction[image], delta.clone()
-        d = [torch.zeros_like(delta[:, 0])]
-        for k in range(delta.shape[1]):
-            out[:, k] += change[:, k] * (direction[:, k] * d[-1]).sum(1, keepdim=True)
+        d, told = (
+            [torch.zeros_like(delta[:, 0])],
+            zip(change.unbind(1), direction.unbind(1), out.unbind(1), strict=True),
+        )
+        for k, (one, along, own) in enumerate(told):
+            own += one * (along * d[-1]).sum(1, keepdim=True)
             d = [*d[-1:], linear.next(k, d, out)]
         return torch.where(d[-1].isfinite().all(1)[:, None, None], out, delta)
 

@@ -178,6 +178,7 @@ class TwoStepChain(LinearChain):
 
 def summed(A: Tensor, b: Tensor) -> Tensor:
     """e_T (n, D) of e_{k+1} = A_k e_k + b_k from e_0 = 0: Σ_k A_{T−1} … A_{k+1} b_k; A (n, T, 1 or D), b (n, T, D)."""
-    later = A.flip(1)[:, :-1].cumprod(1)
-    later = torch.cat([torch.ones_like(A[:, :1]), later], 1).flip(1)
-    return (later.mT @ b)[:, 0] if A.shape[2] == 1 else (later * b).sum(1)
+    later, last = A.flip(1)[:, :-1].cumprod(1), b[:, -1]  # latest first
+    if A.shape[2] == 1:
+        return last + (later.flip(1).mT @ b[:, :-1])[:, 0]
+    return last + later.mul_(b[:, :-1].flip(1)).sum(1)

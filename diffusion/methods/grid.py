@@ -63,6 +63,7 @@ class NodeChain(LinearChain):
     def __init__(self, linear: LinearChain, at: Tensor, spread: Tensor) -> None:
         """at (n,): the nodes, first and last step included. spread (T, n): from nodes to all steps."""
         super().__init__(linear.A, linear.c)
+        self.products, self.safe, self.w = linear.products, linear.safe, linear.w
         segments = list(pairwise(at.tolist()))
         sums = torch.stack([self.w[a:b].T @ spread[a:b] for a, b in segments]).cumsum(0)  # (n − 1, 1 or D, n)
         G = torch.cat([torch.zeros_like(sums[:1]), sums * self.products[at[1:], :, None]])

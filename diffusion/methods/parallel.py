@@ -86,9 +86,10 @@ def width(problem: ChainProblem, window: int | None) -> int | None:
 def smooth(problem: ChainProblem, window: int | None = None, fewest: int = FEWEST_STEPS) -> bool:
     """Whether a coarse grid serves: the chain long, in closed form, all of it at hand, its states smooth."""
     linear, chain, window = problem.map.linear, problem.map.chain, width(problem, window)
-    closed = linear.safe and not isinstance(linear, EditedChain) and (window is None or window >= len(chain))
+    if chain.clip is not None or len(chain) < fewest or chain.eta != 0 or not (window is None or window >= len(chain)):
+        return False
     alike = not bool((chain.blind | chain.still).any())  # else N is another quantity at that step
-    return closed and alike and chain.clip is None and len(chain) >= fewest and chain.eta == 0
+    return alike and linear.safe and not isinstance(linear, EditedChain)
 
 
 def block_stop(stop: Stop, scale: Tensor, units: float = UNITS_PER_RTOL) -> Stop:

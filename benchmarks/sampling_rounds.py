@@ -1,8 +1,11 @@
 """Rounds, model rows, error and time of the ways of sampling, on a shipped model against its own sequential sampling.
 
+Speed is against the bare loop x = a x + c·model(x, t) in float32, with the coefficients made before.
+
 Run: OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling_rounds.py --model digits --steps 100 1000 --noises 20
-An image at a time (--batch): rounds and rows are then that image's own. Time is the median over the noises, the ways
-taken in turn for every noise; `network` is the part of it spent inside the model. `met` is the share of images within
+An image at a time (--batch): rounds and rows are then that image's own. Time is the processor's, the median over the
+noises, the ways taken in turn for every noise, and speed the median ratio to the bare loop's on the same noise;
+`network` is the part of the time spent inside the model. `met` is the share of images within
 --error, which is what is asked for, of sequential sampling. --json writes rounds, rows and errors, which are counts.
 """
 
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import CoarseToFine, Parallel, Sample, Sequential, load_checkpoint, sample
+from diffusion import Chain, CoarseToFine, Parallel, Sample, Sequential, load_checkpoint, sample
 
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {"method": Sequential()},
@@ -43,10 +46,25 @@ class Timed(nn.Module):
         self.model, self.seconds = model, 0.0
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        start = time.perf_counter()
+        start = time.process_time()
         out: Tensor = self.model(x, t)
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         return out
+
+
+def bare(model: nn.Module, chain: Chain, prediction: str) -> Callable[[Tensor], Tensor]:
+    """The loop that anyone would write: x = a x + c·model(x, t), in the dtype of x."""
+    a, c, reading = chain.a, chain.c, chain.reading(prediction)
+    if reading.state is not None and reading.output is not None:
+        a, c = a + c * reading.state, c * reading.output
+
+    def loop(x: Tensor) -> Tensor:
+        for a_k, c_k, t in steps:
+            x = a_k * x + c_k * model(x, t.expand(len(x)))
+        return x
+
+    steps = list(zip(a.tolist(), c.tolist(), chain.timesteps, strict=True))
+    return loop
 
 
 def main() -> None:
@@ -83,7 +101,8 @@ def main() -> None:
                 options["splitting"] = splittings[basis]
             return sample(model, x, chain, prediction=checkpoint.prediction, **options)
 
-        rows += table(steps, args, model, run, latents)
+        loop = bare(model, chain, checkpoint.prediction)
+        rows += table(steps, args, model, run, latents, loop)
     if args.json:
         about = {
             "pydeqsolve": importlib.metadata.version("pydeqsolve"), "torch": torch.__version__,
@@ -94,24 +113,29 @@ def main() -> None:
 
 
 def table(
-    steps: int, args: Any, model: Timed, run: Callable[[str, Tensor], Sample], latents: Any
-) -> list[dict[str, Any]]:
+    steps: int, args: Any, model: Timed, run: Callable[[str, Tensor], Sample], latents: Any,
+    loop: Callable[[Tensor], Tensor],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Print one line per way, and return what is counted."""
     counted = []
     ways = ["sequential", *[way for way in args.ways if way != "sequential"]]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     network: dict[str, list[float]] = {way: [] for way in ways}
     results: dict[str, list[Sample]] = {way: [] for way in ways}
+    alone: list[float] = []
     for way in ways:
         run(way, latents[0])
     for x in latents:
+        start = time.process_time()
+        loop(x)
+        alone.append(time.process_time() - start)
         for way in ways:
-            model.seconds, start = 0.0, time.perf_counter()
+            model.seconds, start = 0.0, time.process_time()
             results[way].append(run(way, x))
-            seconds[way].append(time.perf_counter() - start)
+            seconds[way].append(time.process_time() - start)
             network[way].append(model.seconds)
     expected = torch.cat([out.x_0 for out in results["sequential"]]).double().flatten(1)
-    base = median(seconds["sequential"])
+    print(f"{steps:5} {'bare loop':20} {'':10} {'':6} {'':14} {'':8} {'':8} {'':6} {median(alone) * 1e3:8.1f}")
     for way in ways:
         found = torch.cat([out.x_0 for out in results[way]]).double().flatten(1)
         error = (found - expected).norm(dim=1) / expected.norm(dim=1)
@@ -121,7 +145,8 @@ def table(
         errors = f"{error.median():14.1e} {error.quantile(0.99):8.1e} {error.max():8.1e}"
         met = (error <= args.error).double().mean()
         times = f"{median(seconds[way]) * 1e3:8.1f} {median(network[way]) * 1e3:8.1f}"
-        print(f"{steps:5} {way:20} {counts} {errors} {met:6.1%} {times} {base / median(seconds[way]):6.2f}", flush=True)
+        speed = median([base / own for base, own in zip(alone, seconds[way], strict=True)])
+        print(f"{steps:5} {way:20} {counts} {errors} {met:6.1%} {times} {speed:6.2f}", flush=True)
         counted.append(
             {
                 "steps": steps,

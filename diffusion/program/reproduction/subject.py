@@ -93,7 +93,8 @@ def subjects(args: Namespace, device: torch.device, ledger: Ledger) -> list[Subj
         for steps in (*plan.steps, *plan.invert_steps):
             checkpoint.schedule.chain(steps)
         if args.dataset_folder is None and not (SHIPPED / checkpoint.name / FEATURES_FILE).is_file():
-            raise ValueError(f"--dataset-folder: required for {checkpoint.name}, which comes without real images")
+            lacks = "features in which distances are measured" if checkpoint.images is not None else "real images"
+            raise ValueError(f"--dataset-folder: required for {checkpoint.name}, which comes without {lacks}")
     return [_subject(args, checkpoint, ledger) for checkpoint in checkpoints]
 
 

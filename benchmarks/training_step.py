@@ -1,14 +1,16 @@
 """One training step of a deep equilibrium layer: forward, backward, gradients of its parameters; ours beside others.
 
     pip install torchdeq==0.1.0
-    python benchmarks/training_step.py [--shapes 1x64 32x64 64x256 256x1024] [--repeats N] [--jax FILE] [--json FILE]
+    python benchmarks/training_step.py [--shapes 1x64 32x64 64x256 256x1024] [--repeats N] [--compiled] [--jax FILE]
+                                       [--json FILE]
 
 The layer is z = tanh(z Wᵀ + x), W .9 times an orthogonal matrix, the loss a mean of squares, float32, on one thread.
 Every column solves to 1e-4, relative, both ways, and keeps its defaults otherwise; ours are named by adjoint solver.
 Processor time, the median over repeats in which all columns take turns; the error of the gradient of W against plain
 iteration to the end in float64. "alone" is what our default must do anyhow: as many evaluations without a graph as its
 forward took, one with, as many vector-Jacobian products as its backward took, and one for W. "unrolled" is 40 plain
-steps with autograd. --jax names the output of `jax_training_step.py`, from an environment of its own. Small real
+steps with autograd. --compiled adds our default under torch.compile(fullgraph=True), which takes a minute or more to
+compile for each shape. --jax names the output of `jax_training_step.py`, from an environment of its own. Small real
 models: `training_models.py`.
 """
 
@@ -105,7 +107,19 @@ def of_torchdeq(torchdeq: Any, backward: str) -> Callable[[Layer], Tensor]:
     return step
 
 
-def columns(layer: Layer) -> dict[str, Callable[[], Tensor]]:
+def compiled(layer: Layer) -> Callable[[], Tensor]:
+    """Our default, forward and backward in one graph each."""
+
+    def loss(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        own = Layer(W, x, y)
+        return own.loss(solve(own.cell, torch.zeros_like(x), (x,), stop=Stop(rtol=RTOL)).z)
+
+    torch.compiler.reset()
+    graph = torch.compile(loss, fullgraph=True, dynamic=False)
+    return lambda: torch.autograd.grad(graph(layer.W, layer.x, layer.y), layer.W)[0]
+
+
+def columns(layer: Layer, with_compiled: bool) -> dict[str, Callable[[], Tensor]]:
     solution = ours(layer, Implicit())[1]
     assert solution.adjoint is not None
     counts = int(solution.evaluations.max()), int(solution.adjoint.evaluations.max())
@@ -116,6 +130,8 @@ def columns(layer: Layer) -> dict[str, Callable[[], Tensor]]:
         found[str(solver).split("(")[0] + (" 10" if solver == Anderson(memory=10) else "")] = (
             lambda gradient=gradient: ours(layer, gradient)[0]  # type: ignore[misc]
         )
+    if with_compiled:
+        found["compiled"] = compiled(layer)
     found["Phantom(5)"] = lambda: ours(layer, Phantom(5))[0]
     found["no gradient"] = lambda: ours_forward(layer)
     try:
@@ -136,9 +152,9 @@ def ours_forward(layer: Layer) -> Tensor:
     return torch.full_like(layer.W, torch.nan) * z[0, 0]
 
 
-def measured(layer: Layer, repeats: int) -> dict[str, dict[str, float]]:
+def measured(layer: Layer, repeats: int, with_compiled: bool) -> dict[str, dict[str, float]]:
     """By column: ms of processor time, the median, and the relative error of the gradient."""
-    truth, steps = layer.truth(), columns(layer)
+    truth, steps = layer.truth(), columns(layer, with_compiled)
     errors = {name: float((step().double() - truth).norm() / truth.norm()) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
@@ -153,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", default=["1x64", "32x64", "64x256", "256x1024"])
     parser.add_argument("--repeats", type=int, help="default: about two seconds of each column, 5 at least")
+    parser.add_argument("--compiled", action="store_true", help="our default under torch.compile too")
     parser.add_argument("--jax", help="JSON of jax_training_step.py")
     parser.add_argument("--json", help="write the figures there")
     given = parser.parse_args()
@@ -167,7 +184,7 @@ def main() -> None:
         B, D = map(int, shape.split("x"))
         print(f"({B}, {D})")
         repeats = given.repeats or max(5, min(101, 20_000_000 // (B * D * D)))
-        table[shape] = measured(Layer.of(B, D), repeats) | jax.get(shape, {})
+        table[shape] = measured(Layer.of(B, D), repeats, given.compiled) | jax.get(shape, {})
         peer = table[shape].get("TorchDEQ Anderson", {}).get("ms")
         for name, row in table[shape].items():
             ratio = f"{row['ms'] / peer:8.2f} × TorchDEQ Anderson" if peer else ""

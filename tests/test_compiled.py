@@ -122,6 +122,14 @@ def test_another_adjoint_solver_breaks_the_graph_and_is_right():
         torch.compile(run, fullgraph=True, backend="eager")(x)
 
 
+def test_a_compiler_that_mixes_up_the_outcome_of_an_adjoint_is_refused():
+    x = torch.ones(2, 3, requires_grad=True)
+    run = lambda x: solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,), solver=Anderson(1)).z  # noqa: E731
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(cpp_wrapper=True), pytest.raises(Exception, match="cpp_wrapper"):
+        torch.compile(run, fullgraph=True, backend="eager")(x)
+
+
 def test_the_precision_of_autocast_bounds_what_a_compiled_adjoint_pursues():
     linear = torch.nn.Linear(8, 8)
     torch.nn.init.orthogonal_(linear.weight, 0.5)

@@ -33,6 +33,7 @@ class _Implicit(BaseHOP):
         super().__init__("pydeqsolve_implicit")
 
     def _call_Autograd(self, subgraph: Any, *operands: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: N802
+        _refuse_cpp_wrapper()
         marked = _marked(subgraph)
         wanted = [i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad]
         pulled = _Pulled.of(subgraph, operands, marked[0], [i for i in wanted if i not in marked])
@@ -44,6 +45,17 @@ class _Implicit(BaseHOP):
 
     def _call_CompositeExplicitAutograd(self, subgraph: Any, *operands: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: N802
         return _without(subgraph, operands)
+
+
+def _refuse_cpp_wrapper() -> None:
+    """Raises NotImplementedError where the compiler writes the calls of its kernels in C++ too."""
+    from torch._inductor import config
+
+    if config.cpp_wrapper:
+        raise NotImplementedError(
+            "gradient=Implicit() in a graph that is compiled with cpp_wrapper: torch 2.13 hands on wrong status and "
+            "residual of the adjoint there: leave that option off, or use gradient=Phantom()"
+        )
 
 
 def _without(fn: fx.GraphModule, given: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import problems
 import pytest
 import torch
 
-from pydeqsolve import DEQ, GMRES, Anderson, ConvergenceError, Implicit, Status, Stop, solution, solve
+from pydeqsolve import DEQ, GMRES, Anderson, ConvergenceError, Implicit, Picard, Status, Stop, solution, solve
 from pydeqsolve.derivative.adjoint import AdjointSolve, Recorder
 from pydeqsolve.derivative.looped import Bounds, solved
 
@@ -25,7 +25,7 @@ class Cell(torch.nn.Module):
 
 
 def gradients(z, tensors):
-    return torch.autograd.grad(z.sin().sum(), tensors)
+    return torch.autograd.grad((torch.view_as_real(z) if z.is_complex() else z).sin().sum(), tensors)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,21 @@ def test_another_adjoint_solver_breaks_the_graph_and_is_right():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(run, fullgraph=True, backend="eager")(x)
+
+
+def test_a_compiled_solve_of_what_requires_no_gradient_returns_its_solution():
+    run = lambda x: solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,), solver=Picard()).z  # noqa: E731
+    torch._dynamo.reset()
+    x = torch.ones(2, 3)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), 2 * x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_complex_state_has_an_implicit_gradient_in_a_graph():
+    x = torch.randn(3, 4, dtype=torch.complex128, generator=problems.generator(9))
+    fn = lambda z, x: 0.4 * (1 + 0.3j) * torch.tanh(z.roll(1, -1)) + x  # noqa: E731
+    (_, expected, _), (found, slopes, _) = both(fn, x)
+    assert found.adjoint.status.tolist() == [Status.CONVERGED] * 3
+    torch.testing.assert_close(slopes[0], expected[0], rtol=1e-7, atol=1e-9)
 
 
 def test_a_compiler_that_mixes_up_the_outcome_of_an_adjoint_is_refused():

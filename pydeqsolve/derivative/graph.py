@@ -41,7 +41,11 @@ class _Implicit(BaseHOP):
         return z, *(operands[i].detach().clone() for i in marked)
 
     def _call_Functionalize(self, ctx: Any, subgraph: Any, *operands: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: N802
-        return _without(subgraph, operands)
+        given = ctx.unwrap_tensors(operands)
+        with ctx.redispatch_to_next():
+            found = _without(subgraph, given)
+        wrapped: tuple[Tensor, ...] = ctx.wrap_tensors(found)
+        return wrapped
 
     def _call_CompositeExplicitAutograd(self, subgraph: Any, *operands: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: N802
         return _without(subgraph, operands)
@@ -152,7 +156,8 @@ class _Attached(torch.autograd.Function):
         pulled, settings, g = ctx.pulled, ctx.settings, grads[0]
         _, columns, ticket = (ctx.given[i] for i in ctx.marked)
         good, rtol, atol, budget = columns.unbind(1)
-        saved, good = pulled.before(*ctx.given), good != 0
+        good = good != 0
+        saved = [x.resolve_conj().resolve_neg() if isinstance(x, Tensor) else x for x in pulled.before(*ctx.given)]
 
         def product(u: Tensor, saved: Sequence[Any]) -> Tensor:
             return pulled.after(*saved, u)[0]

@@ -212,7 +212,7 @@ def solved(
     rhs = torch.where(finite[:, None, None], g, 0.0).to(wide).flatten(1)
 
     def flat(u: Tensor, saved: Saved) -> Tensor:
-        return product(u.reshape(g.shape).to(g.dtype), saved).to(wide).flatten(1)
+        return product(u.reshape(g.shape).to(g.dtype).contiguous(), saved).to(wide).flatten(1)
 
     system = System.of(lambda u: flat(u, saved), rhs, bounds)
     eps = max(how.eps, torch.finfo(g.dtype).eps)
@@ -227,6 +227,6 @@ def solved(
     u = torch.where((lost & u.isfinite().all(1))[:, None], torch.nan, u).reshape(g.shape)
     if how.on_failure == "phantom":
         u = torch.where((status != 0)[:, None, None], g, u)
-    u = torch.where(good[:, None, None], u, 0.0)
+    u = torch.where(good[:, None, None], u, 0.0).contiguous()
     status = torch.where(good, status, int(Status.NONFINITE))
     return u, Adjoint(status, torch.where(good, residual, torch.inf), outcome.evaluations)

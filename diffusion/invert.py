@@ -125,9 +125,9 @@ def invert(
         x_0: (B, …) images.
         method: an object or its name.
             OnePass(), "ddim": the chain read backwards with ε taken one state too early; T evaluations, approximate.
-            Exact(solver), "exact": x_k = (x_{k+1} − c_k (b_k + N(x_k))) / A_k, as fixed points: each stiff step next to
-                the image by itself, then every other k at once, on a coarse time grid first; where the image sampled
-                from that is not yet as near as asked, every step by itself (`diffusion.inversion.exact`).
+            Exact(solver, nearest), "exact": x_k = (x_{k+1} − c_k (b_k + N(x_k))) / A_k, as fixed points: each stiff
+                step next to the image by itself, then every other k at once, on a coarse time grid first; where the
+                image sampled from that is not yet as near as asked, every step by itself (`diffusion.inversion.exact`).
             Descent(through, epochs, lr, optimizer, gradient): Adam on x_T; "naive" is Descent(through=Sequential()),
                 "deq" Descent(through=Parallel()), a parallel solve per epoch (`diffusion.inversion.descent`).
             A chain with rule="belm" is read by algebra, exactly: by OnePass() one state after the other, by Exact() all

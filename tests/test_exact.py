@@ -4,7 +4,7 @@ import pytest
 import torch
 from mixture import Mixture, latents, means
 
-from diffusion import Clip, Schedule, invert, load_checkpoint, sample
+from diffusion import Clip, Exact, Schedule, invert, load_checkpoint, sample
 from diffusion.inversion.backwards import Patient, reversed_map, stiff_steps
 from diffusion.inversion.exact import SOLVER, STIFFNESS
 from diffusion.methods.grid import OnGrid, TimeGrid
@@ -71,6 +71,51 @@ def test_exact_inversion_recovers_the_latents_of_digits_where_steps_are_dense_ne
     found = invert(checkpoint.model, x_0, chain)
     assert (found.x_T - x_T).square().flatten(1).mean(1).sqrt().max() <= 1e-3
     assert found.status.tolist() == [Status.CONVERGED] * 8
+
+
+@torch.no_grad()
+def steep_digits(steps=50, kept=47, count=2):
+    """The digits' network in float64, the last steps of a chain, the states that they start from, and the images."""
+    checkpoint = load_checkpoint("digits")
+    model, chain = checkpoint.model.double().requires_grad_(False), checkpoint.schedule.chain(steps)
+    x_T = torch.randn(16, *checkpoint.shape, generator=torch.Generator().manual_seed(1)).double()[1 : 1 + count]
+    states = sample(model, x_T, chain, method="sequential").trajectory
+    return model, chain.tail(kept), states[:, kept], states[:, -1]
+
+
+def test_of_several_states_that_a_step_takes_to_one_image_the_nearest_can_be_asked_for():
+    model, chain, known, x_0 = steep_digits()
+    found = invert(model, x_0, chain, Exact(nearest=True))
+    assert found.converged.all()
+    assert (found.x_T - known).square().mean((1, 2, 3)).sqrt().max() <= 1e-3
+
+
+def test_the_nearest_state_of_an_image_does_not_depend_on_its_neighbours():
+    model, chain, _, x_0 = steep_digits(kept=48)
+    batch = torch.cat([x_0[:1] * torch.nan, x_0])
+    alone, found = (invert(model, x, chain, Exact(nearest=True)) for x in (x_0[:1], batch))
+    torch.testing.assert_close(found.x_T[1], alone.x_T[0], rtol=1e-6, atol=1e-7)
+    assert found.status.tolist()[:2] == [Status.NONFINITE, Status.CONVERGED]
+
+
+def test_rounds_allowed_bound_the_search_for_the_nearest_state_too():
+    model, chain, _, x_0 = steep_digits(kept=48, count=1)
+    for most in (12, 560):
+        assert invert(model, x_0, chain, Exact(nearest=True), max_rounds=most).rounds <= most
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_nearest_state_makes_images_of_few_entries_as_well_as_any(dtype):
+    model, chain = Mixture(SCHEDULE, means()), SCHEDULE.chain(20)
+    x_0 = images(model, chain).to(dtype)
+    found, any_root = (invert(model, x_0, chain, Exact(nearest=near)) for near in (True, False))
+    assert found.converged.all() or not any_root.converged.all()
+    assert found.loss.max() <= 10 * any_root.loss.max()
+
+
+def test_nearest_is_true_or_false():
+    with pytest.raises(TypeError, match="nearest: true or false is required, got 'yes'"):
+        Exact(nearest="yes")
 
 
 @pytest.mark.parametrize(("steps", "rows"), [(10, 25), (20, 14), (50, 13)])

@@ -93,6 +93,8 @@ def of_graph(f: Tensor, z: Tensor, behind: Sequence[Any]) -> float:
     """
     eps, kind = torch.finfo(z.dtype).eps, z.device.type
     autocast = torch.get_autocast_dtype(kind) if is_autocast(kind) else z.dtype
+    if autocast is z.dtype and all(m.dtype is z.dtype for node in behind for m in getattr(node, "_input_metadata", ())):
+        return eps
 
     def coarser(node: Any, dtypes: set[torch.dtype]) -> float:
         if isinstance(node, torch.autograd.function.BackwardCFunction):

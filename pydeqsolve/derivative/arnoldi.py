@@ -31,9 +31,10 @@ class Vectors:
     def __getitem__(self, k: int) -> Tensor:
         """Vector k, of the shape of g."""
         if k == len(self.made):
-            size, count = self.g.numel(), min(TOGETHER, self.most - k)
-            memory = torch.empty(count, spaced(size, self.g.itemsize), dtype=self.g.dtype, device=self.g.device)
-            self.made += memory[:, :size].view(count, *self.g.shape).unbind(0)
+            g, count = self.g, min(TOGETHER, self.most - k)
+            strides = (spaced(g.numel(), g.itemsize), *g.stride())
+            memory = torch.empty_strided((count, *g.shape), strides, dtype=g.dtype, device=g.device)
+            self.made += memory.unbind(0)
         return self.made[k]
 
 
@@ -50,7 +51,7 @@ class Arnoldi:
     @staticmethod
     def of(products: Products, g: Tensor, restart: int) -> Arnoldi | None:
         """The solve for g (B, …), float32 or float64, contiguous; None where there are no kernels for it."""
-        most = min(restart, g[0].numel() if len(g) else 1)
+        most = min(restart, g.shape[1:].numel()) if g.shape[0] else 1
         handle = systems.krylov(g, most)
         return None if handle is None else Arnoldi(handle, products, g, most)
 

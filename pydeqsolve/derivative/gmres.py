@@ -59,7 +59,7 @@ class GMRES:
 
 def is_direct(gmres: GMRES, g: Tensor, stop: Stop) -> bool:
     """Whether the systems for g (B, …) are solved from their matrices."""
-    return g.numel() // max(1, len(g)) <= min(DENSE, gmres.restart, stop.max_steps - 1)
+    return g.shape[1:].numel() <= min(DENSE, gmres.restart, stop.max_steps - 1)
 
 
 def in_pytorch(

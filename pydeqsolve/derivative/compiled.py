@@ -22,7 +22,9 @@ from .gradient import Gradient, Implicit, Phantom, stepped
 from .linearise import evaluate
 from .numbered import drawn
 
-RELEASE = (2, 13)  # of torch, the earliest whose graphs are known to take `Implicit`
+# Whether torch's graphs are known to take `Implicit`; a number, for a function would have to be told to the compiler,
+# which imports it, and that takes as long as importing torch.
+RECENT = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def is_compilable(gradient: Gradient | None) -> bool:
@@ -30,12 +32,7 @@ def is_compilable(gradient: Gradient | None) -> bool:
     if gradient is None or isinstance(gradient, Phantom) or not torch.is_grad_enabled():
         return True
     by_gmres = isinstance(gradient, Implicit) and type(gradient.solver) is GMRES
-    return by_gmres and _is_recent() and not torch.compiler.is_exporting()
-
-
-@torch.compiler.assume_constant_result
-def _is_recent() -> bool:
-    return tuple(int(x) for x in torch.__version__.split(".")[:2]) >= RELEASE
+    return by_gmres and RECENT and not torch.compiler.is_exporting()
 
 
 def attach_in_graph(how: Gradient | None, problem: Problem, outcome: Outcome) -> tuple[Tensor, Recorder]:

@@ -26,7 +26,9 @@ LARGEST = 1e100  # of a bound
 # Of what the network does across its moves an error meets ALIGNED; all of it where that multiplies errors by exp(STEEP)
 # over the chain: under trained denoisers it is exp(2) to exp(5), and errors keep turning.
 ALIGNED, STEEP = 0.5, 8.0
+FEW = 4
 SAME = 0.125  # a move of fewer units of rounding gives the network the same numbers
+NEAR = 300.0  # units of rounding of a move that tells how steep the network is where it is
 
 
 def filled(*slopes: Tensor) -> Tensor:
@@ -60,21 +62,40 @@ def defects(
     """δ (n, T, D) at every step of the states x (n, T+1, D), and the rows (n,) that it took; notes the visits.
 
     settled (n,): whether every N_k is the network's value where step k was visited last: then a step whose state has
-    not moved since has no defect, and is not asked again. Rounds of at most so many time steps.
+    not moved since has no defect, and is not asked again. Rounds of at most so many time steps, in which a few steps
+    are asked `beside` their states too, where there is but one.
     """
     x, before = x[:, : N.shape[1]], visits.x[image]
     still = (x - before).square().sum(2) <= (SAME * visits.precision) ** 2 * x.square().sum(2)  # never, where NaN
     wanted = x.isfinite().all(2) & ~(still & settled[:, None])
     wanted[:, : m.linear.given] = False
-    delta = torch.zeros_like(N)
+    delta, asked = torch.zeros_like(N), beside(m, x, visits, image)
+    asked &= most >= N.shape[1]  # in a window each would be a round of its own
+    aside = torch.randn(N.shape[2], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
+    aside = NEAR * visits.precision * aside / aside.norm()
     for first in range(0, N.shape[1], most):
         i, k = wanted[:, first : first + most].nonzero(as_tuple=True)
-        if len(i):
-            k = k + first
-            value = m.remainder(x[i, k], k, [c[i] for c in conditioning])
-            delta[i, k] = value - N[i, k]
-            visits.note(image[i], k, x[i, k], value)
-    return delta, wanted.sum(1)
+        j, h = asked[:, first : first + most].nonzero(as_tuple=True)
+        if not len(i) + len(j):
+            continue
+        k, h, rows = k + first, h + first, torch.cat([i, j])
+        near = x[j, h] + x[j, h].norm(dim=1, keepdim=True) * aside
+        said = m.remainder(torch.cat([x[i, k], near]), torch.cat([k, h]), [c[rows] for c in conditioning])
+        value = said[: len(i)]
+        delta[i, k] = value - N[i, k]
+        visits.note(image[i], k, x[i, k], value)
+        visits.look(image[j], h, near, said[len(i) :])
+    return delta, wanted.sum(1) + asked.sum(1)
+
+
+def beside(m: Remainders, x: Tensor, visits: Visits, image: Tensor) -> Tensor:
+    """The steps (n, T) to be asked near their states x (n, T, D), once for an image: of FEW and T/32 evenly, at most a
+    third of all, those whose last move was large."""
+    T, near = x.shape[1], visits.near[image, :, 0]
+    count = min(FEW + T // 32, (T - m.linear.given + 2) // 3)
+    chosen = torch.zeros_like(near, dtype=torch.bool)
+    chosen[:, torch.linspace(m.linear.given, T - 1, max(count, 0), device=x.device).round().long()] = True
+    return chosen & x.isfinite().all(2) & near.isnan().all(1, keepdim=True) & visits.large(image, x)
 
 
 def carried(
@@ -161,12 +182,16 @@ def widest(values: Tensor) -> Tensor:
 
 
 def rounding(
-    m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, across: Tensor, precision: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, across: Tensor, precision: float,
+    near: Tensor | None = None, large: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The relative error (n,) of x_0 that rounding alone leaves: of ε by the network, of the states in float64.
 
     As `carried` with J = slope, of defects that are independent from step to step: squares add. Its `bound`. And what
     `turning` makes of them and of the network's answer to the rounding of its input, which no defect shows.
+
+    near (n, T, 2) and large (n, T): of `Visits`. A network that turns within a large move, as a sine does, is steeper
+    than the move tells. Steps not asked are taken to be as steep as the next that was, in unit of the step's length.
     """
     eps = N + m.splitting.kappa * x[:, :-1]
     eps = eps if m.splitting.offset is None else eps + m.splitting.offset
@@ -174,8 +199,13 @@ def rounding(
         torch.finfo(torch.float64).eps * (x.abs() + base.abs())[:, 1:]
     ).square()
     (slope, across), size = filled(slope, across), x[:, -1].norm(dim=1)
-    answer = precision * (slope.square() + across.square()).sqrt() * x[:, :-1].norm(dim=2)
-    turned = turning(m.linear, slope, across, made.sum(2) + widest(m.linear.c).square() * answer.square())
+    own, steep = slope, across
+    if near is not None and large is not None:
+        unit = widest(m.linear.c).abs().clamp_min(torch.finfo(x.dtype).tiny)
+        own, turns = (filled(part * unit) / unit for part in near.unbind(2))
+        own, steep = torch.where(large, own, slope), torch.where(large, torch.maximum(across, turns), across)
+    answer = precision * (larger(slope, own).square() + steep.square()).sqrt() * x[:, :-1].norm(dim=2)
+    turned = turning(m.linear, (slope, own), steep, made.sum(2) + widest(m.linear.c).square() * answer.square())
     most, turned = (
         (part / size).nan_to_num(LARGEST, LARGEST).clamp_max(LARGEST)
         for part in (bound(m.linear, slope, across, made.sqrt()), turned.sqrt())
@@ -183,17 +213,18 @@ def rounding(
     return _independent(m.linear, x, slope, made), most, turned
 
 
-def turning(linear: LinearChain, J: Tensor, across: Tensor, squares: Tensor) -> Tensor:
+def turning(linear: LinearChain, J: tuple[Tensor, Tensor], across: Tensor, squares: Tensor) -> Tensor:
     """(n,) the expected |e_T|² of e_{k+1} = (A_k + c_k (J_k + R_k)) e_k + p_k, |p_k|² = squares_k (n, T) independent.
 
-    R_k e, of size across_k |e|, has a direction of its own at every step, as under a steep network: so squares add,
-    where `bound` adds sizes. Under a gentle one it makes next to nothing of many small turns. Of DPM-Solver++, where an
-    answer counts in two steps, the two are taken for independent.
+    J_k is the one of two, each (n, T), that makes more of an error. R_k e, of size across_k |e|, has a direction of its
+    own at every step, as under a steep network: so squares add, where `bound` adds sizes. Under a gentle one it makes
+    next to nothing of many small turns. Of DPM-Solver++, where an answer counts in two steps, the two are taken for
+    independent.
     """
-    own, parts = widest(linear.A + linear.c * J[..., None]), widest(linear.c) * across
+    own, parts = (larger(*(widest(linear.A + linear.c * part[..., None]) for part in J)), widest(linear.c) * across)
     if not isinstance(linear, TwoStepChain):
         return summed((own.square() + parts.square())[..., None], squares[..., None])[:, 0]
-    own_before = widest(linear.A_before + linear.c_before * J.roll(1, 1)[..., None])
+    own_before = larger(*(widest(linear.A_before + linear.c_before * part.roll(1, 1)[..., None]) for part in J))
     parts_before = widest(linear.c_before) * across.roll(1, 1)
     n, T = own.shape
     size, response, made = own.new_zeros(2, n), own.new_zeros(n, 2, T), torch.zeros_like(squares)
@@ -205,6 +236,11 @@ def turning(linear: LinearChain, J: Tensor, across: Tensor, squares: Tensor) -> 
         response = torch.stack([after, response[:, 0]], 1)
         size = torch.stack([(after.square() * made).sum(1), size[0]])
     return size[0]
+
+
+def larger(a: Tensor, b: Tensor) -> Tensor:
+    """Of two tensors the entries of the larger magnitude."""
+    return torch.where(a.abs() >= b.abs(), a, b)
 
 
 def spread_of(linear: LinearChain, x: Tensor, slope: Tensor, doubt: Tensor) -> Tensor:

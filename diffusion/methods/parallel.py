@@ -248,7 +248,8 @@ class Together:
             slope = visits.slope[images]
             least = lowest(m, slope, visits.least[images])
             error = carried(m.linear, base, x, N, delta, slope, least, visits.across[images], images)
-            goal.raised(images, *rounding(m, base, x, N, slope, visits.across[images], goal.precision))
+            seen = visits.across[images], goal.precision, visits.near[images], visits.large(images, x[:, :T])
+            goal.raised(images, *rounding(m, base, x, N, slope, *seen))
             if self.exact:
                 goal.raised(images, torch.full_like(error, min(UNSEEN, goal.precision ** (1 / 3)) / ROUNDING))
                 error = error.masked_fill(~settled, torch.inf)

@@ -11,6 +11,7 @@ from ..trajectory import EditedChain, LinearChain
 
 TOLD = 100.0  # a move of fewer units of rounding of the state tells no slope,
 ROUNDED = 4.0  # units of rounding of the state that N may change by without any move
+LARGE = 3e-3  # of a state: a network as steep as 1/LARGE turns within a larger move
 TELLS = 0.03  # unless it is so large a part of the state: in 16 bits few moves are of a hundred units
 
 
@@ -27,6 +28,7 @@ class Visits:
     slope: Tensor  # (B, T) of N along the last move, NaN where unknown
     least: Tensor  # (B, T), the least slope of all moves
     across: Tensor  # (B, T), the most that N changed at a right angle to a move, per unit of it, NaN where unknown
+    near: Tensor  # (B, T, 2), along a small move from the state measured and at a right angle to it, NaN where unknown
     change: Tensor  # (B, T, D), ΔN
     direction: Tensor  # (B, T, D), Δx/|Δx|²
     precision: float  # machine epsilon of the network
@@ -36,7 +38,8 @@ class Visits:
         """Before the first round; like (B, T, D)."""
         unknown, zero = torch.full_like(like, torch.nan), torch.zeros_like(like)
         slope = unknown[..., 0].clone()
-        return Visits(unknown, zero, slope, slope.clone(), slope.clone(), zero.clone(), zero.clone(), precision)
+        near = unknown[..., :1].repeat(1, 1, 2)
+        return Visits(unknown, zero, slope, slope.clone(), slope.clone(), near, zero.clone(), zero.clone(), precision)
 
     def note(self, i: Tensor, k: Tensor, x: Tensor, value: Tensor) -> None:
         """N is `value` (n, D) at states x (n, D) of the images i and steps k (n,)."""
@@ -49,6 +52,15 @@ class Visits:
         i, k, move, change = i[sound], k[sound], move[sound], change[sound]
         self.change[i, k], self.direction[i, k] = change, move / move.square().sum(1, keepdim=True)
         self.x[at], self.value[at] = x, value
+
+    def look(self, i: Tensor, k: Tensor, x: Tensor, value: Tensor) -> None:
+        """N is `value` (n, D) at states x (n, D) beside those visited last: how steep it is there."""
+        slope, across, _ = slopes(x - self.x[i, k], value - self.value[i, k], x, self.precision)
+        self.near[i, k] = torch.stack([slope, across], 1)
+
+    def large(self, image: Tensor, x: Tensor) -> Tensor:
+        """Whether the last move that told was larger than LARGE of the states x (n, T, D), or none did, (n, T)."""
+        return ~(self.direction[image].norm(dim=2) * LARGE * x.norm(dim=2) >= 1)
 
     def foretold(self, linear: LinearChain, delta: Tensor, image: Tensor) -> Tensor:
         """δ + J d (n, T, D): by how much N changes when it is set right by the defects δ, to first order.

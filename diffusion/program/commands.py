@@ -18,17 +18,17 @@ from ..methods.fastest import NAMES
 from ..methods.parallel import Parallel
 from ..models.checkpoint import SHIPPED, Checkpoint, load_checkpoint
 from ..models.files import write_json, write_tensors
-from ..models.wrappers import DiffusersModel
 from ..sample import Sample, sample
 from . import pictures
-from .images import earlier_images, image_files, remove_images, write_images
+from .chains import Asked, warn_of_another
+from .images import earlier_images, image_files, read_images, remove_images, write_images
 from .latents import Latents, header, numbered, read_latents
 from .machine import device_of
 from .output import counted, finite, say, writable
 from .parser import guess
 
 MODEL, STEPS, COUNT = "digits", 100, 16  # unless the user or the latents say otherwise
-USUAL_SPACING = "quadratic"
+USUAL_STRENGTH = 0.8  # of pictures that noise is added to
 SHOWN = 64  # images in the picture of the samples, at most
 RECORD = "summary.json"
 
@@ -85,35 +85,29 @@ def run_sample(args: Namespace) -> dict[str, Any]:
         if args.model is not None or found is None:
             raise
         raise FileNotFoundError(f"--model: required, the latents are of {name}, which is not here") from error
-    latents = _latents(args, checkpoint, found)
-    steps = args.steps if args.steps is not None else latents.chain.get("steps", STEPS)
-    eta = args.eta if args.eta is not None else latents.chain.get("eta")
-    spacing = spacing_of(checkpoint, args.spacing or latents.chain.get("spacing"))
-    chain = checkpoint.schedule.chain(steps, spacing, eta, args.rule or latents.chain.get("rule"))
+    latents, chain = _start(args, checkpoint, found)
     if args.pictures:
         pictures.require_matplotlib()
-    x_T = latents.x_T.to(device) * (1.0 if args.latents else chain.init_noise_sigma)
     images = image_files(latents.names) if args.pictures else []
     files = ["samples.safetensors", RECORD, *(["samples.png", "latents.png", *images] if args.pictures else [])]
     earlier = earlier_images(args.output, RECORD)
     with writable(args.output, files, args.overwrite) as folder:
         start = time.perf_counter()
-        parts = _sample_batches(args, checkpoint, replace(latents, x_T=x_T), chain)
+        parts = _sample_batches(args, checkpoint, latents, chain)
         seconds = time.perf_counter() - start
         x_0 = torch.cat([part.x_0 for part in parts]).cpu()
         _require_finite(x_0, torch.cat([part.error for part in parts]).cpu())
         evaluations = torch.cat([part.evaluations for part in parts]).double()
         summary: dict[str, Any] = {
             "command": "sample", "model": checkpoint.name, "method": args.method, "images": len(x_0),
-            "names": latents.names, "steps": len(chain), "seed": args.seed, "device": str(device),
-            "threads": torch.get_num_threads(), "rounds": max(part.rounds for part in parts),
+            "names": latents.names, "steps": len(chain), "chain": latents.chain, "seed": args.seed,
+            "device": str(device), "threads": torch.get_num_threads(), "rounds": max(part.rounds for part in parts),
             "evaluations_per_image": evaluations.mean().item(),
             "converged": sum(int(part.converged.sum()) for part in parts), "seconds": seconds,
             "output": str(folder), "files": files,
         }  # fmt: skip
-        own = {"steps": len(chain), "spacing": spacing, "eta": float(chain.eta), "rule": recorded_rule(chain)}
-        known = header(latents.names, model=checkpoint.name, **own)
-        write_tensors(folder / "samples.safetensors", {**replace(latents, x_T=x_T).tensors(), "x_0": x_0}, known)
+        known = header(latents.names, **latents.chain)
+        write_tensors(folder / "samples.safetensors", {**latents.tensors(), "x_0": x_0}, known)
         if args.pictures:
             title = f"{checkpoint.name}: {args.method} DDIM, T = {len(chain)}"
             pictures.draw_samples(folder / "samples.png", title, {"": x_0[:SHOWN]})
@@ -124,44 +118,46 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     return summary
 
 
-def _latents(args: Namespace, checkpoint: Checkpoint, latents: Latents | None) -> Latents:
-    """The latents that the file holds which the user names, or fresh ones."""
-    if latents is None:
+def _start(args: Namespace, checkpoint: Checkpoint, found: Latents | None) -> tuple[Latents, Chain]:
+    """What the chain starts from, and the chain: latents found, pictures with noise, or fresh latents."""
+    if args.images is None and args.strength is not None and found is None:
+        raise ValueError("--strength: of pictures that noise is added to, --images, or of --latents; none came")
+    if args.images is not None and found is not None:
+        raise ValueError("--images: not taken beside --latents, which a chain starts from too")
+    if args.resize and args.images is None:
+        raise ValueError("--resize: of --images, none came")
+    if found is not None:
+        _check_latents(args, checkpoint, found)
+    asked = Asked.of(args, checkpoint, STEPS, None if found is None else found.chain)
+    if args.images is not None:
+        asked = replace(asked, strength=USUAL_STRENGTH if asked.strength is None else asked.strength)
+    chain = asked.chain(checkpoint)
+    if found is not None:
+        if found.noises is not None and found.noises.shape[1] != len(chain):
+            maps = found.noises.shape[1]
+            raise ValueError(f"--steps: {maps}, as many as the latents have noise maps, is required, got {len(chain)}")
+        latents = found.kept(args.count)
+    elif args.images is not None:
+        images, names = read_images(args.images, checkpoint.shape, args.resize, args.count)
+        noises = noise(args.seed, len(images), checkpoint, torch.device("cpu"))
+        latents = Latents(chain.add_noise(images, noises), names)
+    else:
         count = args.count or COUNT
-        return Latents(noise(args.seed, count, checkpoint, torch.device("cpu")), numbered(count))
+        x_T = noise(args.seed, count, checkpoint, torch.device("cpu")) * chain.init_noise_sigma
+        latents = Latents(x_T, numbered(count))
+    return replace(latents, chain={"model": checkpoint.name, **asked.record(checkpoint)}), chain
+
+
+def _check_latents(args: Namespace, checkpoint: Checkpoint, latents: Latents) -> None:
+    """Raises for latents that the model or the rule has no use for; warns of another chain than theirs."""
     if tuple(latents.x_T.shape[1:]) != checkpoint.shape:
         got = tuple(latents.x_T.shape[1:])
         whose = f": they are of --model {latents.chain['model']}" if "model" in latents.chain else ""
         wanted = f"of {checkpoint.name}, {checkpoint.shape}, are required"
         raise ValueError(f"--latents {args.latents}: {wanted}, got {got}{whose}")
-    asked = {
-        "model": checkpoint.name, "steps": args.steps, "spacing": args.spacing, "eta": args.eta,
-        "rule": args.rule,
-    }  # fmt: skip
-    for name, given in asked.items():
-        theirs = latents.chain.get(name, "ddim" if name == "rule" and "steps" in latents.chain else None)
-        if theirs is not None and given not in (None, theirs):
-            say(f"deq-ddim: warning: the latents are of {name} {theirs}: with {given} they make other images")
-    T = args.steps if args.steps is not None else latents.chain.get("steps", STEPS)
-    if latents.noises is not None and latents.noises.shape[1] != T:
-        maps = latents.noises.shape[1]
-        raise ValueError(f"--steps: {maps}, as many as the latents have noise maps, is required, got {T}")
+    warn_of_another(args, checkpoint, latents.chain)
     if latents.second is not None and args.rule not in (None, "belm"):
         raise ValueError(f"--rule: belm, whose pairs of states these latents are, is required, got {args.rule}")
-    return latents.kept(args.count)
-
-
-def spacing_of(checkpoint: Checkpoint, asked: str | None) -> str | None:
-    """Return the spacing asked for, else the usual: "quadratic", and None, the scheduler's, of a model of diffusers.
-
-    Quadratic time steps are denser next to the image, where inversion is hard, and sample no worse.
-    """
-    return asked or (None if isinstance(checkpoint.model, DiffusersModel) else USUAL_SPACING)
-
-
-def recorded_rule(chain: Chain) -> str | None:
-    """Return the rule of a chain as files have it: None is "ddim"."""
-    return None if chain.rule == "ddim" else chain.rule
 
 
 def _require_finite(x_0: Tensor, error: Tensor) -> None:
@@ -177,7 +173,7 @@ def _sample_batches(args: Namespace, checkpoint: Checkpoint, latents: Latents, c
     parts: list[Sample] = []
     for at in range(0, len(latents.x_T), args.batch):
         own = slice(at, at + args.batch)
-        part = latents.x_T[own]
+        part = latents.x_T[own].to(device_of(args.device))
         second, noises = (None if x is None else x[own].to(part.device) for x in (latents.second, latents.noises))
         latent = part if second is None else (part, second)
         out = sample(

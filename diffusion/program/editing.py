@@ -40,6 +40,9 @@ def run_edit(args: Namespace) -> dict[str, Any]:
     if not bool((latents.x_T.flatten(1).norm(dim=1) > 0).all()):
         raise ValueError(f"--latents {args.latents}: a latent of length 0 has no direction to turn")
     operation = "between" if args.between else "vary"
+    if args.vary and latents.chain.get("strength", 1.0) < 1:
+        raise ValueError(f"--vary: of latents that are noise alone, these still show their picture (strength "
+                         f"{latents.chain['strength']:g}); sample --images with another --seed varies it")  # fmt: skip
     count = args.count or COUNT[operation]
     if args.between:
         first, last = (_find(latents, word) for word in args.between)

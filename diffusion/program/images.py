@@ -1,18 +1,48 @@
-"""Images as PNG files of their own size, one each, under their names."""
+"""Pictures that a command is given, and images as PNG files of their own size, one each, under their names."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.files import read_json, replacing
+from ..training.data import picture_files, read_picture
+from .latents import names_of
 
 IMAGES = "images"  # folder within that of a command
 LONGEST = 60  # letters of a file's name: 255 bytes are what most systems allow
+
+
+def read_images(
+    paths: Sequence[str], shape: tuple[int, int, int], resize: bool, count: int | None
+) -> tuple[Tensor, list[str]]:
+    """Return pictures, those of a folder in the order of their names, `count` at most: (n, C, H, W) in [−1, 1]; names.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
+    """
+    size, images, files = (shape[2], shape[1]), [], []
+    for place in map(Path, paths):
+        if not os.path.exists(place):
+            raise FileNotFoundError(f"--images {place}: no such file or folder")
+        if not place.is_file() and not place.is_dir():
+            raise ValueError(f"--images {place}: a picture or a folder is required")
+        files += [place] if place.is_file() else picture_files(place)
+    files = files[:count]
+    for file in files:
+        image, found = read_picture(file, shape)
+        if found != size and not resize:
+            raise ValueError(
+                f"{file}: {size[0]}x{size[1]} pixels are required, got {found[0]}x{found[1]}; --resize cuts and scales"
+            )
+        images.append(image)
+    return torch.stack(images), names_of(files)
 
 
 def image_files(names: Sequence[str]) -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,17 @@ from ..invert import NAMED, Inversion, invert
 from ..models.checkpoint import Checkpoint
 from ..models.files import fingerprint, write_json
 from ..sample import sample
-from ..training.data import picture_files, read_picture
 from . import pictures
-from .commands import load, options_of, recorded_rule, spacing_of, splitting_of
-from .images import earlier_images, image_files, remove_images, write_images
-from .latents import names_of, numbered
+from .chains import Asked
+from .commands import load, options_of, splitting_of
+from .images import earlier_images, image_files, read_images, remove_images, write_images
+from .latents import numbered
 from .machine import device_of
 from .output import counted, finite, say, writable
 from .record import SETTINGS, TENSORS, Record, under_way
 
 SHOWN = 16  # images in the picture of the reconstructions, at most
+STEPS = 50  # T, where it is not given
 COUNT = 8  # of the checkpoint's images, where no number is given
 LONGEST_NAME = 12  # letters of a name above an image
 OPTIONS = {
@@ -43,39 +43,14 @@ READ = {"belm": ("exact", "ddim"), "dpmsolver++2m": ("naive",)}  # the methods t
 GRADIENTS: dict[str, Phantom | Implicit] = {"phantom": Phantom(1, 0.1), "implicit": Implicit()}
 
 
-def read_images(
-    paths: Sequence[str], shape: tuple[int, int, int], resize: bool, count: int | None
-) -> tuple[Tensor, list[str]]:
-    """Return pictures, those of a folder in the order of their names, `count` at most: (n, C, H, W) in [−1, 1]; names.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, no picture, or one of another size unless `resize` is set.
-    """
-    size, images, files = (shape[2], shape[1]), [], []
-    for place in map(Path, paths):
-        if not os.path.exists(place):
-            raise FileNotFoundError(f"--images {place}: no such file or folder")
-        if not place.is_file() and not place.is_dir():
-            raise ValueError(f"--images {place}: a picture or a folder is required")
-        files += [place] if place.is_file() else picture_files(place)
-    files = files[:count]
-    for file in files:
-        image, found = read_picture(file, shape)
-        if found != size and not resize:
-            raise ValueError(
-                f"{file}: {size[0]}x{size[1]} pixels are required, got {found[0]}x{found[1]}; --resize cuts and scales"
-            )
-        images.append(image)
-    return torch.stack(images), names_of(files)
-
-
 def run_invert(args: Namespace) -> dict[str, Any]:
     """Find the latents of images, from where an earlier run stopped; return the summary."""
     _check_used(args)
     device = device_of(args.device)
     checkpoint = load(args.model, device)
-    spacing, eta = spacing_of(checkpoint, args.spacing), (args.eta or 1.0) if args.method == "ddpm" else 0.0
-    chain = checkpoint.schedule.chain(args.steps, spacing, eta, args.rule)
+    eta = (args.eta or 1.0) if args.method == "ddpm" else 0.0
+    asked = replace(Asked.of(args, checkpoint, STEPS), eta=eta)
+    chain = asked.chain(checkpoint)
     images, names = _images(args, checkpoint)
     if args.pictures:
         pictures.require_matplotlib()
@@ -83,7 +58,7 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     own = args.restart or under_way(Path(args.output))
     earlier = earlier_images(args.output, SETTINGS)
     with writable(args.output, [TENSORS, SETTINGS, *drawn], own, "--restart replaces it") as folder:
-        settings = _settings(args, checkpoint, images, device, chain)
+        settings = _settings(args, checkpoint, images, device, asked)
         record = Record.open(folder, settings, images, args.restart, names)
         if len(record) == len(images):
             say(f"deq-ddim: already done, nothing to compute: {folder} holds {counted(len(images), 'latent')}")
@@ -125,7 +100,7 @@ def _progress(record: Record, images: Tensor) -> str:
 
 
 def _settings(
-    args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device, chain: Chain
+    args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device, asked: Asked
 ) -> dict[str, Any]:
     """Return all that the result depends on."""
     method = inverter_of(args.method, args.epochs, args.lr, GRADIENTS[args.gradient])
@@ -133,8 +108,8 @@ def _settings(
     return {
         "model": checkpoint.name, "weights": fingerprint(checkpoint.model.state_dict().values()), "images": len(images),
         "pixels": fingerprint([images]),
-        "method": args.method, "steps": args.steps, "eta": float(chain.eta), "rule": recorded_rule(chain),
-        "spacing": spacing_of(checkpoint, args.spacing) or getattr(checkpoint.schedule, "spacing", None),
+        "method": args.method, **asked.record(checkpoint),
+        "taken": None if asked.strength is None else len(asked.chain(checkpoint)),
         "splitting": splitting_of(checkpoint, args.splitting), "batch": args.batch, "device": device.type,
         "error": args.error, "max_rounds": args.max_rounds,
         "epochs": None if descent is None else descent.epochs, "lr": None if descent is None else descent.rate,

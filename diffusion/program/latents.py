@@ -16,7 +16,10 @@ from ..models.files import parse_json, read_tensors, write_tensors
 LATENTS = "latents.safetensors"
 FOUND_IN = (LATENTS, "inversion.safetensors", "samples.safetensors")
 PREFIXES = ("", "done.")  # of a tensor's name, in the file of latents or of an inversion
-CHAIN = {"model": str, "steps": int, "spacing": str, "eta": float, "rule": str}
+CHAIN = {
+    "model": str, "steps": int, "spacing": str, "eta": float, "rule": str, "timesteps": list, "sigmas": list,
+    "strength": float,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +29,8 @@ class Latents:
     Attributes:
         x_T: (n, C, H, W).
         names: of the n images that they belong to.
-        chain: model, steps, spacing, eta and rule of the chain that makes these images of them; what is unknown, and a
-            rule of "ddim", is missing.
+        chain: model, steps, spacing, eta and rule of the chain that makes these images of them, timesteps or sigmas of
+            one's own, strength; what is unknown, or as usual, is missing.
         second: (n, C, H, W), the second state of a chain of rule "belm", or None.
         noises: (n, T, C, H, W), the noise maps that its steps add, or None.
     """

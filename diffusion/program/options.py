@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .parser import Completion, Parser, Version, positive, share, share_or_all, whole
+from .parser import Completion, Parser, Version, numbers, positive, share, share_or_all, whole
 
 RULES = ("ddim", "dpmsolver++2m", "belm")
 DESCRIPTION = """\
@@ -73,6 +73,10 @@ def _add_chain(add: Callable[..., Any], model: str | None, usual: str, **steps: 
     add("--steps", type=int, **steps)
     add("--spacing", metavar="NAME", help="of the time steps: linspace, leading, trailing or quadratic "
         "(default: that of the latents, the scheduler's in a folder of diffusers, else quadratic)")  # fmt: skip
+    add("--timesteps", type=numbers, metavar="T,T,…", help="time steps of your own, falling, such as 999,600,300,100,0 "
+        "instead of --steps and --spacing (default: those of the latents)")  # fmt: skip
+    add("--sigmas", type=numbers, metavar="S,S,…", help="noise before each step, falling, of a flow or another model "
+        "without a table of time steps (default: those of the latents)")  # fmt: skip
     add("--rule", choices=RULES, metavar="NAME", help="how the chain steps: ddim, dpmsolver++2m, or belm, which is "
         "inverted exactly (default: that of the latents, the scheduler's, else ddim)")  # fmt: skip
     add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
@@ -100,7 +104,12 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     whose = ": that of the latents, else digits"
     _add_chain(add, None, whose, help="T, the length of the chain (default: that of the latents, else 100)")
-    add("--count", type=whole(1), help="images (default: all latents of a file, else 16)")
+    add("--strength", type=share_or_all, metavar="SHARE", help="the last steps alone, this share of them, from "
+        "pictures with noise, --images (default: that of the latents, 0.8 of pictures, else 1)")  # fmt: skip
+    add("--images", nargs="+", metavar="PATH", help="pictures and folders of pictures that noise is added to, and "
+        "the last steps start from (default: none)")  # fmt: skip
+    add("--resize", action="store_true", help="cut and scale pictures of another size")
+    add("--count", type=whole(1), help="images, at most (default: all latents or pictures that are named, else 16)")
     add("--latents", metavar="PATH", help="what invert, edit or sample wrote: its folder or its .safetensors file "
         "(default: fresh latents, from the seed)")  # fmt: skip
     add("--method", default="parallel", metavar="NAME",
@@ -120,7 +129,9 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
 
 def _add_invert(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_chain(add, "digits", " digits", default=50, help="T, the length of the chain (default 50)")
+    _add_chain(add, "digits", " digits", help="T, the length of the chain (default 50)")
+    add("--strength", type=share_or_all, metavar="SHARE", help="the last steps alone, this share of them: latents are "
+        "states in which the picture still shows (default 1)")  # fmt: skip
     add("--images", nargs="+", metavar="PATH",
         help="pictures and folders of pictures (default: test images of the model)")  # fmt: skip
     add("--count", type=whole(1), help="images, at most (default: all that --images names, 8 of the model's)")
@@ -158,9 +169,9 @@ def _add_data(add: Callable[..., Any], holding: str, more: str = "") -> None:
 
 def _add_fit(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_data(add, "PNG or JPEG files", "digit-classes (the digits by class), ")
+    _add_data(add, "PNG or JPEG files", "digit-classes, fashion-classes (by class), ")
     add("--steps", type=whole(1), help="optimiser steps (default: digits and folders 20000, fashion 9000, "
-        "digit-classes 8000, emoji 12000)")  # fmt: skip
+        "digit-classes 8000, fashion-classes 6000, emoji 12000)")  # fmt: skip
     add("--lr", type=positive, help="largest learning rate (default 0.0015)")
     add("--batch", type=whole(1), help="images per step (default 64, emoji 32)")
     add("--save-every", type=whole(1), help="steps between two saves (default 1000)")

@@ -124,3 +124,16 @@ def share_or_all(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"a number above 0, to 1, is required, got {text}")
     return value
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers that a text lists, with commas between them; integers where all are."""
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        pass
+    try:
+        return [float(part) for part in parts]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers with commas between them are required, got {text!r:.60}") from None

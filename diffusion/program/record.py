@@ -230,7 +230,7 @@ def _required(stored: Mapping[str, Stored], images: Tensor, settings: Mapping[st
         "history": Stored(torch.float64, (n, long)),
     }  # fmt: skip
     if settings.get("method") == "ddpm":
-        done["noises"] = Stored(torch.float64, (n, settings["steps"], *images.shape[1:]))
+        done["noises"] = Stored(torch.float64, (n, settings.get("taken") or settings["steps"], *images.shape[1:]))
     if settings.get("rule") == "belm":
         done["second"] = Stored(torch.float64, (n, *images.shape[1:]))
     required = {f"done.{name}": part for name, part in done.items()}

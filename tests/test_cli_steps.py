@@ -157,3 +157,12 @@ def test_a_flow_of_diffusers_is_sampled_at_the_noise_asked_for_and_again_from_it
     assert torch.equal(images_of(first), images_of(again))
     code, _, err = run(*argv, "--timesteps", "a", "--sigmas", "1", "-o", tmp_path / "x", capsys=capsys)
     assert (code, len(err)) == (2, 1)
+
+
+@pytest.mark.parametrize("argv", [["sample", "--count", 10**15], ["sample", "--count", 2**62]])
+def test_a_count_that_no_memory_holds_is_one_line_that_says_what_helps(argv, tmp_path, capsys):
+    code, _, err = run(*argv, "--steps", 2, "--no-pictures", "-o", tmp_path / "out", capsys=capsys)
+    assert (code, len(err)) == (1, 1)
+    assert err[0] == (
+        "deq-ddim: error: the memory is full: fewer images (--count), or fewer at a time (--batch), need less"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from .options import build_parser
 from .parser import MISUSED, OK, parse
 
 FAILED, INTERRUPTED = 1, 130
+MEMORY = (
+    r"(can't|cannot|unable to) allocate memory|Storage size calculation overflowed|out of memory"  # as torch has it
+)
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)  # of what the user gave
 FAILURES = (OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)
 
@@ -93,5 +97,7 @@ def _line(error: BaseException) -> str:
     """Return what an error says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or re.search(MEMORY, str(error)):
+        return "the memory is full: fewer images (--count), or fewer at a time (--batch), need less"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -133,7 +133,7 @@ def test_the_doctor_says_what_is_installed_and_writes_nothing(tmp_path, capsys, 
     assert (code, err, list(tmp_path.iterdir())) == (0, [], [])
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["native"] is pydeqsolve.build_info()["native"]
-    assert facts["checkpoints"] == ["digit-classes", "digits", "emoji", "fashion"]
+    assert facts["checkpoints"] == ["digit-classes", "digits", "emoji", "fashion", "fashion-classes"]
     assert "native module" in run("doctor", capsys=capsys)[1]
 
 

@@ -81,7 +81,8 @@ def test_a_wheel_without_the_native_module_is_for_every_platform_and_has_what_it
     modules = {f"{p.relative_to(ROOT)}" for part in ("pydeqsolve", "diffusion") for p in (ROOT / part).rglob("*.py")}
     needed = {
         "pydeqsolve/py.typed", "diffusion/py.typed", "diffusion/program/reproduction/page.html",
-        *(f"diffusion/checkpoints/{model}/{file}" for model in ("digits", "fashion", "digit-classes", "emoji")
+        *(f"diffusion/checkpoints/{model}/{file}"
+          for model in ("digits", "fashion", "digit-classes", "fashion-classes", "emoji")
           for file in ("config.json", "model.safetensors", "images.safetensors")),
         *(f"diffusion/checkpoints/{model}/features.safetensors" for model in ("digits", "fashion")),
     }  # fmt: skip

@@ -25,7 +25,7 @@ from .output import counted, finite, say, writable
 CLASSIFIER_STEPS = {"digits": 600, "fashion": 1200}  # where it is not 1000
 FILES = (WEIGHTS, CONFIG, IMAGES, FEATURES_FILE)
 SAMPLED_STEPS, SAMPLED_BATCH = 50, 64  # of the images whose distance is measured
-FEATURES_OF = {"digit-classes": "digits"}  # the shipped data of the same images
+FEATURES_OF = {"digit-classes": "digits", "fashion-classes": "fashion"}  # the shipped data of the same images
 NAMED: dict[str, Callable[[], Dataset]] = {"digits": digits, "fashion": fashion, "emoji": emoji}
 
 

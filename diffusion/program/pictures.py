@@ -145,17 +145,18 @@ def draw_rows(
         title, caption: lines above and below.
         rows: images (n, C, h, w) in [−1, 1], by label; a label may have several lines.
         below: for some rows, by label, a text under each image.
-        above: text over each column.
+        above: text over each column, of several lines if need be.
         framed: draw a line around each image, which may be white.
     """
     below = below or {}
     count, *shape = next(iter(rows.values())).shape
     scale = scale_of(shape)
-    texts = [*above, *(text for row in below.values() for text in row)]
+    texts = [*(line for text in above for line in text.split("\n")), *(text for row in below.values() for text in row)]
     pitch = max([shape[2] * scale, *(text_width(text, **SMALL) for text in texts)]) + GAP
     left = MARGIN + max(text_width(line) for label in rows for line in label.split("\n")) + 2 * GAP
     heights = [shape[1] * scale + (TEXT if label in below else 0) + GAP for label in rows]
-    y = MARGIN + TITLE + (TEXT if above else 0)
+    over = TEXT * max((text.count("\n") + 1 for text in above), default=0)
+    y = MARGIN + TITLE + over
     width = max(left + count * pitch - GAP, *(MARGIN + w for w in (text_width(caption), text_width(title, **HEADING))))
     sheet = Sheet(width + MARGIN, y + sum(heights) - GAP + (TEXT + GAP if caption else 0) + MARGIN)
     sheet.text(MARGIN, MARGIN + TEXT / 2, title, **HEADING)
@@ -163,7 +164,7 @@ def draw_rows(
     corners = [left + i * pitch + (pitch - GAP - shape[2] * scale) // 2 for i in range(count)]
     middles = [x + shape[2] * scale / 2 for x in corners]
     for middle, text in zip(middles, above, strict=False):
-        sheet.text(middle, y - TEXT / 2, text, **SMALL)
+        sheet.text(middle, y - over / 2, text, **SMALL)
     for (label, images), height in zip(rows.items(), heights, strict=True):
         sheet.text(MARGIN, y + shape[1] * scale / 2, label)
         for x, image in zip(corners, images, strict=True):

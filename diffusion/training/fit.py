@@ -221,6 +221,15 @@ def fit_digit_classes(folder: str | Path, *, steps: int = 8_000, seed: int = 0, 
     return _fit_dataset(digits(), folder, network, steps=steps, seed=seed, **options)
 
 
+def fit_fashion_classes(folder: str | Path, *, steps: int = 6_000, seed: int = 0, **options: Any) -> Checkpoint:
+    """Return the checkpoint of Fashion-MNIST conditional on the class; about 13 minutes of one core.
+
+    Of the covariance of its images, 2.2 MB of `fit_fashion`, 32 eigenvectors are kept. `options` go to `fit`.
+    """
+    network = {"channels": 32, "multipliers": (1, 2, 4), "blocks": (1, 1, 1), "unshuffle": 2, "classes": 10}
+    return _fit_dataset(fashion(), folder, network, steps=steps, seed=seed, **{"eigenvectors": 32, **options})
+
+
 def fit_emoji(folder: str | Path, *, steps: int = 12_000, seed: int = 0, **options: Any) -> Checkpoint:
     """Return the checkpoint of emoji in colour, 3×32×32; about a quarter of an hour on one core.
 
@@ -232,7 +241,8 @@ def fit_emoji(folder: str | Path, *, steps: int = 12_000, seed: int = 0, **optio
 
 
 recipes: dict[str, Callable[..., Checkpoint]] = {
-    "digits": fit_digits, "fashion": fit_fashion, "digit-classes": fit_digit_classes, "emoji": fit_emoji,
+    "digits": fit_digits, "fashion": fit_fashion, "digit-classes": fit_digit_classes,
+    "fashion-classes": fit_fashion_classes, "emoji": fit_emoji,
 }  # fmt: skip
 
 

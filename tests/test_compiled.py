@@ -1,12 +1,14 @@
 """Implicit gradients inside a graph of torch.compile: against unrolled iteration, and against the eager ones."""
 
 import warnings
+from unittest import mock
 
 import problems
 import pytest
 import torch
 
 from pydeqsolve import DEQ, GMRES, Anderson, ConvergenceError, Implicit, Picard, Status, Stop, solution, solve
+from pydeqsolve.derivative import compiled
 from pydeqsolve.derivative.adjoint import AdjointSolve, Recorder
 from pydeqsolve.derivative.looped import Bounds, solved
 
@@ -105,6 +107,21 @@ def test_a_compiled_adjoint_that_fails_raises_where_that_is_asked_for():
     z = torch.compile(run, fullgraph=True, backend="eager")(x)
     with pytest.raises(ConvergenceError, match="2 of 2 STALLED"):
         gradients(z, [x])
+
+
+def test_the_graph_breaks_where_it_may_for_the_eager_solve_is_quicker():
+    def outer(x):
+        inner = lambda z, x: solve(lambda y, z, x: 0.3 * y + 0.3 * z + x, torch.zeros_like(z), (z, x)).z  # noqa: E731
+        return solve(inner, torch.zeros_like(x), (x,), stop=Stop(1e-9)).z
+
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    torch._dynamo.reset()
+    run = lambda x: solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,)).z.sum()  # noqa: E731
+    with mock.patch.object(compiled, "_with_implicit", side_effect=AssertionError):
+        (slope,) = torch.autograd.grad(torch.compile(run, backend="eager")(x), x)
+        (nested,) = torch.autograd.grad(torch.compile(outer, backend="eager")(x).sum(), x)
+    torch.testing.assert_close(slope, torch.full_like(x, 2.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(nested, torch.full_like(x, 2.5), rtol=1e-4, atol=1e-4)
 
 
 def test_another_adjoint_solver_breaks_the_graph_and_is_right():

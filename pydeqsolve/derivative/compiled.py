@@ -28,11 +28,26 @@ RECENT = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def is_compilable(gradient: Gradient | None) -> bool:
-    """Whether a derivative stays in a graph: that of `Phantom`, and in training that of `Implicit` by GMRES."""
+    """Whether a derivative stays in a graph: that of `Phantom`, and in training that of `Implicit` by GMRES.
+
+    The latter where one graph is asked for alone: the eager solve, for which the graph breaks else, takes less time.
+    """
     if gradient is None or isinstance(gradient, Phantom) or not torch.is_grad_enabled():
         return True
     by_gmres = isinstance(gradient, Implicit) and type(gradient.solver) is GMRES
-    return by_gmres and RECENT and not torch.compiler.is_exporting()
+    return by_gmres and RECENT and not torch.compiler.is_exporting() and _must_be_whole()
+
+
+def _must_be_whole() -> bool:
+    """Whether the compiler that is at work refuses to break its graph (fullgraph=True)."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    at_work: Any = InstructionTranslator.current_tx()
+    return bool(at_work.one_graph or at_work.error_on_graph_break)
+
+
+# As `torch.compiler.assume_constant_result`, which imports the compiler, would: the function is called, not traced.
+_must_be_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attach_in_graph(how: Gradient | None, problem: Problem, outcome: Outcome) -> tuple[Tensor, Recorder]:

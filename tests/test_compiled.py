@@ -1,5 +1,7 @@
 """Implicit gradients inside a graph of torch.compile: against unrolled iteration, and against the eager ones."""
 
+import sys
+import types
 import warnings
 from unittest import mock
 
@@ -7,7 +9,19 @@ import problems
 import pytest
 import torch
 
-from pydeqsolve import DEQ, GMRES, Anderson, ConvergenceError, Implicit, Picard, Status, Stop, solution, solve
+from pydeqsolve import (
+    DEQ,
+    GMRES,
+    Anderson,
+    ConvergenceError,
+    Implicit,
+    Picard,
+    Status,
+    Stop,
+    derivative,
+    solution,
+    solve,
+)
 from pydeqsolve.derivative import compiled
 from pydeqsolve.derivative.adjoint import AdjointSolve, Recorder
 from pydeqsolve.derivative.looped import Bounds, solved
@@ -233,3 +247,55 @@ def test_only_the_last_outcomes_of_compiled_backward_passes_are_kept():
         solution.note_numbered(number, number)
     assert solution.Recorder(ticket=numbers[0]).found is None
     assert solution.Recorder(ticket=numbers[-1]).found is numbers[-1]
+
+
+def test_samples_that_have_all_failed_give_a_gradient_of_zero_in_a_graph_too():
+    x = torch.full((2, 3), torch.nan, dtype=torch.float64, requires_grad=True)
+    W = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    run = lambda x: solve(lambda z, x: (z @ W + x).sin(), torch.zeros_like(x), (x,), solver=Picard()).z  # noqa: E731
+    torch._dynamo.reset()
+    slopes = gradients(torch.compile(run, fullgraph=True, backend="eager")(x).nan_to_num(), [x, W])
+    assert [float(slope.abs().max()) for slope in slopes] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_what_fn_closes_over_may_not_change_before_a_compiled_backward_pass(backend):
+    w = torch.full((3,), 0.5, requires_grad=True)
+
+    def run(x):
+        factor = w * 1.0
+        z = solve(lambda z, x: factor * z + x, torch.zeros_like(x), (x,), solver=Picard()).z
+        factor.mul_(0.1)
+        return z
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(torch.compile(run, fullgraph=True, backend=backend)(torch.ones(2, 3)), [w])
+
+
+def test_second_derivatives_of_a_compiled_solve_are_refused():
+    x = torch.ones(2, 3, requires_grad=True)
+    run = lambda x: solve(lambda z, x: 0.5 * z.sin() + x, torch.zeros_like(x), (x,), solver=Picard()).z  # noqa: E731
+    torch._dynamo.reset()
+    z = torch.compile(run, fullgraph=True, backend="eager")(x)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(z.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "hidden", ["torch._dynamo.symbolic_convert", "torch._higher_order_ops", "torch._higher_order_ops.while_loop"]
+)
+def test_a_torch_without_what_the_compiled_adjoint_is_made_of_has_the_graph_broken(hidden, monkeypatch):
+    at_work = types.SimpleNamespace(one_graph=True, error_on_graph_break=False)
+    monkeypatch.setattr(torch._dynamo.symbolic_convert.InstructionTranslator, "current_tx", lambda: at_work)
+    assert compiled._must_be_whole()
+    for name in ("graph", "looped", "numbered"):
+        monkeypatch.delitem(sys.modules, f"pydeqsolve.derivative.{name}", raising=False)
+        monkeypatch.delattr(derivative, name, raising=False)
+    monkeypatch.setitem(sys.modules, hidden, None)
+    assert not compiled._must_be_whole()
+
+
+def test_a_compiler_that_does_not_say_whether_its_graph_may_break_breaks_it(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.symbolic_convert.InstructionTranslator, "current_tx", object)
+    assert not compiled._must_be_whole()

@@ -20,7 +20,6 @@ from .adjoint import FINEST, LOOSEST
 from .gmres import GMRES
 from .gradient import Gradient, Implicit, Phantom, stepped
 from .linearise import evaluate
-from .numbered import drawn
 
 # Whether torch's graphs are known to take `Implicit`; a number, for a function would have to be told to the compiler,
 # which imports it, and that takes as long as importing torch.
@@ -39,11 +38,19 @@ def is_compilable(gradient: Gradient | None) -> bool:
 
 
 def _must_be_whole() -> bool:
-    """Whether the compiler that is at work refuses to break its graph (fullgraph=True)."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    """Whether the compiler that is at work refuses to break its graph (fullgraph=True).
 
-    at_work: Any = InstructionTranslator.current_tx()
-    return bool(at_work.one_graph or at_work.error_on_graph_break)
+    Not where torch lacks what `graph` is made of, none of which it promises to keep.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        from . import graph  # noqa: F401
+
+        at_work: Any = InstructionTranslator.current_tx()
+        return bool(at_work.one_graph or at_work.error_on_graph_break)
+    except (ImportError, AttributeError):
+        return False
 
 
 # As `torch.compiler.assume_constant_result`, which imports the compiler, would: the function is called, not traced.
@@ -80,6 +87,7 @@ def _moved(how: Phantom, problem: Problem, z: Tensor, good: Tensor) -> Tensor:
 
 def _with_implicit(how: Implicit, problem: Problem, z: Tensor, good: Tensor, stop: Stop) -> tuple[Tensor, Recorder]:
     from .graph import implicit
+    from .numbered import drawn
 
     own = how.stop if how.stop is not None else stop
     rtol, atol = tolerance(own.rtol, z), tolerance(own.atol if how.stop is not None else 0.0, z)

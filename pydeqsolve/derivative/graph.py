@@ -22,6 +22,8 @@ from .gmres import GMRES
 from .looped import Bounds, solved
 from .numbered import told
 
+# Of the dispatch keys of this thread; asked for here, so that a torch without them is seen at the import.
+LOCAL = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
 MARKED = 3  # inputs that the function returns after its value: z, the bounds of `attach_in_graph`, the ticket
 
 
@@ -97,8 +99,9 @@ class _Pulled:
                     found = torch.autograd.grad(f, leaves, u, allow_unused=True)
             return [torch.zeros_like(x) if y is None else y for x, y in zip(leaves, found, strict=True)]
 
-        keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        whole = materialize_as_graph(pull, (*given, given[z].detach()), *keys, force_enable_grad=True)
+        included, excluded = (local() for local in LOCAL)
+        at_u = (*given, given[z].detach())
+        whole = materialize_as_graph(pull, at_u, included, excluded, force_enable_grad=True)
         before, after = _split(whole)
         return _Pulled(before, after, wanted, _coarsest(before, given[z].dtype))
 
@@ -148,16 +151,21 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pulled: _Pulled, marked: list[int], settings: dict[str, Any], *given: Any) -> Tensor:
-        ctx.pulled, ctx.marked, ctx.settings, ctx.given = pulled, marked, settings, given
+        ctx.pulled, ctx.marked, ctx.settings = pulled, marked, settings
+        ctx.sizes = [None if isinstance(x, Tensor) else x for x in given]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in given))  # changed since then: an error
         return given[marked[0]].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("second derivatives of a compiled solve with Implicit are not supported")
         pulled, settings, g = ctx.pulled, ctx.settings, grads[0]
-        _, columns, ticket = (ctx.given[i] for i in ctx.marked)
+        given = [size if x is None else x for size, x in zip(ctx.sizes, ctx.saved_tensors, strict=True)]
+        _, columns, ticket = (given[i] for i in ctx.marked)
         good, rtol, atol, budget = columns.unbind(1)
         good = good != 0
-        saved = [x.resolve_conj().resolve_neg() if isinstance(x, Tensor) else x for x in pulled.before(*ctx.given)]
+        saved = [x.resolve_conj().resolve_neg() if isinstance(x, Tensor) else x for x in pulled.before(*given)]
 
         def product(u: Tensor, saved: Sequence[Any]) -> Tensor:
             return pulled.after(*saved, u)[0]
@@ -168,6 +176,7 @@ class _Attached(torch.autograd.Function):
         bounds = Bounds(rtol, atol, budget[0].long())
         u, outcome = solved(how, product, saved, g, good, bounds, pulled.is_plain)
         u = told(u, good, outcome, ticket, settings["restart"], settings["on_failure"])
-        found = pulled.after(*saved, u)[1:]
+        # Where no sample is good, one that is not stands in for all.
+        found = [torch.where(good.any(), x, 0.0) for x in pulled.after(*saved, u)[1:]]
         by_place = dict(zip(pulled.wanted, found, strict=True))
-        return None, None, None, *(by_place.get(i) for i in range(len(ctx.given)))
+        return None, None, None, *(by_place.get(i) for i in range(len(given)))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop_op
 
 from ..solution import Adjoint, Status
 from .adjoint import AdjointSolve
@@ -188,8 +189,6 @@ def _least_squares(H: Tensor, beta: Tensor, eps: float) -> Tensor:
 def _loop(
     going: Callable[..., Tensor], body: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...], fixed: Saved
 ) -> tuple[Tensor, ...]:
-    from torch._higher_order_ops.while_loop import while_loop_op
-
     def apart(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:  # in memory of their own, of the same strides always
         return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
 

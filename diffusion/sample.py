@@ -99,8 +99,9 @@ def sample(
             the model once, so that what it does depends on the machine.
         prediction: "epsilon", "v", "sample" or "flow" (ε − x_0).
         error: the relative error of x_0 against sequential sampling that is asked for, a number or (B,), each image's
-            own. None is 1e-3, or five times the machine epsilon of the network where that is more: no parallel
-            sampling of a network in that precision is better, and what is asked for beyond ends STALLED there.
+            own. None is 1e-3, or ten times the machine epsilon of the network where that is more. What the network's
+            rounding leaves, at least five times its machine epsilon, no parallel sampling betters: an image of which
+            less was asked ends STALLED there, by default too.
         splitting: the linear part of ε that is solved exactly: "v", "epsilon", κ (T,) or (T, D), or a `Splitting`:
             `checkpoint.splitting(chain, basis)`, or `Splitting.fitted` of images, per pixel, frequency or covariance.
         inputs: per-image conditioning (B, …), gathered for the rows that are evaluated.

@@ -308,6 +308,18 @@ def test_rounding_that_a_chain_amplifies_is_part_of_the_error():
 
 
 @torch.no_grad()
+def test_where_rounding_leaves_more_than_the_default_allows_no_image_has_converged():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(8, 8, generator=generator) / 8**0.5
+    x = torch.randn(6, 8, generator=generator)
+    got = sample(lambda x, t: torch.sin(10 * x @ mixing), x, SCHEDULE.chain(20))  # float32
+    above = got.error > 1e-3
+    assert 0 < above.sum() < 6
+    assert torch.equal(got.converged, ~above)
+    assert (got.solution.status[above] == int(Status.STALLED)).all()
+
+
+@torch.no_grad()
 def test_autocast_lowers_what_is_asked_for_by_default():
     checkpoint = load_checkpoint("digits")
     chain, x = checkpoint.schedule.chain(30), latents(2, *checkpoint.shape).float()

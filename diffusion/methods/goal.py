@@ -15,7 +15,7 @@ from pydeqsolve import ConvergenceError, Solution, Status
 from ..arguments import Silent
 from ..problem import ChainProblem, Found
 
-ERROR = 1e-3  # asked for by default
+ERROR, ENOUGH = 1e-3, 10.0  # asked for by default: ERROR, or ENOUGH machine epsilons where that is more
 FLOOR = 5.0  # a network that computes with machine epsilon u is asked for no less than FLOOR·u
 ROUNDING = 2.0  # nor for less than so many times what rounding is estimated to leave in x_0
 # An estimate within so many floors that no longer falls has come to the network's rounding; within the second where
@@ -36,6 +36,7 @@ class Goal:
 
     Attributes:
         asked: (B,) float64, the relative error of x_0 asked for.
+        enough: (B,) what has converged: `asked`, and ENOUGH machine epsilons where nothing was asked for.
         floor: (B,) the least that the network's precision allows: FLOOR roundings, or what they grow to over the chain.
         near: (B,) an estimate of no more than this that no longer falls has come to the network's rounding: the most
             that rounding is seen to leave, from NEAR_FLOOR floors to NEAR_MOST.
@@ -43,13 +44,13 @@ class Goal:
     """
 
     asked: Tensor
+    enough: Tensor
     floor: Tensor
     near: Tensor
     precision: float  # machine epsilon of the network
     max_rounds: int | None
     problem: ChainProblem
     before: int  # calls of the network when the call of `sample` began
-    loose: bool  # nothing was asked for: what precision allows will do
     unseen: Tensor  # (B,) the error that rounding leaves under a steep network, as measured last
 
     @staticmethod
@@ -69,9 +70,9 @@ class Goal:
         asked = asked.detach().double().expand(B)
         if bool((~(asked > 0) | asked.isinf()).any()):
             raise ValueError(f"error: positive and finite is required, got {error}")
-        floor = torch.full_like(asked, FLOOR * unit)
-        return Goal(asked, floor, NEAR_FLOOR * floor, unit, max_rounds, problem, network.calls, error is None,
-                    torch.zeros_like(asked))  # fmt: skip
+        enough = asked.clamp_min(ENOUGH * unit) if error is None else asked
+        floor, unseen = torch.full_like(asked, FLOOR * unit), torch.zeros_like(asked)
+        return Goal(asked, enough, floor, NEAR_FLOOR * floor, unit, max_rounds, problem, network.calls, unseen)
 
     def raised(
         self, images: Tensor, rounding: Tensor, most: Tensor | float = 0.0, turned: Tensor | None = None
@@ -103,16 +104,15 @@ class Goal:
         finite = found.states.isfinite().flatten(1).all(1) & found.N.isfinite().flatten(1).all(1)
         finite &= ~found.error.isnan()
         found.error, self.floor = (torch.maximum(part, self.unseen) for part in (found.error, self.floor))
-        measured = found.error <= self.error
+        measured = found.error <= torch.maximum(self.enough, self.floor)
         found.status[measured] = int(Status.CONVERGED)
-        short = measured & (self.asked < self.floor)
-        found.status[short & (self.floor >= 1) if self.loose else short] = int(Status.STALLED)
+        found.status[measured & (self.enough < self.floor)] = int(Status.STALLED)
         found.status[~finite] = int(Status.NONFINITE)
         found.error[~finite] = torch.nan
         found.rounds, none = self.problem.map.network.calls - self.before, torch.zeros_like(found.steps)
         found.solution = ChainSolution(
             found.N, found.residual, found.steps, found.status, found.rounds, none, none.clone(), error=found.error,
-            asked=self.asked,
+            asked=self.enough,
         )  # fmt: skip
         return found
 

@@ -57,42 +57,45 @@ def lowest(m: Remainders, slope: Tensor, least: Tensor) -> Tensor:
 
 def defects(
     m: Remainders, image: Tensor, x: Tensor, N: Tensor, visits: Visits, settled: Tensor, conditioning: Sequence[Tensor],
-    most: int,
+    most: int, looking: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """δ (n, T, D) at every step of the states x (n, T+1, D), and the rows (n,) that it took; notes the visits.
 
     settled (n,): whether every N_k is the network's value where step k was visited last: then a step whose state has
-    not moved since has no defect, and is not asked again. Rounds of at most so many time steps, in which a few steps
-    are asked `beside` their states too, where there is but one.
+    not moved since has no defect, and is not asked again. Rounds of at most so many time steps; where `looking`, a few
+    steps are asked `beside` their states too, in the one round or in one more after several.
     """
-    x, before = x[:, : N.shape[1]], visits.x[image]
+    T = N.shape[1]
+    x, before = x[:, :T], visits.x[image]
     still = (x - before).square().sum(2) <= (SAME * visits.precision) ** 2 * x.square().sum(2)  # never, where NaN
     wanted = x.isfinite().all(2) & ~(still & settled[:, None])
     wanted[:, : m.linear.given] = False
-    delta, asked = torch.zeros_like(N), beside(m, x, visits, image)
-    asked &= most >= N.shape[1]  # in a window each would be a round of its own
+    delta, asked = torch.zeros_like(N), beside(m, x, visits, image, most if looking else 0)
     aside = torch.randn(N.shape[2], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
     aside = NEAR * visits.precision * aside / aside.norm()
-    for first in range(0, N.shape[1], most):
-        i, k = wanted[:, first : first + most].nonzero(as_tuple=True)
-        j, h = asked[:, first : first + most].nonzero(as_tuple=True)
+    rounds, none = [(wanted, asked)], torch.zeros_like(wanted)
+    if most < T:
+        span = torch.arange(T, device=x.device) // most
+        rounds = [*((wanted & (span == n), none) for n in range(-(-T // most))), (none, asked)]
+    for own, near in rounds:
+        i, k = own.nonzero(as_tuple=True)
+        j, h = near.nonzero(as_tuple=True)
         if not len(i) + len(j):
             continue
-        k, h, rows = k + first, h + first, torch.cat([i, j])
-        near = x[j, h] + x[j, h].norm(dim=1, keepdim=True) * aside
-        said = m.remainder(torch.cat([x[i, k], near]), torch.cat([k, h]), [c[rows] for c in conditioning])
+        rows, moved = torch.cat([i, j]), x[j, h] + x[j, h].norm(dim=1, keepdim=True) * aside
+        said = m.remainder(torch.cat([x[i, k], moved]), torch.cat([k, h]), [c[rows] for c in conditioning])
         value = said[: len(i)]
         delta[i, k] = value - N[i, k]
         visits.note(image[i], k, x[i, k], value)
-        visits.look(image[j], h, near, said[len(i) :])
+        visits.look(image[j], h, moved, said[len(i) :])
     return delta, wanted.sum(1) + asked.sum(1)
 
 
-def beside(m: Remainders, x: Tensor, visits: Visits, image: Tensor) -> Tensor:
+def beside(m: Remainders, x: Tensor, visits: Visits, image: Tensor, most: int) -> Tensor:
     """The steps (n, T) to be asked near their states x (n, T, D), once for an image: of FEW and T/32 evenly, at most a
-    third of all, those whose last move was large."""
+    third of all and `most`, those whose last move was large."""
     T, near = x.shape[1], visits.near[image, :, 0]
-    count = min(FEW + T // 32, (T - m.linear.given + 2) // 3)
+    count = min(FEW + T // 32, (T - m.linear.given + 2) // 3, most)
     chosen = torch.zeros_like(near, dtype=torch.bool)
     chosen[:, torch.linspace(m.linear.given, T - 1, max(count, 0), device=x.device).round().long()] = True
     return chosen & x.isfinite().all(2) & near.isnan().all(1, keepdim=True) & visits.large(image, x)

@@ -226,7 +226,9 @@ class Together:
         m, base, T = problem.map, problem.base(), guess.shape[1]
         x, N, settled = m.linear.trajectory(base, guess, images), guess, torch.full_like(images, not solving) > 0
         most = self.window or T
-        measuring = -(-T // most)  # rounds that it may take
+        windows = -(-T // most)
+        looking = windows == 1 or (most > 1 and goal.left > windows + 1)  # beside the states, in a round of its own
+        measuring = windows + (looking and windows > 1)  # rounds that it may take
         measured = goal.left >= measuring
         if not measured and bool(found.error[images].isfinite().all()):
             return guess, torch.zeros_like(guess), torch.full_like(share, torch.inf)  # what was measured before stays
@@ -244,7 +246,7 @@ class Together:
             found.note(images, solution.evaluations, rows, solution.residual)
         delta, error = torch.zeros_like(N), torch.full_like(share, torch.inf)
         if measured and not self.watch.stopped:
-            delta, rows = defects(m, images, x, N, visits, settled, problem.conditioning, most)
+            delta, rows = defects(m, images, x, N, visits, settled, problem.conditioning, most, looking)
             slope = visits.slope[images]
             least = lowest(m, slope, visits.least[images])
             error = carried(m.linear, base, x, N, delta, slope, least, visits.across[images], images)

@@ -216,7 +216,7 @@ class Recurrence:
     @property
     def a(self) -> Tensor:
         """a_k (T,); of "ddim" α'/α, where α = 0 √(σ'² − σ_k²)/σ, the state being σ ε."""
-        return self.coefficients[0]
+        return self.coefficients[0].clone()
 
     @property
     def c(self) -> Tensor:
@@ -224,12 +224,12 @@ class Recurrence:
 
         It is −α' before −x̂_0 where α = 0, and before what clipping takes off x̂_0 where a step does nothing else.
         """
-        return self.coefficients[1]
+        return self.coefficients[1].clone()
 
     @property
     def past(self) -> tuple[Tensor, Tensor] | None:
         """a'_k and c'_k (T,), of the state and the answer before; None of "ddim"."""
-        return None if self.rule == "ddim" else (self.coefficients[2], self.coefficients[3])
+        return None if self.rule == "ddim" else (self.coefficients[2].clone(), self.coefficients[3].clone())
 
     @kept
     def coefficients(self) -> Coefficients:

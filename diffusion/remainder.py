@@ -62,12 +62,14 @@ class Network:
         rows, n = [x, t, *conditioning], x.shape[0]
 
         def one(part: slice) -> Tensor:  # indexing all rows would cost as much as an operation on them
-            return self._portion(rows if part.stop - part.start == n else [row[part] for row in rows])
+            if part.stop - part.start == n:
+                return self._portion(rows)
+            return self._portion([row[part] for row in rows]).clone()  # the next call may answer into the same memory
 
         # a graph that is kept frees nothing between portions: whoever asked for it makes them smaller
         parts = self.portions.each(n, x.device, one, retry=not torch.is_grad_enabled())
         out = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else x.new_empty(x.shape)
-        return out if alone else out.to(x.dtype)
+        return out if alone else out.to(x.dtype, copy=len(parts) == 1)
 
     def stepping(self, x: Tensor) -> Callable[..., Tensor]:
         """`__call__` for states like x (n, …); where that is the model's answer to all rows at once, nothing but that.
@@ -83,11 +85,11 @@ class Network:
             if calls.fitting is not None and calls.fitting < n:
                 return self(x, t, conditioning)
             try:
-                value = self._answer(x.to(self.dtype), t, conditioning)
+                value = self._answer(x.to(self.dtype, copy=True), t, conditioning)
             except torch.OutOfMemoryError:
                 return self(x, t, conditioning)
             self.calls += 1
-            return value.to(x.dtype)
+            return value.to(x.dtype, copy=True)
 
         return step
 
@@ -98,7 +100,7 @@ class Network:
         flat = x.dim() == 2
         if self.basis is not None:
             x = rotate(x.to(self.basis.dtype), self.basis.T)
-        state = x.to(self.dtype)
+        state = x.to(self.dtype, copy=True)  # the model may write into it
         value = self._answer(state.reshape(-1, *self.shape) if flat else state, t, inputs)
         value = value if fixed is None else value[:n]
         value = value.flatten(1) if flat else value

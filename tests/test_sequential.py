@@ -125,6 +125,48 @@ def test_a_step_that_did_not_fit_is_not_tried_whole_again():
     assert rows.count(4) <= 2
 
 
+def buffered():
+    """A network that answers into one piece of memory for each shape, as a CUDA graph does."""
+    answers = {}
+
+    def model(x, t):
+        answer = answers.setdefault(x.shape, torch.empty_like(x))
+        return torch.mul(x, t[:, None] * 2e-4 + 0.1, out=answer)
+
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", ["ddim", "dpmsolver++2m"])
+@pytest.mark.parametrize("method", ["sequential", Parallel()], ids=["sequential", "parallel"])
+@pytest.mark.parametrize("rows", [None, 2])
+def test_a_network_may_answer_into_the_same_memory_every_time(method, rule, dtype, rows):
+    x, chain = torch.ones(4, 3, dtype=dtype).cumsum(0), SCHEDULE.chain(8, rule=rule)
+    model = buffered()
+    got = sample(model, x, chain, method, rows_per_call=rows).x_0
+    expected = sample(lambda x, t: model(x, t).clone(), x, chain, method, rows_per_call=rows).x_0
+    assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["sequential", Parallel()], ids=["sequential", "parallel"])
+def test_a_network_may_write_into_its_input(method, dtype):
+    latent, chain = torch.ones(2, 3, dtype=dtype), SCHEDULE.chain(8)
+    got = sample(lambda x, t: x.mul_(0.3).clone(), latent, chain, method).x_0
+    assert torch.equal(latent, torch.ones_like(latent))
+    assert torch.equal(got, sample(lambda x, t: 0.3 * x, latent, chain, method).x_0)
+
+
+def test_whoever_changes_the_coefficients_that_a_chain_shows_has_a_copy():
+    chain, fresh = SCHEDULE.chain(5, rule="dpmsolver++2m"), SCHEDULE.chain(5, rule="dpmsolver++2m")
+    for part in (chain.a, chain.c, *chain.past):
+        part.zero_()
+    for got, expected in zip(chain.coefficients, fresh.coefficients, strict=True):
+        assert torch.equal(got, expected)
+
+
 @torch.no_grad()
 def test_images_that_meet_the_error_at_once_take_no_operation_for_every_step():
     x, found = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)), []

@@ -7,14 +7,15 @@ import re
 import pytest
 
 from diffusion.inversion.descent import EPOCHS, LEARNING_RATES
-from diffusion.program.commands import COUNT, STEPS
+from diffusion.program.commands import COUNT, STEPS, USUAL_STRENGTH
 from diffusion.program.demo import LONG
 from diffusion.program.editing import COUNT as EDITED
 from diffusion.program.fitting import CLASSIFIER_STEPS
 from diffusion.program.inversion import COUNT as INVERTED
+from diffusion.program.inversion import STEPS as INVERTED_STEPS
 from diffusion.program.options import build_parser
 from diffusion.program.reproduction.plan import PLANS, Plan
-from diffusion.training.fit import fit, recipes
+from diffusion.training.fit import EMOJI_BATCH, fit, recipes
 
 
 def commands():
@@ -48,12 +49,16 @@ DEPENDS = {
     ("demo", "steps"): {*LONG.values(), 100},
     ("sample", "steps"): {STEPS},
     ("sample", "count"): {COUNT},
+    ("sample", "strength"): {USUAL_STRENGTH, 1},
+    ("invert", "steps"): {INVERTED_STEPS},
+    ("invert", "strength"): {1},
     ("invert", "count"): {INVERTED},
     ("edit", "count"): set(EDITED.values()),
     ("invert", "epochs"): {EPOCHS},
     ("invert", "lr"): set(LEARNING_RATES.values()),
     ("fit", "steps"): {defaults(f)["steps"] for f in (fit, *recipes.values())},
-    **{("fit", name): {defaults(fit)[name]} for name in ("lr", "batch", "save_every")},
+    **{("fit", name): {defaults(fit)[name]} for name in ("lr", "save_every")},
+    ("fit", "batch"): {defaults(fit)["batch"], EMOJI_BATCH},
     **{("report", n): planned(n) for n in ("steps", "runs", "samples", "invert_steps", "images", "epochs", "batch")},
     ("report", "lr"): set(LEARNING_RATES.values()),
     ("classifier", "steps"): {*CLASSIFIER_STEPS.values(), 1000},
@@ -63,6 +68,8 @@ IN_WORDS = {
     "threads",
     "rule",
     "spacing",
+    "timesteps",
+    "sigmas",
     "eta",
     "error",
     "splitting",
@@ -101,3 +108,8 @@ def test_the_help_of_every_option_tells_its_true_default(command, action):
     else:
         value = " ".join(map(str, action.default)) if isinstance(action.default, tuple) else str(action.default)
         assert value in text
+
+
+def test_inversion_takes_no_default_from_latents():
+    invert = commands()["invert"]
+    assert not [action.dest for action in invert._actions if "latents" in said(invert, action)]

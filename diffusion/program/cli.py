@@ -97,7 +97,8 @@ def _line(error: BaseException) -> str:
     """Return what an error says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, MemoryError) or re.search(MEMORY, str(error)):
+    allocators = isinstance(error, RuntimeError) and re.search(MEMORY, str(error))
+    if isinstance(error, MemoryError) or allocators:
         return "the memory is full: fewer images (--count), or fewer at a time (--batch), need less"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -63,22 +63,26 @@ def _command(commands: Any, name: str, purpose: str, writes: bool = True) -> arg
     return command
 
 
-def _add_chain(add: Callable[..., Any], model: str | None, usual: str, **steps: Any) -> None:
+def _add_chain(add: Callable[..., Any], model: str | None, steps: int, recorded: bool) -> None:
+    """The chain's options, whose defaults are those of the latents where these are `recorded` ones."""
+    latents, lists = ("that of the latents, else ", "those of the latents") if recorded else ("", "none")
+    others = "that of the latents, the scheduler's" if recorded else "the scheduler's"
     add(
         "--model",
         default=model,
         metavar="NAME",
-        help=f"digits, fashion, emoji, or the folder of a checkpoint or of a pipeline of diffusers (default{usual})",
+        help=f"digits, fashion, emoji, or the folder of a checkpoint or of a pipeline of diffusers "
+        f"(default{': ' * recorded or ' '}{latents}digits)",
     )
-    add("--steps", type=int, **steps)
+    add("--steps", type=int, help=f"T, the length of the chain (default{': ' * recorded or ' '}{latents}{steps})")
     add("--spacing", metavar="NAME", help="of the time steps: linspace, leading, trailing or quadratic "
-        "(default: that of the latents, the scheduler's in a folder of diffusers, else quadratic)")  # fmt: skip
+        f"(default: {others} in a folder of diffusers, else quadratic)")  # fmt: skip
     add("--timesteps", type=numbers, metavar="T,T,…", help="time steps of your own, falling, such as 999,600,300,100,0 "
-        "instead of --steps and --spacing (default: those of the latents)")  # fmt: skip
+        f"instead of --steps and --spacing (default: {lists})")  # fmt: skip
     add("--sigmas", type=numbers, metavar="S,S,…", help="noise before each step, falling, of a flow or another model "
-        "without a table of time steps (default: those of the latents)")  # fmt: skip
+        f"without a table of time steps (default: {lists})")  # fmt: skip
     add("--rule", choices=RULES, metavar="NAME", help="how the chain steps: ddim, dpmsolver++2m, or belm, which is "
-        "inverted exactly (default: that of the latents, the scheduler's, else ddim)")  # fmt: skip
+        f"inverted exactly (default: {others}, else ddim)")  # fmt: skip
     add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
         "(default: gaussian if the checkpoint carries mean and variance of its data, else v)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -102,8 +106,7 @@ def _add_rounds(add: Callable[..., Any]) -> None:
 
 def _add_sample(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    whose = ": that of the latents, else digits"
-    _add_chain(add, None, whose, help="T, the length of the chain (default: that of the latents, else 100)")
+    _add_chain(add, None, 100, recorded=True)
     add("--strength", type=share_or_all, metavar="SHARE", help="the last steps alone, this share of them, from "
         "pictures with noise, --images (default: that of the latents, 0.8 of pictures, else 1)")  # fmt: skip
     add("--images", nargs="+", metavar="PATH", help="pictures and folders of pictures that noise is added to, and "
@@ -129,7 +132,7 @@ def _add_sample(command: argparse.ArgumentParser) -> None:
 
 def _add_invert(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    _add_chain(add, "digits", " digits", help="T, the length of the chain (default 50)")
+    _add_chain(add, "digits", 50, recorded=False)
     add("--strength", type=share_or_all, metavar="SHARE", help="the last steps alone, this share of them: latents are "
         "states in which the picture still shows (default 1)")  # fmt: skip
     add("--images", nargs="+", metavar="PATH",

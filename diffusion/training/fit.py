@@ -19,6 +19,7 @@ from .emoji import emoji
 from .run import Run
 
 KEPT = 32  # images that were not trained on, beside a checkpoint
+EMOJI_BATCH = 32  # of few pictures
 LOSS_SHOWN = 50  # steps from one loss in the bar to the next
 
 
@@ -236,7 +237,7 @@ def fit_emoji(folder: str | Path, *, steps: int = 12_000, seed: int = 0, **optio
     It learns v on the cosine schedule. There are few pictures, and what it draws is most often one of them.
     """
     network = {"channels": 32, "multipliers": (1, 2, 4), "blocks": (1, 1, 1), "unshuffle": 2, "attention": True}
-    options = {"batch": 32, "prediction": "v", "schedule": Schedule.cosine(), "eigenvectors": 64, **options}
+    options = {"batch": EMOJI_BATCH, "prediction": "v", "schedule": Schedule.cosine(), "eigenvectors": 64, **options}
     return _fit_dataset(emoji(), folder, network, steps=steps, seed=seed, **options)
 
 

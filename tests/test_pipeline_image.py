@@ -162,6 +162,13 @@ def test_a_strength_that_takes_no_step_or_too_many_is_refused(strength, network)
             call()
 
 
+def test_a_tuple_of_pictures_is_a_list_of_them(network):
+    pipe = made(network, diffusers.DDIMScheduler())
+    options = {"output_type": "latent", "num_inference_steps": 4, **LABELS}
+    got, expected = (pipe(image=kind(IMAGES), generator=seeded(1), **options).images for kind in (tuple, list))
+    assert torch.equal(got, expected)
+
+
 def test_strength_without_anything_to_start_from_is_refused(network):
     with pytest.raises(ValueError, match=r"strength: of images or latents to start from, image=… or latents=…"):
         made(network, diffusers.DDIMScheduler())(strength=0.5, **LABELS)

@@ -156,6 +156,7 @@ class DEQPipeline(DiffusionPipeline):
     def _pixels(self, image: Any) -> Tensor:
         """(n, C, H, W) in [−1, 1] of what diffusers' image processor takes."""
         check_images(image)
+        image = list(image) if isinstance(image, tuple) else image
         x_0: Tensor = self._processor().preprocess(image).to(self._execution_device, self._network.dtype)
         channels = self._channels if (coder := self._autoencoder) is None else coder.vae.config.in_channels
         if x_0.shape[1] != channels:

@@ -43,8 +43,7 @@ class System:
     @staticmethod
     def of(A: Products, g: Tensor, stop: Tolerances, shards: Whole = WHOLE) -> System:
         """A maps (B, N) to (B, N); g (B, N) is finite; the goal is atol + rtol ‖g‖, per row."""
-        _, exponent = torch.frexp(shards.largest(g.abs().amax(1))) if g.shape[1] else (None, g.new_zeros(len(g)))
-        exponent = exponent.long()
+        exponent = _exponent(shards.largest(g.abs().amax(1)) if g.shape[1] else g.new_zeros(len(g)))
         rhs = _times_power(g, -exponent)
         norm = shards.lengths(rhs)
         norm = torch.where(norm > 0, norm, 1.0)
@@ -102,6 +101,17 @@ def blurred(residual: Tensor, u: Tensor, eps: float, shards: Whole = WHOLE) -> T
 
 def _of(stop: Tolerances) -> tuple[float | Tensor, float | Tensor]:
     return stop.rtol, stop.atol
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """e (B,) int64 of 2^(e − 1) ≤ x < 2^e for finite x ≥ 0 (B,), and 0 for 0.
+
+    That of torch.frexp, of which the compiler makes C++ that does not compile if x is float64.
+    """
+    wide = x.double()
+    tiny = wide < 2.0**-900  # among them what has fewer digits, and no exponent of its own
+    bits = torch.where(tiny, wide * 2.0**100, wide).view(torch.int64)
+    return torch.where(wide > 0, (bits >> 52) - torch.where(tiny, 1122, 1022), 0)
 
 
 def _times_power(x: Tensor, exponent: Tensor) -> Tensor:

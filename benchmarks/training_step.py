@@ -115,6 +115,7 @@ def compiled(layer: Layer) -> Callable[[], Tensor]:
         return own.loss(solve(own.cell, torch.zeros_like(x), (x,), stop=Stop(rtol=RTOL)).z)
 
     torch.compiler.reset()
+    importlib.import_module("torch._functorch.config").donated_buffer = False  # `docs/limits.md`
     graph = torch.compile(loss, fullgraph=True, dynamic=False)
     return lambda: torch.autograd.grad(graph(layer.W, layer.x, layer.y), layer.W)[0]
 

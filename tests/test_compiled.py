@@ -8,6 +8,9 @@ from unittest import mock
 import problems
 import pytest
 import torch
+import torch._functorch.config
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
 
 from pydeqsolve import (
     DEQ,
@@ -22,7 +25,7 @@ from pydeqsolve import (
     solution,
     solve,
 )
-from pydeqsolve.derivative import compiled
+from pydeqsolve.derivative import compiled, graph
 from pydeqsolve.derivative.adjoint import AdjointSolve, Recorder
 from pydeqsolve.derivative.looped import Bounds, solved
 
@@ -60,7 +63,8 @@ def test_a_compiled_training_step_has_the_gradients_of_unrolled_iteration(D, bac
     gradients(layer(x), wanted)
     eager = layer.solution
     torch._dynamo.reset()
-    found = gradients(torch.compile(layer, fullgraph=True, backend=backend)(x), wanted)
+    with torch._functorch.config.patch(donated_buffer=False):
+        found = gradients(torch.compile(layer, fullgraph=True, backend=backend)(x), wanted)
     for a, b in zip(truth, found, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-10)
     assert layer.solution.status.tolist() == eager.status.tolist()
@@ -174,6 +178,14 @@ def test_a_compiler_that_mixes_up_the_outcome_of_an_adjoint_is_refused():
     torch._dynamo.reset()
     with torch._inductor.config.patch(cpp_wrapper=True), pytest.raises(Exception, match="cpp_wrapper"):
         torch.compile(run, fullgraph=True, backend="eager")(x)
+
+
+def test_a_compiler_that_writes_over_what_the_loop_of_the_adjoint_needs_is_refused():
+    with V.set_fake_mode(FakeTensorMode()), torch._functorch.config.patch(donated_buffer=False):  # Inductor at work
+        graph._refuse_inductor()
+    with V.set_fake_mode(FakeTensorMode()), pytest.raises(NotImplementedError, match="donated_buffer = False"):
+        graph._refuse_inductor()
+    graph._refuse_inductor()
 
 
 def test_the_precision_of_autocast_bounds_what_a_compiled_adjoint_pursues():

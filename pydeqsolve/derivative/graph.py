@@ -35,7 +35,7 @@ class _Implicit(BaseHOP):
         super().__init__("pydeqsolve_implicit")
 
     def _call_Autograd(self, subgraph: Any, *operands: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: N802
-        _refuse_cpp_wrapper()
+        _refuse_inductor()
         marked = _marked(subgraph)
         wanted = [i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad]
         pulled = _Pulled.of(subgraph, operands, marked[0], [i for i in wanted if i not in marked])
@@ -53,14 +53,23 @@ class _Implicit(BaseHOP):
         return _without(subgraph, operands)
 
 
-def _refuse_cpp_wrapper() -> None:
-    """Raises NotImplementedError where the compiler writes the calls of its kernels in C++ too."""
+def _refuse_inductor() -> None:
+    """Raises NotImplementedError where options of Inductor, which is at work if torch has its values, spoil numbers."""
+    import torch._functorch.config
     from torch._inductor import config
+    from torch._inductor.virtualized import V
+    from torch._subclasses import FakeTensorMode
 
+    wrong = "gradient=Implicit() in a graph that is compiled with "
     if config.cpp_wrapper:
         raise NotImplementedError(
-            "gradient=Implicit() in a graph that is compiled with cpp_wrapper: torch 2.13 hands on wrong status and "
-            "residual of the adjoint there: leave that option off, or use gradient=Phantom()"
+            f"{wrong}cpp_wrapper: torch 2.13 hands on wrong status and residual of the adjoint there: leave that "
+            "option off, or use gradient=Phantom()"
+        )
+    if isinstance(V.fake_mode, FakeTensorMode) and torch._functorch.config.donated_buffer:
+        raise NotImplementedError(
+            f"{wrong}donated_buffer: torch 2.13 writes over tensors that loops of a backward pass still need: set "
+            "torch._functorch.config.donated_buffer = False, or use gradient=Phantom()"
         )
 
 

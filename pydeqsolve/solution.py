@@ -49,7 +49,8 @@ class Adjoint:
         return f"Adjoint({in_short(self.status, self.evaluations, 'products', self.residual)})"
 
 
-KEPT = 64  # outcomes of compiled backward passes
+# Outcomes of compiled backward passes that are kept, and their samples in all, but for the last outcome.
+KEPT, SAMPLES = 64, 2**20
 _numbered: OrderedDict[int, Adjoint] = OrderedDict()
 
 
@@ -58,7 +59,7 @@ class Recorder:
     """Where backward passes leave their outcome: the graph behind a solution holds it, and so does the `Solution`.
 
     ticket: (), int64, the number under which a compiled backward pass does so, for it knows tensors alone; the last
-    `KEPT` are kept.
+    `KEPT` are kept, of `SAMPLES` samples at most.
     """
 
     last: Adjoint | None = None
@@ -77,7 +78,7 @@ def note_numbered(ticket: Tensor, adjoint: Adjoint) -> None:
     number = int(ticket)
     _numbered.pop(number, None)
     _numbered[number] = adjoint
-    if len(_numbered) > KEPT:
+    while len(_numbered) > KEPT or (len(_numbered) > 1 and sum(len(x.status) for x in _numbered.values()) > SAMPLES):
         _numbered.popitem(last=False)
 
 
@@ -109,7 +110,7 @@ class Solution:
     def adjoint(self) -> Adjoint | None:
         """How the adjoint solve of the last backward pass through z went; None before the first.
 
-        Of a compiled backward pass it is None too when 64 others have come after it.
+        Of a compiled backward pass it is None too when 64 others have come after it, or others of a million samples.
         """
         return self.recorder.found
 

@@ -15,9 +15,11 @@ from torch._subclasses import FakeTensorMode
 from pydeqsolve import (
     DEQ,
     GMRES,
+    Adjoint,
     Anderson,
     ConvergenceError,
     Implicit,
+    Phantom,
     Picard,
     Status,
     Stop,
@@ -253,18 +255,22 @@ def test_a_failed_looped_adjoint_may_be_replaced_by_the_phantom_gradient():
     assert looped(torch.eye(3, dtype=torch.float64), g, True, on_failure="phantom")[0].tolist() == g.tolist()
 
 
-def test_only_the_last_outcomes_of_compiled_backward_passes_are_kept():
-    numbers = [torch.tensor(-k) for k in range(1, solution.KEPT + 2)]
-    for number in numbers:
-        solution.note_numbered(number, number)
+@pytest.mark.parametrize(("count", "samples"), [(solution.KEPT + 1, 1), (2, solution.SAMPLES)])
+def test_only_the_last_outcomes_of_compiled_backward_passes_are_kept(count, samples):
+    outcomes = [Adjoint(*torch.zeros(3, 1).expand(3, samples)) for _ in range(count)]
+    numbers = [torch.tensor(-k) for k in range(1, count + 1)]
+    for number, outcome in zip(numbers, outcomes, strict=True):
+        solution.note_numbered(number, outcome)
     assert solution.Recorder(ticket=numbers[0]).found is None
-    assert solution.Recorder(ticket=numbers[-1]).found is numbers[-1]
+    assert solution.Recorder(ticket=numbers[-1]).found is outcomes[-1]
 
 
-def test_samples_that_have_all_failed_give_a_gradient_of_zero_in_a_graph_too():
+@pytest.mark.parametrize("gradient", [Implicit(), Phantom()], ids=["implicit", "phantom"])
+def test_samples_that_have_all_failed_give_a_gradient_of_zero_in_a_graph_too(gradient):
     x = torch.full((2, 3), torch.nan, dtype=torch.float64, requires_grad=True)
     W = torch.eye(3, dtype=torch.float64, requires_grad=True)
-    run = lambda x: solve(lambda z, x: (z @ W + x).sin(), torch.zeros_like(x), (x,), solver=Picard()).z  # noqa: E731
+    options = {"solver": Picard(), "gradient": gradient}
+    run = lambda x: solve(lambda z, x: (z @ W + x).sin(), torch.zeros_like(x), (x,), **options).z  # noqa: E731
     torch._dynamo.reset()
     slopes = gradients(torch.compile(run, fullgraph=True, backend="eager")(x).nan_to_num(), [x, W])
     assert [float(slope.abs().max()) for slope in slopes] == [0.0, 0.0]

@@ -110,11 +110,13 @@ def _with_implicit(how: Implicit, problem: Problem, z: Tensor, good: Tensor, sto
 
 
 def _stand_ins(problem: Problem, z: Tensor, good: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """z (B, T, D) and the inputs, the first good sample (B,) in the place of every bad one."""
+    """z (B, T, D) and the inputs, the first good sample (B,) in the place of every bad one; zeros without any."""
     first = good.to(torch.uint8).argmax(0, keepdim=True)
 
     def taken(x: Tensor) -> Tensor:
-        return torch.where(good.reshape(-1, *[1] * (x.dim() - 1)), x, x.detach().index_select(0, first))
+        stand_in = x.detach().index_select(0, first)
+        stand_in = torch.where(good.any(), stand_in, torch.zeros_like(stand_in))
+        return torch.where(good.reshape(-1, *[1] * (x.dim() - 1)), x, stand_in)
 
     inputs = [taken(x) for x in problem.inputs] if problem.compact else list(problem.inputs)
     return taken(z).nan_to_num(0.0, 0.0, 0.0), inputs

@@ -30,9 +30,11 @@ define needed
 endef
 
 install: $(INSTALLED)  ## .venv with all that developers need, the native module built
-demo: $(READY)  ## samples and inverts images; pictures in demo-output/
+demo: $(READY)  ## noise becomes emoji, images are sampled and inverted; pictures in demo-output/
 	@echo "demo: about three minutes; pictures go to demo-output/"
 	@$(BIN)/deq-ddim demo --overwrite --output demo-output
+	@$(BIN)/python docs/examples/colour_picture.py --steps 100 --columns 8 --seed 0 --rounds 1 2 4 8 \
+	  --output demo-output/emoji.png
 
 report: $(READY)  ## the paper's figures and tables measured anew; report-output/report.html
 	@echo "report: goes to report-output/, and goes on from there when interrupted"

@@ -185,7 +185,8 @@ def add_statistics(folder: str | Path, images: Tensor, eigenvectors: int | None 
 def load_checkpoint(
     name_or_folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Checkpoint:
-    """Return the checkpoint in a folder, or the shipped "digits", "digit-classes", "fashion" or "emoji".
+    """Return the checkpoint in a folder, or a shipped one: "digits", "fashion", "emoji", "digit-classes" or
+    "fashion-classes".
 
     A folder whose config.json was written by diffusers ("_class_name": "UNet2DModel") is read with diffusers, and so is
     one of a whole pipeline that has a unet and a scheduler alone.

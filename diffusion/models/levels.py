@@ -161,9 +161,8 @@ def steps_of(steps: int | None, spacing: str | None, **given: Given) -> int:
         if steps is None:
             continue
         numbers = listed(name, values)
-        own = len(numbers) - int(
-            name == "sigmas" and len(numbers) > 1 and numbers[-1] == 0
-        )  # the 0 after the last step
+        ends = name == "sigmas" and len(numbers) > 1 and bool(numbers[-1] == 0)  # the 0 after the last step
+        own = len(numbers) - ends
         if own != steps:
             raise ValueError(f"steps: {own}, as many as {name}, or None is required beside them, got {steps}")
     return STEPS if steps is None else steps

@@ -44,7 +44,7 @@ class Asked:
         recorded = found or {}
         own = {name: getattr(args, name, None) for name in Asked.__dataclass_fields__}
         given = [name for name in GRID if own[name] is not None]
-        kept = GRID if not given else () if {"timesteps", "sigmas"} & set(given) else ("steps", "spacing")
+        kept = GRID if not given else () if set(LISTS) & set(given) else ("steps", "spacing")
         asked = {
             name: own[name] if own[name] is not None else recorded.get(name) for name in ("eta", "rule", "strength")
         }

@@ -106,8 +106,11 @@ def _of(stop: Tolerances) -> tuple[float | Tensor, float | Tensor]:
 def _exponent(x: Tensor) -> Tensor:
     """e (B,) int64 of 2^(e − 1) ≤ x < 2^e for finite x ≥ 0 (B,), and 0 for 0.
 
-    That of torch.frexp, of which the compiler makes C++ that does not compile if x is float64.
+    That of torch.frexp; where a compiler traces, from the bits: it makes C++ of frexp that does not compile if x is
+    float64.
     """
+    if type(x) is Tensor:
+        return torch.frexp(x)[1].long()
     wide = x.double()
     tiny = wide < 2.0**-900  # among them what has fewer digits, and no exponent of its own
     bits = torch.where(tiny, wide * 2.0**100, wide).view(torch.int64)

@@ -232,7 +232,7 @@ py::tuple tuple_of(const char* const (&names)[N]) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/step/native.py has the same number and refuses another.
-constexpr int kInterface = 14;
+constexpr int kInterface = 15;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.step.native alone.";
@@ -266,6 +266,8 @@ PYBIND11_MODULE(_native, m) {
       .def("raise_", &KrylovSolve::raise, free())
       .def("lower", &KrylovSolve::lower, free())
       .def("remeasure", &KrylovSolve::remeasure, free())
+      .def("scale", &KrylovSolve::scale, free())
+      .def("settle", &KrylovSolve::settle, free())
       .def("judge", &KrylovSolve::judge, free());
   py::class_<SmallSolve>(m, "Small")
       .def(py::init<bool, std::int64_t, int, double, Address, Address, double, double, Address, Address, double, int>())

@@ -30,6 +30,7 @@ struct KrylovSample {
   bool going;          // takes a next product in this one
   bool broken;         // a product of this cycle was not finite
   bool stalled;        // a cycle brought next to nothing
+  bool told;           // `ended` is what another method said of its u
   bool changed;        // its dtype does not hold u as it was
   std::int8_t chosen;  // which of two u has replaced the last one, 0 for none
 };
@@ -64,6 +65,13 @@ struct KrylovTolerance {
   double eps;                   // unit of rounding of the products
 };
 
+// What another method says of the u that it has found, (B,) each; it is measured where `residual` is null.
+struct KrylovTold {
+  const double* residual;  // |g + A u - u|, scaled
+  const std::int64_t *evaluations, *status;
+  std::int64_t calls;  // products of each sample where `evaluations` is null
+};
+
 // What the passes on the CPU do; each returns a number of samples.
 template <class Scalar>
 struct KrylovPasses {
@@ -87,6 +95,10 @@ struct KrylovPasses {
   std::int64_t (*lower)(const Krylov<Scalar>&, Scalar* values, const Scalar* raised, int threads);
   // Measures `u`, of which `product` is the product, for the samples that have changed.
   void (*remeasure)(const Krylov<Scalar>&, const Scalar* u, const Scalar* product, int threads);
+  // out = g times 2^-exponent; zero for a sample that was not asked for or whose g is not finite.
+  void (*scale)(const Krylov<Scalar>&, Scalar* out, int threads);
+  // Takes in u, found by another method than GMRES. product: A u, or null where its residual is told.
+  void (*settle)(const Krylov<Scalar>&, const Scalar* u, const Scalar* product, const KrylovTold&, int threads);
 };
 
 template <class Scalar>

@@ -106,7 +106,7 @@ PYDEQSOLVE_HD static inline void accept_sample(KrylovSample& s, const double* to
 
 // After u was scaled back: `differing` entries of it are not what they were.
 PYDEQSOLVE_HD static inline void raise_sample(KrylovSample& s, double differing) {
-  s.ended = outcome_of(s);
+  if (!s.told) s.ended = outcome_of(s);
   s.changed = differing > 0 && s.best < INFINITY;
 }
 
@@ -116,6 +116,16 @@ PYDEQSOLVE_HD static inline void lower_sample(KrylovSample& s, double bad, doubl
   if (s.changed) ++s.evaluations;
   s.chosen = bad == 0;
   if (!s.chosen) s.best = INFINITY;
+}
+
+// Takes in a u that another method has found. totals: |g + A u - u|^2 and |u|^2, the first where it was measured.
+PYDEQSOLVE_HD static inline void settle_sample(KrylovSample& s, const double* totals, const KrylovTold& told,
+                                               std::int64_t i, double eps) {
+  s.length = square_root(totals[1]);
+  s.best = told.residual ? told.residual[i] : blurred(totals[0], totals[1], eps);
+  s.evaluations = static_cast<std::int32_t>(told.evaluations ? told.evaluations[i] : told.calls);
+  s.told = told.status != nullptr;
+  if (s.told) s.ended = static_cast<std::int32_t>(told.status[i]);
 }
 
 constexpr double kRounding = 2;  // units of rounding of u within which a residual is as small as it gets

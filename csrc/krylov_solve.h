@@ -89,6 +89,31 @@ class KrylovSolve {
       return std::int64_t{0};
     });
   }
+  // out: g, scaled; pursued (B,) doubles: the residual that a method is to reach.
+  void scale(Address out, Address pursued, int threads) {
+    check(out, "the scaled g");
+    check_address(at<void>(pursued), B_, "the residuals to reach");
+    for (std::int64_t i = 0; i < B_; ++i) at<double>(pursued)[i] = samples_[static_cast<std::size_t>(i)].pursued;
+    run([&](const auto& passes, const auto& c, auto scalar) {
+      passes.scale(c, at<decltype(scalar)>(out), threads);
+      return std::int64_t{0};
+    });
+  }
+  // u, with its product after `calls` of them, or with what a method says of each sample.
+  void settle(Address u, Address product, std::int64_t calls, Address residual, Address evaluations, Address status,
+              int threads) {
+    check(u, "u");
+    check(product, "a product", residual == 0);
+    check_address(at<void>(evaluations), residual ? B_ : 0, "evaluations");
+    check_address(at<void>(status), residual ? B_ : 0, "status");
+    const KrylovTold told{at<const double>(residual), at<const std::int64_t>(evaluations),
+                          at<const std::int64_t>(status), calls};
+    run([&](const auto& passes, const auto& c, auto scalar) {
+      using S = decltype(scalar);
+      passes.settle(c, at<const S>(u), at<const S>(product), told, threads);
+      return std::int64_t{0};
+    });
+  }
   std::int64_t judge(bool adjoint, bool follows, double eps, Address status, Address residual, Address evaluations) {
     check(status, "status");
     check(residual, "residual");

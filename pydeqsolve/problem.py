@@ -30,6 +30,7 @@ class Problem:
     has_aux: bool = False
     names: Sequence[str] = ()  # of the inputs, where they come from a nest
     split: Whole | None = None  # `shards`, where there are several
+    eps: float | None = None  # machine epsilon of what fn computes in, where that is known
 
     @property
     def shards(self) -> Whole:

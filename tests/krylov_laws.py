@@ -98,9 +98,9 @@ def ends_a_singular_system_at_least_squares(run):
     torch.testing.assert_close(u[:, :-1], g[:, :-1] / (1 - rate[:-1]), rtol=1e-3, atol=1e-3)
 
 
-def judges_an_adjoint_alike(run, reference, dtype, rtol, eps, **case):
+def judges_an_adjoint_alike(run, reference, dtype, rtol, eps, solver=GMRES(), **case):
     """`run` and `reference` say the same of an adjoint, but for what rounding decides."""
-    given = judged(dtype=dtype, rtol=rtol, eps=eps, **case)
+    given = (*judged(dtype=dtype, rtol=rtol, eps=eps, **case), solver)
     (u, how), (expected, known) = run(adjoint, *given), reference(adjoint, *given)
     assert u.dtype == expected.dtype == dtype
     assert torch.equal(u.isfinite(), expected.isfinite())

@@ -46,10 +46,10 @@ def diagonal(N, dtype):
     return lambda u: u * rate
 
 
-def adjoint(products, g, mask, stop, follows, eps):
+def adjoint(products, g, mask, stop, follows, eps, solver=GMRES()):
     """`AdjointSolve` for g (n, 1, D): u and how it went."""
     recorder = Recorder()
-    how = AdjointSolve(GMRES(), stop, follows, "phantom" if mask is None else "warn", recorder, eps)
+    how = AdjointSolve(solver, stop, follows, "phantom" if mask is None else "warn", recorder, eps)
     whole = mask is None
     mask = torch.ones(len(g), dtype=torch.bool) if mask is None else mask
     with torch.no_grad():

@@ -235,12 +235,43 @@ void remeasure(const Krylov<Scalar>& c, const Scalar* u, const Scalar* product, 
       [](std::int64_t, std::int64_t, std::int64_t) {});
 }
 
+template <class Scalar>
+void scale(const Krylov<Scalar>& c, Scalar* out, int threads) {
+  for_pieces(shape_of(c, 2, threads), [&](std::int64_t i, std::int64_t first, std::int64_t last, std::int64_t) {
+    const KrylovSample& s = c.samples[i];
+    const std::int64_t row = i * c.N;
+    if (s.out || s.lost) return fill(out + row, first, last, Scalar{0});
+    const Power down(-s.exponent);
+    for (std::int64_t e = row + first; e < row + last; ++e) {
+      out[e] = static_cast<Scalar>(down(static_cast<double>(c.g[e])));
+    }
+  });
+}
+
+template <class Scalar>
+void settle(const Krylov<Scalar>& c, const Scalar* u, const Scalar* product, const KrylovTold& told, int threads) {
+  for_samples(
+      shape_of(c, product ? 3 : 1, threads), Stages{{2, 0, 0}}, 0,
+      [&](int, std::int64_t i, std::int64_t first, std::int64_t last, const double*, double* own, Sums&) {
+        if (c.samples[i].out || c.samples[i].lost) return;
+        if (product) return measure(c, i, first, last, u, product, own);
+        double length = 0;
+        for (std::int64_t e = i * c.N + first; e < i * c.N + last; ++e) {
+          length += static_cast<double>(u[e]) * static_cast<double>(u[e]);
+        }
+        own[1] = length;
+      },
+      [&](std::int64_t i, const double* totals) { settle_sample(c.samples[i], totals, told, i, c.eps); },
+      [](std::int64_t, std::int64_t, std::int64_t) {});
+}
+
 }  // namespace
 
 template <class Scalar>
 const KrylovPasses<Scalar>& krylov_passes() {
-  static constexpr KrylovPasses<Scalar> passes{begin<Scalar>, append<Scalar>, combine<Scalar>,  accept<Scalar>,
-                                               raise<Scalar>, lower<Scalar>,  remeasure<Scalar>};
+  static constexpr KrylovPasses<Scalar> passes{begin<Scalar>,     append<Scalar>, combine<Scalar>,
+                                               accept<Scalar>,    raise<Scalar>,  lower<Scalar>,
+                                               remeasure<Scalar>, scale<Scalar>,  settle<Scalar>};
   return passes;
 }
 template const KrylovPasses<float>& krylov_passes<float>();

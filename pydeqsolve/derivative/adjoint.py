@@ -22,6 +22,7 @@ from .gmres import GMRES, Known, in_pytorch, is_direct, rest
 from .linear import Products, System, blurred
 from .linearise import Good
 from .neumann import Neumann, series
+from .scaled import ByOther
 from .small import Rest, Small
 
 LOOSEST = 0.1  # of the tolerance that follows the forward solve: at 1, u = 0 would do
@@ -75,7 +76,9 @@ class AdjointSolve:
         self, products: Callable[[Tensor], Tensor], g: Tensor, good: Good
     ) -> tuple[Tensor, Adjoint, int] | None:
         """`_solve` by native passes, with the number of good samples that failed; None where they do not serve."""
-        if not isinstance(self.solver, GMRES) or self.shards.many:
+        solver = self.solver
+        other = isinstance(solver, Neumann) or not hasattr(solver, "solve")
+        if self.shards.many or not (self.stop.max_steps if other else isinstance(solver, GMRES)):
             return None
         wide = g.to(torch.promote_types(g.dtype, torch.float32)).contiguous()
         wide = wide.view(getattr(products, "shape", g.shape))  # that in which they take no views
@@ -84,22 +87,25 @@ class AdjointSolve:
             stop = self._stop(good, g.device)
         eps, mask = max(self.eps, torch.finfo(g.dtype).eps), None if good.whole else good.mask_taken()
         judged = (True, self.follows, eps)
-        if is_direct(self.solver, wide, stop):
+        solve: ByOther | Arnoldi | None
+        if other:
+            solve = ByOther.of(products, wide)
+            if solve is None:
+                return None
+            u = solve.delivered(solve.run(solver, stop, mask, eps), g.dtype).view(g.shape)
+            return _with_lost(u, *solve.outcome(*judged))
+        if is_direct(solver, wide, stop):
             small = Small.of(products, wide, stop, mask, eps)
             if small is None:
                 return None
             u, outcome, failures = small.run(g.dtype, judged, self._left(g, stop))
             return u.view(g.shape), outcome, failures
-        solve = Arnoldi.of(products, wide, self.solver.restart)
+        solve = Arnoldi.of(products, wide, solver.restart)
         if solve is None:
             return None
         solve.run(stop, mask, eps)
         u = solve.deliver(g.dtype).view(g.shape)
-        outcome, failures = solve.outcome(*judged)
-        if failures:
-            lost = ((outcome.residual == torch.inf) & u.isfinite().flatten(1).all(1))[:, None, None]
-            u = torch.where(lost, torch.nan, u)
-        return u, outcome, failures
+        return _with_lost(u, *solve.outcome(*judged))
 
     def _left(self, g: Tensor, stop: Stop) -> Rest:
         """`_solve` for the rows that `Small` leaves."""
@@ -122,7 +128,7 @@ class AdjointSolve:
         system = System.of(product, rhs, self._stop(good, g.device), self.shards)
         eps = max(self.eps, torch.finfo(g.dtype).eps)
         pursued = replace(self.stop, rtol=0.0, atol=torch.maximum(system.goal, eps * system.norm), norm="l2")
-        u, outcome = self._method()(product, system.rhs, pursued)
+        u, outcome = self._method(eps)(product, system.rhs, pursued)
         lost = ~finite | ~(outcome.residual < torch.inf)
         raised, size, again = system.deliver(u, outcome.residual * system.norm, g.dtype)
         status, residual = self._judge(system, u, outcome.status, size, eps)
@@ -132,14 +138,14 @@ class AdjointSolve:
         raised = torch.where((lost & raised.isfinite().all(1))[:, None], torch.nan, raised)
         return raised.reshape(g.shape), Adjoint(status, residual, outcome.evaluations + again)
 
-    def _method(self) -> Callable[[Products, Tensor, Stop], tuple[Tensor, Adjoint]]:
-        """The solver for g (n, N) of ‖g‖ about 1 and an absolute tolerance."""
+    def _method(self, eps: float) -> Callable[[Products, Tensor, Stop], tuple[Tensor, Adjoint]]:
+        """The solver for g (n, N) of ‖g‖ about 1 and an absolute tolerance; eps: of the products."""
         solver, shards = self.solver, self.shards
         if shards.many and isinstance(solver, GMRES):
             return lambda A, g, stop: in_pytorch(solver, A, g, stop, shards=shards)
         if shards.many and isinstance(solver, Neumann):
             return lambda A, g, stop: series(solver, A, g, stop, shards)
-        return getattr(solver, "solve", None) or _by_fixed_point(solver, shards)
+        return getattr(solver, "solve", None) or _by_fixed_point(solver, shards, eps)
 
     def _judge(self, system: System, u: Tensor, status: Tensor, size: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Status and relative residual (n,) of u (n, N), whose residual was measured to be `size` (n,)."""
@@ -191,6 +197,14 @@ def worst(outcomes: list[Adjoint]) -> Adjoint:
     return Adjoint(status.amax(0), residual.amax(0), evaluations.sum(0))
 
 
+def _with_lost(u: Tensor, outcome: Adjoint, failures: int) -> tuple[Tensor, Adjoint, int]:
+    """The three, u (n, T, D) NaN for samples whose residual is infinite."""
+    if failures:
+        lost = (outcome.residual == torch.inf) & u.isfinite().flatten(1).all(1)
+        u = torch.where(lost[:, None, None], torch.nan, u)
+    return u, outcome, failures
+
+
 def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
     """The outcome (n,) spread over all samples (B,); those left out are NONFINITE."""
     if good.whole:
@@ -208,14 +222,16 @@ def _of_all(outcome: Adjoint, good: Good) -> Adjoint:
     return full
 
 
-def _by_fixed_point(solver: Solver, shards: Whole) -> Callable[[Products, Tensor, Stop], tuple[Tensor, Adjoint]]:
+def _by_fixed_point(
+    solver: Solver, shards: Whole, eps: float
+) -> Callable[[Products, Tensor, Stop], tuple[Tensor, Adjoint]]:
     """u = g + A u by a forward solver, as an adjoint solver for g (n, N) of ‖g‖ about 1 and an absolute tolerance."""
     split = shards if shards.many else None
 
     def solve(A: Products, g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
         rhs = g[:, None]
         layout = Layout.of(rhs, by_blocks=True)
-        problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False, split=split)
+        problem = Problem(lambda u: A(u[:, 0])[:, None] + rhs, (), layout, compact=False, split=split, eps=eps)
         solved = iterate(problem, rhs, solver=solver, stop=stop)
         norm = shards.lengths(g)
         residual = solved.residual / torch.where(norm > 0, norm, 1.0)

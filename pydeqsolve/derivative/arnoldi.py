@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import address, spaced
-from ..solution import Adjoint
+from ..memory import spaced
 from ..step import systems
 from ..stop import Stop
 from .linear import Products
 from .narrowed import Narrowing
+from .scaled import Scaled
 
 TOGETHER = 8  # vectors in one piece of memory
 
@@ -38,15 +38,15 @@ class Vectors:
         return self.made[k]
 
 
-class Arnoldi:
+class Arnoldi(Scaled):
     """One solve of u = g + A u for g (B, …), by products u ↦ A u of the shape of g; u is scaled until `deliver`."""
 
     def __init__(self, handle: Any, products: Products, g: Tensor, most: int) -> None:
-        self.handle, self.g, self.most = handle, g, most
-        self.products = Narrowing(products, g)
+        self.narrowing = Narrowing(products, g)
+        super().__init__(handle, self.narrowing, g)
+        self.most = most
         self.vectors = Vectors(g, self.most)
         self.u: Tensor | None = None  # None: zero
-        self.threads = torch.get_num_threads()
 
     @staticmethod
     def of(products: Products, g: Tensor, restart: int) -> Arnoldi | None:
@@ -57,11 +57,7 @@ class Arnoldi:
 
     def run(self, stop: Stop, mask: Tensor | None = None, eps: float = 0.0) -> None:
         """Solves to atol + rtol ‖g‖ per sample, but to no less than eps ‖g‖; not where mask (B,) is false."""
-        rtol, atol = (self._tolerance(t) for t in (stop.rtol, stop.atol))
-        active, calls = self.handle.begin(
-            0 if mask is None else address(mask), rtol[0], atol[0], *(0 if t[1] is None else t[1].data_ptr()
-            for t in (rtol, atol)), eps, self.vectors[0].data_ptr(), self.threads,
-        ), 0  # fmt: skip
+        active, calls = self.begin(stop, mask, eps, self.vectors[0]), 0
         while active and stop.max_steps - calls >= 2:
             candidate = torch.empty_like(self.g)
             calls += self._cycle(candidate, min(self.most, stop.max_steps - calls - 1))
@@ -74,61 +70,31 @@ class Arnoldi:
         for k in range(most):
             last = k + 1 == most
             following = candidate if last else self.vectors[k + 1]
-            product = self._product(vector)
+            product = self.product(vector)
             going = self.handle.append(product.data_ptr(), following.data_ptr(), self.threads)
             if not going:
                 return k + 1
             if not last:
-                self.products.tell(going, following)
+                self.narrowing.tell(going, following)
             vector = following
         return most
 
     def _accept(self, candidate: Tensor) -> tuple[int, int]:
         """Finds the next u; the samples that are not done, and the products that took."""
-        self.products.widen()
+        self.narrowing.widen()
         start = 0 if self.u is None else self.u.data_ptr()
         unsound = self.handle.combine(False, start, candidate.data_ptr(), self.threads)
         tried = [candidate]
         if unsound:
             tried.append(torch.empty_like(candidate))
             self.handle.combine(True, start, tried[1].data_ptr(), self.threads)
-        pairs = [(u, self._product(u)) for u in tried]
+        pairs = [(u, self.product(u)) for u in tried]
         places = [x.data_ptr() for pair in pairs for x in pair] + [0, 0]
         self.u = candidate if self.u is None else self.u
         return self.handle.accept(*places[:4], self.u.data_ptr(), self.threads), len(tried)
 
     def deliver(self, dtype: torch.dtype) -> Tensor:
-        """u (B, …) of the unscaled system in `dtype`. Its residual is measured again where that changes it."""
+        """u (B, …) of the unscaled system in `dtype`."""
         u = torch.zeros_like(self.g) if self.u is None else self.u
         self.vectors.made.clear()
-        changed = self.handle.raise_(u.data_ptr(), self.threads)
-        out = u.to(dtype)
-        if changed or out is not u:
-            back = out.to(u.dtype, copy=True)
-            if self.handle.lower(back.data_ptr(), u.data_ptr(), self.threads):
-                product = self._product(back)
-                self.handle.remeasure(back.data_ptr(), product.data_ptr(), self.threads)
-        return out
-
-    def outcome(self, adjoint: bool = False, follows: bool = False, eps: float = 0.0) -> tuple[Adjoint, int]:
-        """How the solve went, and the samples asked for that failed; adjoint: judged as `AdjointSolve` does."""
-        status = torch.empty(len(self.g), dtype=torch.int64, device=self.g.device)
-        residual, evaluations = torch.empty_like(status, dtype=torch.float64), torch.empty_like(status)
-        failed = self.handle.judge(
-            adjoint, follows, eps, status.data_ptr(), residual.data_ptr(), evaluations.data_ptr()
-        )
-        return Adjoint(status, residual, evaluations), failed
-
-    def _product(self, u: Tensor) -> Tensor:
-        """A u, where the passes can read it."""
-        product = self.products(u)
-        if product.dtype is not self.g.dtype or not product.is_contiguous() or product.is_neg():
-            product = product.to(self.g.dtype).contiguous().resolve_neg()
-        if product.shape != self.g.shape:
-            raise ValueError(f"A must return {tuple(self.g.shape)} like g, got {tuple(product.shape)}")
-        return product
-
-    def _tolerance(self, value: float | Tensor) -> tuple[float, Tensor | None]:
-        if not isinstance(value, Tensor):
-            return float(value), None
-        return 0.0, value.to(self.g.device, torch.float64).expand(len(self.g)).contiguous()
+        return self.delivered(u, dtype)

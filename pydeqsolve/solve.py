@@ -15,7 +15,7 @@ from .anderson import Anderson
 from .arguments import check_gradient, check_inputs, check_solver, check_stop, check_tolerances
 from .checks import check_count, check_flag
 from .derivative.auxiliary import auxiliary
-from .derivative.compiled import attach_in_graph, is_compilable
+from .derivative.compiled import attach_in_graph, is_compilable, solved_in_graph
 from .derivative.gradient import Gradient, Implicit, Phantom, Unrolled
 from .derivative.lifted import is_transformed
 from .derivative.linearise import is_wanted
@@ -23,7 +23,7 @@ from .derivative.transformed import refuse_options, transformed
 from .layout import Layout, detached, nested
 from .loop.iterate import Outcome, check_together, iterate
 from .loop.kept import History
-from .loop.traced import is_traceable, traced
+from .loop.traced import is_traceable
 from .loop.watches import Callback
 from .problem import Problem, Solver
 from .segments import SegmentLayout, Segments
@@ -160,7 +160,7 @@ def solve(
     if apart:
         found = transformed(problem, flat, solver, stop, gradient, recorder)
     elif in_graph:
-        found = traced(problem, flat.detach(), solver=solver, stop=stop)
+        found = solved_in_graph(problem, flat.detach(), solver, stop)
     else:
         found = iterate(
             problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..loop.iterate import Outcome
-from ..loop.traced import tolerance
-from ..problem import Problem
+from ..loop.traced import tolerance, traced
+from ..problem import Problem, Solver
 from ..solution import Recorder
 from ..stop import Stop
 from .adjoint import FINEST, LOOSEST
@@ -38,23 +38,37 @@ def is_compilable(gradient: Gradient | None) -> bool:
 
 
 def _must_be_whole() -> bool:
-    """Whether the compiler that is at work refuses to break its graph (fullgraph=True).
-
-    Not where torch lacks what `graph` is made of, none of which it promises to keep.
-    """
+    """Whether the compiler that is at work refuses to break its graph (fullgraph=True)."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
-        from . import graph  # noqa: F401
-
         at_work: Any = InstructionTranslator.current_tx()
-        return bool(at_work.one_graph or at_work.error_on_graph_break)
+        return _has_operators() and bool(at_work.one_graph or at_work.error_on_graph_break)
     except (ImportError, AttributeError):
         return False
 
 
-# As `torch.compiler.assume_constant_result`, which imports the compiler, would: the function is called, not traced.
-_must_be_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _has_operators() -> bool:
+    """Whether torch has what `captured` and `graph` are made of, none of which it promises to keep."""
+    try:
+        from . import graph  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return RECENT
+
+
+# As `torch.compiler.assume_constant_result`, which imports the compiler, would: the functions are called, not traced.
+for _asked in (_must_be_whole, _has_operators):
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def solved_in_graph(problem: Problem, z0: Tensor, solver: Solver, stop: Stop) -> Outcome:
+    """What `loop` finds from z0 (B, T, D), in a graph: by an operator, or in one to be exported by operators of torch."""
+    if torch.compiler.is_exporting() or not _has_operators():
+        return traced(problem, z0, solver=solver, stop=stop)
+    from ..loop.captured import captured
+
+    return captured(problem, z0, solver=solver, stop=stop)
 
 
 def attach_in_graph(how: Gradient | None, problem: Problem, outcome: Outcome) -> tuple[Tensor, Recorder]:

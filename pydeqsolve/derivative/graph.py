@@ -15,15 +15,10 @@ from torch import Tensor, fx
 from torch._higher_order_ops import BaseHOP
 from torch._higher_order_ops.utils import materialize_as_graph
 
-from ..solution import Recorder
-from ..stop import Stop
-from .adjoint import AdjointSolve
-from .gmres import GMRES
-from .looped import Bounds, solved
-from .numbered import told
+from ..loop.captured import LOCAL, marked
+from ..loop.held import Held, is_inductor, is_traced
+from .numbered import solved
 
-# Of the dispatch keys of this thread; asked for here, so that a torch without them is seen at the import.
-LOCAL = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
 MARKED = 3  # inputs that the function returns after its value: z, the bounds of `attach_in_graph`, the ticket
 
 
@@ -35,12 +30,11 @@ class _Implicit(BaseHOP):
         super().__init__("pydeqsolve_implicit")
 
     def _call_Autograd(self, subgraph: Any, *operands: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: N802
-        _refuse_inductor()
-        marked = _marked(subgraph)
+        places = marked(subgraph, MARKED)
         wanted = [i for i, x in enumerate(operands) if isinstance(x, Tensor) and x.requires_grad]
-        pulled = _Pulled.of(subgraph, operands, marked[0], [i for i in wanted if i not in marked])
-        z = _Attached.apply(pulled, marked, kwargs, *operands)
-        return z, *(operands[i].detach().clone() for i in marked)
+        pulled = _Pulled.of(subgraph, operands, places[0], [i for i in wanted if i not in places])
+        z = _Attached.apply(pulled, places, kwargs, *operands)
+        return z, *(operands[i].detach().clone() for i in places)
 
     def _call_Functionalize(self, ctx: Any, subgraph: Any, *operands: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # noqa: N802
         given = ctx.unwrap_tensors(operands)
@@ -53,40 +47,13 @@ class _Implicit(BaseHOP):
         return _without(subgraph, operands)
 
 
-def _refuse_inductor() -> None:
-    """Raises NotImplementedError where options of Inductor, which is at work if torch has its values, spoil numbers."""
-    import torch._functorch.config
-    from torch._inductor import config
-    from torch._inductor.virtualized import V
-    from torch._subclasses import FakeTensorMode
-
-    wrong = "gradient=Implicit() in a graph that is compiled with "
-    if config.cpp_wrapper:
-        raise NotImplementedError(
-            f"{wrong}cpp_wrapper: torch 2.13 hands on wrong status and residual of the adjoint there: leave that "
-            "option off, or use gradient=Phantom()"
-        )
-    if isinstance(V.fake_mode, FakeTensorMode) and torch._functorch.config.donated_buffer:
-        raise NotImplementedError(
-            f"{wrong}donated_buffer: torch 2.13 writes over tensors that loops of a backward pass still need: set "
-            "torch._functorch.config.donated_buffer = False, or use gradient=Phantom()"
-        )
-
-
 def _without(fn: fx.GraphModule, given: Sequence[Any]) -> tuple[Tensor, ...]:
     """What `implicit` returns where nothing requires a gradient."""
-    marked = _marked(fn)
-    return given[marked[0]].clone(), *(given[i].clone() for i in marked)
+    places = marked(fn, MARKED)
+    return given[places[0]].clone(), *(given[i].clone() for i in places)
 
 
 implicit = _Implicit()
-
-
-def _marked(fn: fx.GraphModule) -> list[int]:
-    """The places of the `MARKED` inputs."""
-    inputs = [node for node in fn.graph.nodes if node.op == "placeholder"]
-    returned: Any = fn.graph.output_node().args[0]
-    return [inputs.index(node.all_input_nodes[0]) for node in returned[1:]]
 
 
 class _Pulled:
@@ -114,10 +81,14 @@ class _Pulled:
         before, after = _split(whole)
         return _Pulled(before, after, wanted, _coarsest(before, given[z].dtype))
 
-    @property
-    def is_plain(self) -> bool:
-        """What depends on u is made of torch's own operators, which vmap knows."""
-        return not any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in self.after.graph.nodes)
+    def adjoint(self, saved: Sequence[Any], g: Tensor, bounds: Tensor, ticket: Tensor, how: dict[str, Any]) -> Tensor:
+        """u (B, T, D) of u = g + (∂f/∂z)ᵀu, by an operator where a compiler traces."""
+        held = Held(self.after, len(saved), is_inductor())
+        if not is_traced((g, *saved)):
+            return solved(held.taking(saved), g, bounds, ticket, self.eps, **how)
+        key, tensors, sizes = held.key(saved)
+        u: Tensor = torch.ops.pydeqsolve.adjoint(key, g, bounds, ticket, self.eps, tensors, sizes, *how.values())
+        return u
 
 
 def _coarsest(graph: fx.GraphModule, dtype: torch.dtype) -> float:
@@ -169,23 +140,13 @@ class _Attached(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
             raise NotImplementedError("second derivatives of a compiled solve with Implicit are not supported")
-        pulled, settings, g = ctx.pulled, ctx.settings, grads[0]
+        pulled, g = ctx.pulled, grads[0].contiguous()
         given = [size if x is None else x for size, x in zip(ctx.sizes, ctx.saved_tensors, strict=True)]
-        _, columns, ticket = (given[i] for i in ctx.marked)
-        good, rtol, atol, budget = columns.unbind(1)
-        good = good != 0
+        _, bounds, ticket = (given[i] for i in ctx.marked)
         saved = [x.resolve_conj().resolve_neg() if isinstance(x, Tensor) else x for x in pulled.before(*given)]
-
-        def product(u: Tensor, saved: Sequence[Any]) -> Tensor:
-            return pulled.after(*saved, u)[0]
-
-        how = AdjointSolve(
-            GMRES(settings["restart"]), Stop(), settings["follows"], settings["on_failure"], Recorder(), pulled.eps
-        )
-        bounds = Bounds(rtol, atol, budget[0].long())
-        u, outcome = solved(how, product, saved, g, good, bounds, pulled.is_plain)
-        u = told(u, good, outcome, ticket, settings["restart"], settings["on_failure"])
+        u = pulled.adjoint(saved, g, bounds, ticket, ctx.settings)
         # Where no sample is good, one that is not stands in for all.
-        found = [torch.where(good.any(), x, 0.0) for x in pulled.after(*saved, u)[1:]]
+        some = (bounds[:, 0] != 0).any()
+        found = [torch.where(some, x, 0.0) for x in pulled.after(*saved, u)[1:]]
         by_place = dict(zip(pulled.wanted, found, strict=True))
         return None, None, None, *(by_place.get(i) for i in range(len(given)))

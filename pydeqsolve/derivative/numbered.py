@@ -1,30 +1,43 @@
-"""How adjoint solves of compiled graphs are told of: two operators of a graph, which knows tensors alone.
+"""The adjoint solves of compiled graphs as operators, which know tensors alone, and how they are told of.
 
-`torch.ops.pydeqsolve.ticket` draws a number in the forward pass; `torch.ops.pydeqsolve.report` leaves the outcome under
-it in the backward pass, and warns or raises as `Implicit` says.
+`torch.ops.pydeqsolve.ticket` draws a number in the forward pass; `torch.ops.pydeqsolve.adjoint` solves in the backward
+pass, leaves the outcome under that number, and warns or raises as `Implicit` says.
 """
 
 from __future__ import annotations
 
 import itertools
-import warnings
 
 import torch
 from torch import Tensor
 
-from ..solution import Adjoint, ConvergenceError, note_numbered
-from ..status import describe_adjoint
+from ..loop.held import held
+from ..solution import Adjoint, note_numbered
+from ..stop import Stop
+from .adjoint import AdjointSolve
 from .gmres import GMRES
+from .linear import Products
+from .linearise import Good
 
 _numbers = itertools.count(1)
 _library = torch.library.Library("pydeqsolve", "FRAGMENT")
 # A compiler that took two tickets for one would mix up two solves.
 _library.define("ticket(Tensor z) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _library.define(
-    "report(Tensor u, Tensor good, Tensor status, Tensor residual, Tensor evaluations, Tensor ticket, int restart, "
-    "str on_failure) -> Tensor",
+    "adjoint(str graph, Tensor g, Tensor bounds, Tensor ticket, float eps, Tensor[] tensors, SymInt[] sizes, "
+    "int restart, bool follows, str on_failure) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+
+
+class Numbered:
+    """A recorder that notes under a number."""
+
+    def __init__(self, ticket: Tensor) -> None:
+        self.ticket = ticket
+
+    def note(self, adjoint: Adjoint) -> None:
+        note_numbered(self.ticket, adjoint)
 
 
 def drawn(z: Tensor) -> Tensor:
@@ -33,11 +46,27 @@ def drawn(z: Tensor) -> Tensor:
     return number
 
 
-def told(u: Tensor, good: Tensor, outcome: Adjoint, ticket: Tensor, restart: int, on_failure: str) -> Tensor:
-    """u (B, T, D), after the outcome for the samples that are `good` (B,) has been told of as `Implicit` says."""
-    how = (outcome.status, outcome.residual, outcome.evaluations, ticket, restart, on_failure)
-    copy: Tensor = torch.ops.pydeqsolve.report(u, good, *how)
-    return copy
+def solved(
+    products: Products, g: Tensor, bounds: Tensor, ticket: Tensor, eps: float, restart: int, follows: bool,
+    on_failure: str,
+) -> Tensor:  # fmt: skip
+    """u (B, T, D) of u = g + products(u), zero but for good samples, and told of as `Implicit` says.
+
+    bounds (B, 4): whether a sample is good, rtol, atol and the number of products allowed. Raises ConvergenceError
+    where a sample has failed and on_failure is "raise".
+    """
+    mask = bounds[:, 0] != 0
+    whole = bool(mask.all())
+    rtol, atol = (_plain(x) for x in bounds[:, 1:3].unbind(1))
+    stop = Stop(rtol, atol, int(bounds[0, 3]))
+    how = AdjointSolve(GMRES(restart), stop, follows, on_failure, Numbered(ticket), eps)
+    return how(products, g, Good(mask, None, [], whole))
+
+
+def _plain(x: Tensor) -> float | Tensor:
+    """Tolerances (B,) as a number where they are the same."""
+    first = float(x[0])
+    return first if bool((x == first).all()) else x.contiguous()
 
 
 def _ticket(z: Tensor) -> Tensor:
@@ -45,26 +74,18 @@ def _ticket(z: Tensor) -> Tensor:
     return torch.tensor(next(_numbers))
 
 
-def _report(
-    u: Tensor, good: Tensor, status: Tensor, residual: Tensor, evaluations: Tensor, ticket: Tensor, restart: int,
-    on_failure: str,
+@torch.no_grad()
+def _adjoint(
+    graph: str, g: Tensor, bounds: Tensor, ticket: Tensor, eps: float, tensors: list[Tensor], sizes: list[int],
+    restart: int, follows: bool, on_failure: str,
 ) -> Tensor:  # fmt: skip
-    """A copy of u (B, T, D), whose samples `good` (B,) were solved for with the outcome of (B,) each.
-
-    Raises ConvergenceError where one has failed and on_failure is "raise".
-    """
-    note_numbered(ticket, Adjoint(status.clone(), residual.clone(), evaluations.clone()))
-    if on_failure != "phantom" and bool((good & (status != 0)).any()):
-        told = describe_adjoint(status[good], GMRES(restart))
-        message = f"the adjoint of solve did not converge: {told}"
-        if on_failure == "raise":
-            raise ConvergenceError(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return u.clone()
+    """`solved` with the products that are held as `graph`, in memory of its own."""
+    u = solved(held(graph, tensors, sizes), g, bounds, ticket, eps, restart, follows, on_failure)
+    return u.clone() if u is g else u
 
 
 _library.impl("ticket", _ticket, "CompositeExplicitAutograd")
-_library.impl("report", _report, "CompositeExplicitAutograd")
+_library.impl("adjoint", _adjoint, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("pydeqsolve::ticket", lib=_library)
@@ -72,6 +93,6 @@ def _(z: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.register_fake("pydeqsolve::report", lib=_library)
-def _(u: Tensor, *rest: object) -> Tensor:
-    return torch.empty_like(u)
+@torch.library.register_fake("pydeqsolve::adjoint", lib=_library)
+def _(graph: str, g: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(g, memory_format=torch.contiguous_format)

@@ -95,6 +95,7 @@ def loop(
     problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop, front: Front | None = None, trace: bool = False,
     callback: Callback | None = None, history: History | None = None, keep_history: bool = False,
     snapshots: Sequence[int] = (), admissible: Question | None = None, merit: Question | None = None,
+    of: Callable[..., Batch] = Batch,
 ) -> Outcome:  # fmt: skip
     """Solves z = fn(z) from z0 (B, T, D) for every sample by itself.
 
@@ -104,7 +105,7 @@ def loop(
     watching, seen = (Trace() if trace else None), Snapshots(snapshots)
     asked = [watching, seen if snapshots else None, None if callback is None else calling(callback)]
     watches: list[Watch] = [watch for watch in asked if watch is not None]
-    batch, step = assemble(problem, z0, solver, stop, front, history, keep_history, admissible, merit)
+    batch, step = assemble(problem, z0, solver, stop, front, history, keep_history, admissible, merit, of)
     verdict: Verdict | None = None
     interval, steps, eps, stopped = stop.interval(z0.device), 0, batch.eps, False
     shards = problem.shards
@@ -150,6 +151,7 @@ def _attempted(batch: Batch, wanted: Tensor | None) -> Tensor:
 def assemble(
     problem: Problem, z0: Tensor, solver: Solver, stop: Stop, front: Front | None, history: History | None,
     keep_history: bool, admissible: Question | None = None, merit: Question | None = None,
+    of: Callable[..., Batch] = Batch,
 ) -> tuple[Batch, Step]:  # fmt: skip
     """The parts of one solve: the only place that knows which options exist, and which do not go together."""
     address(z0, "z0")
@@ -161,7 +163,7 @@ def assemble(
     entries = problem.shards.entries(D if front is not None else T * D)
     rule = _rule(solver, stop, z0, entries, by_blocks=front is not None, with_merit=merit is not None)
     backend = choose(ring, rule, front)
-    batch = Batch(problem, z0, z0 if history is None else history.z, backend)
+    batch = of(problem, z0, z0 if history is None else history.z, backend)
     judge = _judge(batch, stop, front, solver)
     judge.computes_in(batch.eps)
     if history is not None:

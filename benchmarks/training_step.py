@@ -9,7 +9,7 @@ Every column solves to 1e-4, relative, both ways, and keeps its defaults otherwi
 Processor time, the median over repeats in which all columns take turns; the error of the gradient of W against plain
 iteration to the end in float64. "alone" is what our default must do anyhow: as many evaluations without a graph as its
 forward took, one with, as many vector-Jacobian products as its backward took, and one for W. "unrolled" is 40 plain
-steps with autograd. --compiled adds our default under torch.compile(fullgraph=True), which takes a minute or more to
+steps with autograd. --compiled adds our default under torch.compile(fullgraph=True), which takes some ten seconds to
 compile for each shape. --jax names the output of `jax_training_step.py`, from an environment of its own. Small real
 models: `training_models.py`.
 """
@@ -115,7 +115,6 @@ def compiled(layer: Layer) -> Callable[[], Tensor]:
         return own.loss(solve(own.cell, torch.zeros_like(x), (x,), stop=Stop(rtol=RTOL)).z)
 
     torch.compiler.reset()
-    importlib.import_module("torch._functorch.config").donated_buffer = False  # `docs/limits.md`
     graph = torch.compile(loss, fullgraph=True, dynamic=False)
     return lambda: torch.autograd.grad(graph(layer.W, layer.x, layer.y), layer.W)[0]
 

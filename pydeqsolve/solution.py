@@ -66,7 +66,10 @@ class Recorder:
     ticket: Tensor | None = None
 
     def note(self, adjoint: Adjoint) -> None:
-        self.last = adjoint
+        if self.ticket is None:
+            self.last = adjoint
+        else:
+            note_numbered(self.ticket, adjoint)
 
     @property
     def found(self) -> Adjoint | None:

@@ -114,9 +114,10 @@ def solve(
 
     A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
     Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps. Under
-    torch.compile and torch.export a solve by `Picard` or `Anderson`, without gradient or with `Phantom`, is one loop of
-    the graph (`loop.traced`); `steps` is a tensor then. Inside transforms of torch.func all derivatives are right with
-    `Implicit`, `Phantom` or None, and a vmap is one solve of all its samples; the rest raises NotImplementedError.
+    torch.compile and torch.export a solve by `Picard` or `Anderson`, without gradient or with `Phantom`, is one
+    operator of the graph (`loop.captured`); `steps` is a tensor then. Inside transforms of torch.func all derivatives
+    are right with `Implicit`, `Phantom` or None, and a vmap is one solve of all its samples; the rest raises
+    NotImplementedError.
     """
     shards, history = shards_of(group), None
     try:
@@ -272,8 +273,15 @@ def refuse_pairs(
 
 
 def _is_one_graph(solver: Solver, gradient: Gradient | None, options: tuple[Any, ...]) -> bool:
-    """Whether a solve under torch.compile or torch.export stays in their graph, as one loop; else the graph breaks."""
-    return is_compilable(gradient) and is_traceable(solver, options)
+    """Whether a solve under torch.compile or torch.export stays in their graph; else the graph breaks, if it may."""
+    stays = is_compilable(gradient) and is_traceable(solver, options)
+    if not stays and torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "torch.export takes a solve without gradient (gradient=None, or under torch.no_grad()) or with Phantom, by "
+            'Picard or Anderson of kind "II" with memory up to 16, and no option besides: an exported program has no '
+            "backward pass that Implicit could be part of"
+        )
+    return stays
 
 
 def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: Gradient | None) -> list[Any]:

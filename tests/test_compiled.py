@@ -88,6 +88,18 @@ def both(fn, x, *closed):
         yield found, slopes, [str(w.message) for w in told if "adjoint" in str(w.message)]
 
 
+def test_a_layer_compiled_for_any_batch_size_has_the_gradients_of_each():
+    layer = DEQ(Cell(6), solver=Anderson(2), stop=Stop(1e-9))
+    torch._dynamo.reset()
+    compiled_layer = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 5, 2):
+        x = torch.randn(n, 6, dtype=torch.float64, generator=problems.generator(n)).requires_grad_()
+        expected = gradients(layer(x), [x, *layer.parameters()])
+        for a, b in zip(expected, gradients(compiled_layer(x), [x, *layer.parameters()]), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-9)
+        assert layer.solution.adjoint.status.tolist() == [Status.CONVERGED] * n
+
+
 def test_a_failed_sample_has_no_implicit_gradient_in_a_graph_and_spoils_none():
     x = torch.randn(3, 6, dtype=torch.float64, generator=problems.generator(3))
     x[1] = torch.nan
@@ -176,7 +188,9 @@ def test_options_of_inductor_leave_gradients_and_outcomes_right(options):
     W = (0.7 * problems.orthogonal(6, 2)).requires_grad_()
 
     def run(x):
-        return solve(lambda z, x: torch.tanh(z @ W.T + x), torch.zeros_like(x), (x,), solver=Anderson(2), stop=Stop(1e-9))
+        return solve(
+            lambda z, x: torch.tanh(z @ W.T + x), torch.zeros_like(x), (x,), solver=Anderson(2), stop=Stop(1e-9)
+        )
 
     torch._dynamo.reset()
     outside, inside = run(x), torch.compile(run, fullgraph=True, options=options)(x)

@@ -169,6 +169,16 @@ def test_a_model_with_a_solve_is_exported_for_any_batch_size(strict):
         torch.testing.assert_close(program.module()(y), model(y))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_export_of_a_solve_that_no_program_can_hold_says_what_one_can(strict):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,)).z
+
+    with pytest.raises(Exception, match="takes a solve without gradient"):
+        torch.export.export(Model(), (torch.ones(2, 3, requires_grad=True),), strict=strict)
+
+
 def test_what_has_no_traced_form_breaks_the_graph_and_is_right():
     def run(x):
         return 2 * solve(lambda z, x: 0.5 * z + x, torch.zeros_like(x), (x,), solver=Broyden(), gradient=None).z

@@ -63,7 +63,7 @@ for _asked in (_must_be_whole, _has_operators):
 
 
 def solved_in_graph(problem: Problem, z0: Tensor, solver: Solver, stop: Stop) -> Outcome:
-    """What `loop` finds from z0 (B, T, D), in a graph: by an operator, or in one to be exported by operators of torch."""
+    """What `loop` finds from z0 (B, T, D): by an operator, or in a graph to be exported by operators of torch."""
     if torch.compiler.is_exporting() or not _has_operators():
         return traced(problem, z0, solver=solver, stop=stop)
     from ..loop.captured import captured

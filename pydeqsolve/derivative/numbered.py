@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..loop.held import held
-from ..solution import Adjoint, note_numbered
+from ..solution import Recorder
 from ..stop import Stop
 from .adjoint import AdjointSolve
 from .gmres import GMRES
@@ -28,16 +28,6 @@ _library.define(
     "int restart, bool follows, str on_failure) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
-
-
-class Numbered:
-    """A recorder that notes under a number."""
-
-    def __init__(self, ticket: Tensor) -> None:
-        self.ticket = ticket
-
-    def note(self, adjoint: Adjoint) -> None:
-        note_numbered(self.ticket, adjoint)
 
 
 def drawn(z: Tensor) -> Tensor:
@@ -59,7 +49,7 @@ def solved(
     whole = bool(mask.all())
     rtol, atol = (_plain(x) for x in bounds[:, 1:3].unbind(1))
     stop = Stop(rtol, atol, int(bounds[0, 3]))
-    how = AdjointSolve(GMRES(restart), stop, follows, on_failure, Numbered(ticket), eps)
+    how = AdjointSolve(GMRES(restart), stop, follows, on_failure, Recorder(ticket=ticket), eps)
     return how(products, g, Good(mask, None, [], whole))
 
 

@@ -70,7 +70,7 @@ def captured(problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop) -> Out
     method, B = solver.method(), z0.shape[0]
     is_each = isinstance(stop.rtol, Tensor) or isinstance(stop.atol, Tensor)
     table = torch.zeros(5, B, dtype=torch.float64, device=z0.device)
-    chosen = [method.memory, method.damping, method.ridge, solver.safeguard, stop.max_steps]
+    chosen: list[Any] = [method.memory, method.damping, method.ridge, solver.safeguard, stop.max_steps]
     if is_each:
         table = torch.cat([tolerance(stop.rtol, z0)[None], tolerance(stop.atol, z0)[None], table[2:]])
     else:
@@ -131,8 +131,9 @@ def _captured(graph: fx.GraphModule, operands: Sequence[Any], options: dict[str,
             function = Held(graph, at[0], False).taking(given)
             found = _solve(function, z, table, numbers, eps, **options)
         else:
-            own = materialize_as_graph(graph, tuple(given), *(local() for local in LOCAL))
-            eps = float(own.graph.output_node().args[0][-1].args[1])
+            own = materialize_as_graph(graph, tuple(given), LOCAL[0](), LOCAL[1]())
+            returned: Any = own.graph.output_node().args[0]
+            eps = float(returned[-1].args[1])  # of torch.full
             key, tensors, sizes = Held(own, at[0], is_inductor()).key(given)
             found = torch.ops.pydeqsolve.solve(key, z, table, numbers, eps, tensors, sizes, *options.values())
         return found[0].clone(), *found, torch.full((), eps, dtype=torch.float64, device="cpu")

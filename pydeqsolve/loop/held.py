@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+Run = Callable[[list[Any]], Sequence[Tensor]]
+
 # Keys are of this process alone: a compiler that finds its graph in a cache on disk finds none of another process.
 _process = uuid.uuid4().hex
 _held: dict[str, Held] = {}
@@ -29,8 +31,8 @@ class Held:
         self.places = [i for i in used if i != of]
         self.at = used.index(of) if of in used else -1
         self.is_size = [False] * len(self.places)
-        self.fuses = fuses
-        self.fused: Callable[[list[Any]], Sequence[Tensor]] | None = None
+        self.options = options_of_inductor() if fuses and is_static(self.module) else None
+        self.run: Run | None = None  # takes its arguments in a list
 
     def key(self, given: Sequence[Any]) -> tuple[str, list[Tensor], list[Any]]:
         """The key of this graph from now on, and what of `given` an operator hands on: tensors, and sizes."""
@@ -47,27 +49,23 @@ class Held:
 
     def _function(self, rest: list[Any]) -> Callable[[Tensor], Tensor]:
         if self.at < 0:
-            before, after, used = rest, [], 0
+            before, after, used = rest, [], False
         else:
-            before, after, used = rest[: self.at], rest[self.at :], 1
+            before, after, used = rest[: self.at], rest[self.at :], True
 
         def function(z: Tensor) -> Tensor:
-            found: Tensor = run([*before, *[z] * used, *after])[0]
+            args = [*before, z, *after] if used else [*before]
+            found: Tensor = (self.run or self._made(args))(args)[0]
             return found
 
-        def unfused(args: list[Any]) -> Sequence[Tensor]:
-            found: Sequence[Tensor] = self.module(*args)
-            return found
-
-        def first(args: list[Any]) -> Sequence[Tensor]:
-            nonlocal run
-            if self.fused is None:
-                self.fused = fused(self.module, args)
-            run = self.fused
-            return run(args)
-
-        run = first if self.fuses and not any(self.is_size) else unfused
         return function
+
+    def _made(self, args: list[Any]) -> Run:
+        """What runs the graph, from its first call with `args` on."""
+        self.run = lambda args: self.module(*args)
+        if self.options is not None:
+            self.run = fused(self.module, args, self.options)
+        return self.run
 
 
 def held(key: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -80,12 +78,14 @@ def held(key: str, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Callable[
 
 def first_output(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
     """What computes the first output alone, and the places of the inputs that it reads."""
-    own, copies = fx.Graph(), {}
+    own = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
     for node in graph.graph.nodes:
         if node.op != "output":
             copies[node] = own.node_copy(node, copies.__getitem__)
             continue
-        value = copies[node.args[0][0]]
+        returned: Any = node.args[0]
+        value = copies[returned[0]]
         if value.target is torch.ops.aten.clone.default:  # nobody writes to it
             value = value.args[0]
         own.output((value,))
@@ -98,8 +98,23 @@ def first_output(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
     return fx.GraphModule(graph, own), used
 
 
-def fused(module: fx.GraphModule, args: Sequence[Any]) -> Callable[[list[Any]], Sequence[Tensor]]:
-    """The module as Inductor makes it, taking its arguments in a list; the module itself where that fails."""
+def is_static(module: fx.GraphModule) -> bool:
+    """Whether the shapes of what a graph reads are numbers, the same at every call."""
+    inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    return all(isinstance(x, Tensor) and all(isinstance(n, int) for n in x.shape) for x in inputs)
+
+
+def options_of_inductor() -> dict[str, Any]:
+    """Its options as they are now: those given to torch.compile hold only while that traces."""
+    from torch._inductor import config
+
+    options: dict[str, Any] = config.shallow_copy_dict()
+    return options
+
+
+def fused(module: fx.GraphModule, args: Sequence[Any], options: dict[str, Any]) -> Run:
+    """The module as Inductor makes it with `options`."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -107,8 +122,9 @@ def fused(module: fx.GraphModule, args: Sequence[Any]) -> Callable[[list[Any]], 
 
     functional = make_fx(dispatch_functionalize(module), select_decomp_table(), tracing_mode="fake")(*args)
     inputs = [node.meta["val"] for node in functional.graph.nodes if node.op == "placeholder"]
-    made: Any = compile_fx_inner(functional, inputs)
-    called: Callable[[list[Any]], Sequence[Tensor]] = made.current_callable
+    with config.patch(options):
+        made: Any = compile_fx_inner(functional, inputs)
+    called: Run = made.current_callable
     return called
 
 

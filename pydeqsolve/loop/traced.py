@@ -1,4 +1,4 @@
-"""The loop as one operator of a graph, `while_loop`, for torch.compile and torch.export.
+"""The loop as one operator of a graph, `while_loop`, for torch.export: of operators that torch has anywhere.
 
 The formulas are those of the reference step, which a compiler makes one kernel of. The history lies by age and is
 moved by one place each step: 4 (m + 1) words per entry of the state, where `loop` takes 2 (m + 1) and moves nothing.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import real, signal, time_steps
+from .checks import integer, real, signal, time_steps
 from .recurrence import Recurrence
 
 VARIANCE_FLOOR = 1e-2  # of the mean variance
@@ -67,7 +67,7 @@ class Chain(Recurrence):
 
     def tail(self, k: int) -> Chain:
         """The steps k … T−1, which start from state k."""
-        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < len(self):
+        if not 0 <= (k := integer("k", k)) < len(self):
             raise ValueError(f"k: 0 to {len(self) - 1}, a step, is required, got {k!r}")
         if k == 0:
             return self

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,22 +17,32 @@ RULES = ("ddim", "dpmsolver++2m", "belm")
 
 
 def real(name: str, value: Any) -> float:
-    """The value as a float: a finite number that is no bool."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """The value as a float: a finite number that is no bool, NumPy's among them."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: a number is required, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: a finite number is required, got {value!r}")
     return float(value)
 
 
-def count(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raises unless the value is an integer of at least `least`, and at most `most`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: an integer is required, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: at least {least} is required, got {value}")
-    if most is not None and value > most:
-        raise ValueError(f"{name}: at most {most:,} is required, got {value:,}")
+def integer(name: str, value: Any, required: str = "an integer") -> int:
+    """An integer of any kind, NumPy's and tensors of one included, as an int; no bool."""
+    try:
+        if not isinstance(value, bool) and "bool" not in str(getattr(value, "dtype", "")):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: {required} is required, got {value!r}")
+
+
+def count(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An integer of any kind, at least `least` and at most `most`, as an int."""
+    number = integer(name, value)
+    if number < least:
+        raise ValueError(f"{name}: at least {least} is required, got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"{name}: at most {most:,} is required, got {number:,}")
+    return number
 
 
 def flag(name: str, value: Any) -> None:
@@ -47,9 +59,9 @@ def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 def share_of_noise(eta: Any) -> None:
     """Raises unless eta is a number from 0 to 1."""
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
+    if isinstance(eta, bool) or not isinstance(eta, Real):
         raise TypeError(f"eta: a number is required, got {eta!r}")
-    if not 0 <= eta <= 1:
+    if not 0 <= float(eta) <= 1:
         raise ValueError(f"eta: 0 to 1 is required, got {eta}")
 
 

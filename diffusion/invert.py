@@ -15,6 +15,7 @@ from pydeqsolve import Status
 
 from .arguments import check_settings, progress_bar
 from .chain import Chain, Splitting
+from .checks import integer
 from .gradients import check_gradient
 from .inversion.algebra import read
 from .inversion.descent import Descent, Epoch
@@ -189,7 +190,7 @@ def find_latents(
     if chain.eta != 0 and not isinstance(chosen, NoiseMaps):
         raise ValueError(f'chain: eta = 0 is required to invert but by "ddpm" (NoiseMaps()), got {chain.eta}')
     check_rule(chosen, chain)
-    _check_budget(error, max_rounds, chosen, chain)
+    max_rounds = _check_budget(error, max_rounds, chosen, chain)
     if chain.clip is not None and chain.eta == 0:
         warnings.warn(CLIPS, stacklevel=3)
     asked = default_error(problem.map.network.dtype, x_0.dtype) if error is None else float(error)
@@ -243,19 +244,19 @@ def check_rule(method: Method, chain: Chain) -> None:
         check_gradient(method.gradient, None, rule)
 
 
-def _check_budget(error: Any, max_rounds: Any, method: Method, chain: Chain) -> None:
-    """Raises for an error or a number of rounds that cannot be asked for."""
+def _check_budget(error: Any, max_rounds: Any, method: Method, chain: Chain) -> int | None:
+    """Raises for an error or a number of rounds that cannot be asked for; returns the rounds."""
     if error is not None:
         if isinstance(error, bool) or not isinstance(error, (int, float)):
             raise TypeError(f"error: a number or None is required, got {type(error).__name__}")
         if not 0 < error < math.inf:
             raise ValueError(f"error: a positive, finite number is required, got {error}")
     if max_rounds is not None:
-        if isinstance(max_rounds, bool) or not isinstance(max_rounds, int):
-            raise TypeError(f"max_rounds: an integer or None is required, got {type(max_rounds).__name__}")
+        max_rounds = integer("max_rounds", max_rounds, "an integer or None")
         least = len(chain) if isinstance(method, OnePass) else 1
         if max_rounds < least:
             raise ValueError(f"max_rounds: at least {least} is required by {method}, got {max_rounds}")
+    return None if max_rounds is None else int(max_rounds)
 
 
 CLIPS = (

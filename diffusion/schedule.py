@@ -78,7 +78,7 @@ class Schedule:
             raise ValueError(
                 f"final_alpha_cumprod: from alphas_cumprod[0] = {alphas[0].item():g} to 1 is required, got {final:g}"
             )
-        count("steps_offset", self.steps_offset, least=0)
+        object.__setattr__(self, "steps_offset", count("steps_offset", self.steps_offset, least=0))
         one_of("spacing", self.spacing, SPACINGS)
         one_of("variance", self.variance, VARIANCES)
         flag("diffusers_steps", self.diffusers_steps)
@@ -107,13 +107,13 @@ class Schedule:
     @classmethod
     def linear(cls, n: int = 1000, start: float = 1e-4, end: float = 0.02) -> Schedule:
         """Return ᾱ_t = Π_{u≤t} (1 − β_u), β evenly spaced from `start` to `end` (Ho et al. 2020)."""
-        start, end = _betas(n, start, end)
+        n, start, end = _betas(n, start, end)
         return cls._of_betas(torch.linspace(start, end, n, dtype=torch.float64), "linear", n=n, start=start, end=end)
 
     @classmethod
     def scaled_linear(cls, n: int = 1000, start: float = 0.00085, end: float = 0.012) -> Schedule:
         """Return the schedule whose √β is evenly spaced from √`start` to √`end` (Stable Diffusion)."""
-        start, end = _betas(n, start, end)
+        n, start, end = _betas(n, start, end)
         roots = torch.linspace(math.sqrt(start), math.sqrt(end), n, dtype=torch.float64)
         return cls._of_betas(roots.square(), "scaled_linear", n=n, start=start, end=end)
 
@@ -123,7 +123,7 @@ class Schedule:
 
         Nichol and Dhariwal 2021, Eq. 17; the clip keeps the last ᾱ from being 0.
         """
-        count("n", n, least=1)
+        n = count("n", n, least=1)
         s = 0.008
         t = torch.arange(n + 1, dtype=torch.float64)
         g = torch.cos(math.pi / 2 * (t / n + s) / (1 + s)).square()
@@ -283,13 +283,13 @@ class Schedule:
         )  # fmt: skip
 
 
-def _betas(n: Any, start: Any, end: Any) -> tuple[float, float]:
-    """Return `start` and `end` as floats, checked: 0 < start ≤ end < 1."""
-    count("n", n, least=1)
+def _betas(n: Any, start: Any, end: Any) -> tuple[int, float, float]:
+    """Return n as an int, `start` and `end` as floats, checked: 0 < start ≤ end < 1."""
+    n = count("n", n, least=1)
     start, end = real("start", start), real("end", end)
     if not 0 < start <= end < 1:
         raise ValueError(f"start, end: 0 < start <= end < 1 is required, got start={start:g}, end={end:g}")
-    return start, end
+    return n, start, end
 
 
 AnySchedule = Schedule | ContinuousSchedule

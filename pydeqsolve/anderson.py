@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .checks import check_count, check_damping, check_real
+from .checks import check_damping, check_real, keep_count
 from .step.ring import COUPLINGS, Method
 
 
@@ -33,7 +33,7 @@ class Anderson:
     _method: Method = field(init=False, repr=False, compare=False)  # made once: a solve asks for it often
 
     def __post_init__(self) -> None:
-        check_count("memory", self.memory, least=0)
+        keep_count(self, "memory", least=0)
         check_damping(self.damping)
         if self.kind not in ("I", "II"):
             raise ValueError(f'kind must be "I" or "II", got {self.kind!r}')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .checks import check_count, check_real
+from .checks import check_real, keep_count
 from .step.ring import Method
 
 
@@ -33,8 +33,8 @@ class Broyden:
     _method: Method = field(init=False, repr=False, compare=False)  # made once: a solve asks for it often
 
     def __post_init__(self) -> None:
-        check_count("memory", self.memory, least=1)
-        check_count("line_search", self.line_search, least=0)
+        keep_count(self, "memory", least=1)
+        keep_count(self, "line_search", least=0)
         check_real("safeguard", self.safeguard)
         if self.kind not in ("good", "bad"):
             raise ValueError(f'kind must be "good" or "bad", got {self.kind!r}')

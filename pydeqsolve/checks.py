@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import operator
 
-def check_count(name: str, value: object, least: int) -> None:
-    """Raises unless `value` is an int (bool excluded) of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+def check_count(name: str, value: object, least: int) -> int:
+    """Returns an integer of any kind (NumPy's and tensors of one included, bool not) as an int of at least `least`."""
+    if type(value) is not int:
+        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        try:
+            value = operator.index(value)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}") from error
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def keep_count(owner: object, name: str, least: int) -> None:
+    """Replaces a field of a frozen dataclass by the int that it is; raises as `check_count`."""
+    value = getattr(owner, name)
+    if type(count := check_count(name, value, least)) is not type(value):
+        object.__setattr__(owner, name, count)
 
 
 def check_real(name: str, value: object) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_real
+from .checks import check_real, keep_count
 from .memory import check_dense
 
 NORMS = ("rms", "l2", "max")
@@ -50,11 +50,11 @@ class Stop:
                 raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
             elif not value >= 0:
                 raise ValueError(f"{name} must be non-negative, got {value}")
-        check_count("max_steps", self.max_steps, least=0)
+        keep_count(self, "max_steps", least=0)
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
         if self.check_every is not None:
-            check_count("check_every", self.check_every, least=1)
+            keep_count(self, "check_every", least=1)
 
     def interval(self, device: torch.device) -> int:
         """Steps between two readings of the stop flags on `device`."""
@@ -90,7 +90,7 @@ class Front:
 
     def __post_init__(self) -> None:
         if self.window is not None:
-            check_count("window", self.window, least=1)
+            keep_count(self, "window", least=1)
         check_real("margin", self.margin)
         if not 0 <= self.margin <= 1:
             raise ValueError(f"margin must be in [0, 1], got {self.margin}")

@@ -54,6 +54,8 @@ DEPENDS = {
     ("invert", "strength"): {1},
     ("invert", "count"): {INVERTED},
     ("edit", "count"): set(EDITED.values()),
+    ("sample", "guidance"): {1},
+    ("invert", "guidance"): {1},
     ("invert", "epochs"): {EPOCHS},
     ("invert", "lr"): set(LEARNING_RATES.values()),
     ("fit", "steps"): {defaults(f)["steps"] for f in (fit, *recipes.values())},
@@ -82,6 +84,9 @@ IN_WORDS = {
     "shape",
     "between",
     "vary",
+    "label",
+    "guidance",
+    "negative_label",
 }  # defaults that are no number
 
 

@@ -60,7 +60,7 @@ class Descent:
     def __post_init__(self) -> None:
         if not isinstance(self.through, (Sequential, Parallel)):
             raise TypeError(f"through: Sequential() or Parallel() is required, got {self.through!r}")
-        count("epochs", self.epochs, least=0)
+        object.__setattr__(self, "epochs", count("epochs", self.epochs, least=0))
         if self.lr is not None and real("lr", self.lr) <= 0:
             raise ValueError(f"lr: a positive number is required, got {self.lr}")
         if self.optimizer is not None and not callable(self.optimizer):

@@ -13,6 +13,7 @@ from torch import Tensor
 from pydeqsolve import ConvergenceError, Solution, Status
 
 from ..arguments import Silent
+from ..checks import integer
 from ..problem import ChainProblem, Found
 
 ERROR, ENOUGH = 1e-3, 10.0  # asked for by default: ERROR, or ENOUGH machine epsilons where that is more
@@ -59,8 +60,8 @@ class Goal:
         B, device, network = len(problem.latent), problem.latent.device, problem.map.network
         if isinstance(error, bool) or not isinstance(error, (int, float, Tensor, NoneType)):
             raise TypeError(f"error: a number, a tensor ({B},) or None is required, got {type(error).__name__}")
-        if max_rounds is not None and (isinstance(max_rounds, bool) or not isinstance(max_rounds, int)):
-            raise TypeError(f"max_rounds: an integer or None is required, got {type(max_rounds).__name__}")
+        if max_rounds is not None:
+            max_rounds = integer("max_rounds", max_rounds, "an integer or None")
         if max_rounds is not None and max_rounds < 1:
             raise ValueError(f"max_rounds: at least 1 is required, got {max_rounds}")
         unit = precision(network.dtype, device)

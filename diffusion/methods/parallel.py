@@ -62,7 +62,7 @@ class Parallel:
 
     def __post_init__(self) -> None:
         if self.window is not None:
-            count("window", self.window, least=1)
+            object.__setattr__(self, "window", count("window", self.window, least=1))
         check_solver(self.solver)
 
     def find(self, problem: ChainProblem, goal: Goal, watch: Watch, guess: Tensor | None = None) -> Found:

@@ -31,7 +31,7 @@ class FixedRows:
     rows: int
 
     def __post_init__(self) -> None:
-        count("rows", self.rows, least=1)
+        object.__setattr__(self, "rows", count("rows", self.rows, least=1))
 
 
 @dataclass(eq=False)

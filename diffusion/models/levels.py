@@ -153,7 +153,7 @@ def steps_of(steps: int | None, spacing: str | None, **given: Given) -> int:
         ValueError: own steps given beside a spacing, or beside another number of steps.
     """
     if steps is not None:
-        count("steps", steps, least=1, most=MOST_STEPS)
+        steps = count("steps", steps, least=1, most=MOST_STEPS)
     for name, values in given.items():
         if values is None:
             continue

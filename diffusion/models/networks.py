@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
 ADDED = ("text_embeds", "time_ids")  # of SDXL, in added_cond_kwargs
 
 
@@ -30,6 +32,9 @@ class Takes:
     def arguments(self, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
         """The keyword arguments of a call."""
         named = dict(zip(self.names, inputs, strict=False))
+        labels = named.get("class_labels")
+        if labels is not None and labels.dtype in LABELS:
+            named["class_labels"] = labels.long()  # an embedding takes no other kind
         for name in self.shared:
             named[name] = named[name][0]
         added = {name: named.pop(name) for name in ADDED if name in named}

@@ -210,11 +210,11 @@ class UNet(nn.Module):
             raise ValueError("label: none is taken by a network without classes")
         if label is None:
             return self.label.weight[-1:].expand(len(t), -1)
-        if label.shape != t.shape or label.is_floating_point():
+        if label.shape != t.shape or label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
             raise ValueError(f"label: integers of shape {tuple(t.shape)} are required, got {tuple(label.shape)}, "
                              f"{label.dtype}")  # fmt: skip
         try:
-            embedded: Tensor = self.label(label)
+            embedded: Tensor = self.label(label.long())
         except IndexError as error:
             got = f"{int(label.min())} to {int(label.max())}"
             raise ValueError(f"label: 0 to {self.classes}, which is no class, is required, got {got}") from error

@@ -62,7 +62,10 @@ class DiffusersModel(nn.Module):
         self.conditional = hasattr(network, "encoder_hid_proj") or self.name == "UNet2DConditionModel"
         self.channels, out = (getattr(options, name, None) for name in ("in_channels", "out_channels"))
         out = self.channels if out is None else out
-        self.classes = getattr(options, "num_class_embeds", None) or getattr(options, "class_embed_type", None)
+        kinds = (getattr(options, name, None) for name in ("num_class_embeds", "class_embed_type"))
+        self.classes = next((kind for kind in kinds if kind), None)
+        if self.name == "DiTTransformer2DModel":
+            self.classes = getattr(options, "num_embeds_ada_norm", None)
         self.takes = takes(self.name, self.conditional, self.classes, getattr(options, "addition_embed_type", None))
         arguments = list(inspect.signature(network.forward).parameters)
         known = self.name in TRANSFORMERS
@@ -155,7 +158,9 @@ class Guided(nn.Module):
         half = len(inputs) // 2 if self.null_input is None else len(inputs)
         conditions, nulls = inputs[:half], list(inputs[half:])
         if self.null_input is not None:
-            nulls = [self.null_input.to(inputs[0]).expand_as(inputs[0])]
+            if not inputs[0].is_floating_point():  # labels, whose kind may not hold the null's
+                conditions = (inputs[0].long(),)
+            nulls = [self.null_input.to(conditions[0]).expand_as(conditions[0])]
         pairs = [torch.cat([null, condition]) for null, condition in zip(nulls, conditions, strict=True)]
         without, with_condition = self.model(torch.cat([x, x]), torch.cat([t, t]), *pairs).chunk(2)
         guided = without + self.scale * (with_condition - without)

@@ -126,7 +126,7 @@ class DEQPipeline(DiffusionPipeline):
         warn_of_range(shown)
         given = [x for x in (latents, *inputs) if x is not None]
         n = count if count is not None else len(given[0]) if given else 1 if shown is None else len(shown)
-        whole("batch_size", n, least=0)
+        n = whole("batch_size", n, least=0)
         if any(len(x) != n for x in given):
             raise ValueError(f"batch_size: {n} latents or conditions are required, got {[len(x) for x in given]}")
         check_generator(generator, n, self._execution_device)

@@ -50,8 +50,11 @@ class Form:
             kind = {"floats": "floating-point values", "numbers": "real numbers"}.get(str(self.values), "integers")
             raise TypeError(f"{name}: {kind} are required, got {x.dtype}")
         check_values(name, x)
-        if isinstance(self.values, int) and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.values:
-            got = f"{int(x.min())} … {int(x.max())}"
+        if not isinstance(self.values, int) or not x.numel():
+            return
+        least, most = map(int, x.long().aminmax())
+        if not 0 <= least <= most < self.values:
+            got = f"{least} … {most}"
             raise ValueError(f"{name}: labels 0 … {self.values - 1} of the network's classes are required, got {got}")
 
 
@@ -87,6 +90,8 @@ def forms_of(network: Any, given: Mapping[str, Any]) -> dict[str, Form]:
 def _classes(config: Any) -> dict[str, Form]:
     """Of class_labels."""
     kind, number = config.get("class_embed_type"), config.get("num_class_embeds")
+    if config.get("num_embeds_ada_norm") is not None:  # of a DiT, which has one label more, for no class
+        number = config.num_embeds_ada_norm + 1
     if kind is None and number is not None:
         return {"class_labels": Form((), int(number))}
     if kind == "timestep":

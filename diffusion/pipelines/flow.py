@@ -204,7 +204,7 @@ class DEQFlowPipeline(DEQPipeline):
         sides = []
         for name, side, own in (("height", height, usual[0]), ("width", width, usual[1])):
             pixels = own * factor if side is None else side
-            count(name, pixels, least=1)
+            pixels = count(name, pixels, least=1)
             if pixels % (factor * patch):
                 raise ValueError(f"{name}: a multiple of {factor * patch} is required, got {pixels}")
             sides.append(pixels // factor)
@@ -243,7 +243,7 @@ class DEQFlowPipeline(DEQPipeline):
         """The scheduler's chain for latents of this shape."""
         options = self.scheduler.config
         if sigmas is None:
-            count("num_inference_steps", steps, least=1, most=MOST_STEPS)
+            steps = count("num_inference_steps", steps, least=1, most=MOST_STEPS)
         if options.get("use_dynamic_shifting") and mu is None:
             if "base_image_seq_len" not in options:
                 raise ValueError(f"mu: required by a {type(self.scheduler).__name__} with use_dynamic_shifting")

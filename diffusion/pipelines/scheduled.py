@@ -38,7 +38,7 @@ def chain_of(
     schedule = Schedule.from_diffusers(scheduler)
     length = steps if own.get("timesteps") is None and own.get("sigmas") is None else None
     if length is not None:
-        count("num_inference_steps", length, least=1, most=MOST_STEPS)
+        length = count("num_inference_steps", length, least=1, most=MOST_STEPS)
     for name, value in (("clip_sample", clip_sample), ("use_clipped_model_output", anew)):
         if value not in (None, True, False):
             raise TypeError(f"{name}: true, false or None is required, got {value!r}")

@@ -15,7 +15,7 @@ from .output import say
 
 LISTS = ("timesteps", "sigmas")
 GRID = ("steps", "spacing", *LISTS)
-FIELDS = (*GRID, "eta", "rule", "strength")
+FIELDS = (*GRID, "eta", "rule", "strength", "guidance")
 USUAL_SPACING = "quadratic"
 LONGEST = 40  # letters of a list in a message
 

@@ -21,8 +21,9 @@ from ..models.files import write_json, write_tensors
 from ..sample import Sample, sample
 from . import pictures
 from .chains import Asked, warn_of_another
+from .classes import Condition
 from .images import earlier_images, image_files, read_images, remove_images, write_images
-from .latents import Latents, header, numbered, read_latents
+from .latents import Latents, numbered, read_latents
 from .machine import device_of
 from .output import counted, finite, say, writable
 from .parser import guess
@@ -85,7 +86,7 @@ def run_sample(args: Namespace) -> dict[str, Any]:
         if args.model is not None or found is None:
             raise
         raise FileNotFoundError(f"--model: required, the latents are of {name}, which is not here") from error
-    latents, chain = _start(args, checkpoint, found)
+    latents, chain, condition = _start(args, checkpoint, found)
     if args.pictures:
         pictures.require_matplotlib()
     images = image_files(latents.names) if args.pictures else []
@@ -93,21 +94,20 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     earlier = earlier_images(args.output, RECORD)
     with writable(args.output, files, args.overwrite) as folder:
         start = time.perf_counter()
-        parts = _sample_batches(args, checkpoint, latents, chain)
+        parts = _sample_batches(args, checkpoint, latents, chain, condition)
         seconds = time.perf_counter() - start
         x_0 = torch.cat([part.x_0 for part in parts]).cpu()
         _require_finite(x_0, torch.cat([part.error for part in parts]).cpu())
         evaluations = torch.cat([part.evaluations for part in parts]).double()
         summary: dict[str, Any] = {
             "command": "sample", "model": checkpoint.name, "method": args.method, "images": len(x_0),
-            "names": latents.names, "steps": len(chain), "chain": latents.chain, "seed": args.seed,
-            "device": str(device), "threads": torch.get_num_threads(), "rounds": max(part.rounds for part in parts),
-            "evaluations_per_image": evaluations.mean().item(),
+            "names": latents.names, "labels": latents.labels, "steps": len(chain), "chain": latents.chain,
+            "seed": args.seed, "device": str(device), "threads": torch.get_num_threads(),
+            "rounds": max(part.rounds for part in parts), "evaluations_per_image": evaluations.mean().item(),
             "converged": sum(int(part.converged.sum()) for part in parts), "seconds": seconds,
             "output": str(folder), "files": files,
         }  # fmt: skip
-        known = header(latents.names, **latents.chain)
-        write_tensors(folder / "samples.safetensors", {**latents.tensors(), "x_0": x_0}, known)
+        write_tensors(folder / "samples.safetensors", {**latents.tensors(), "x_0": x_0}, latents.header())
         if args.pictures:
             title = f"{checkpoint.name}: {args.method} DDIM, T = {len(chain)}"
             pictures.draw_samples(folder / "samples.png", title, {"": x_0[:SHOWN]})
@@ -118,8 +118,8 @@ def run_sample(args: Namespace) -> dict[str, Any]:
     return summary
 
 
-def _start(args: Namespace, checkpoint: Checkpoint, found: Latents | None) -> tuple[Latents, Chain]:
-    """What the chain starts from, and the chain: latents found, pictures with noise, or fresh latents."""
+def _start(args: Namespace, checkpoint: Checkpoint, found: Latents | None) -> tuple[Latents, Chain, Condition]:
+    """What the chain starts from, the chain, and its classes: latents found, pictures with noise, or fresh latents."""
     if args.images is None and args.strength is not None and found is None:
         raise ValueError("--strength: of pictures that noise is added to, --images, or of --latents; none came")
     if args.images is not None and found is not None:
@@ -142,10 +142,13 @@ def _start(args: Namespace, checkpoint: Checkpoint, found: Latents | None) -> tu
         noises = noise(args.seed, len(images), checkpoint, torch.device("cpu"))
         latents = Latents(chain.add_noise(images, noises), names)
     else:
-        count = args.count or COUNT
+        count = args.count or (len(args.label) if args.label is not None and len(args.label) > 1 else COUNT)
         x_T = noise(args.seed, count, checkpoint, torch.device("cpu")) * chain.init_noise_sigma
         latents = Latents(x_T, numbered(count))
-    return replace(latents, chain={"model": checkpoint.name, **asked.record(checkpoint)}), chain
+    known = None if found is None else found.chain
+    condition = Condition.of(args, checkpoint, len(latents.x_T), known, latents.labels)
+    recorded = {"model": checkpoint.name, **asked.record(checkpoint), **condition.record()}
+    return replace(latents, chain=recorded, labels=condition.labels), chain, condition
 
 
 def _check_latents(args: Namespace, checkpoint: Checkpoint, latents: Latents) -> None:
@@ -167,9 +170,11 @@ def _require_finite(x_0: Tensor, error: Tensor) -> None:
         raise ArithmeticError(f"{bad} of {are} not finite: the model returned NaN or infinity")
 
 
-def _sample_batches(args: Namespace, checkpoint: Checkpoint, latents: Latents, chain: Chain) -> list[Sample]:
+def _sample_batches(
+    args: Namespace, checkpoint: Checkpoint, latents: Latents, chain: Chain, condition: Condition
+) -> list[Sample]:
     generator = torch.Generator().manual_seed(args.seed + 1) if chain.eta else None
-    method = sampler_of(args.method, args.window)
+    method, model = sampler_of(args.method, args.window), condition.model(checkpoint)
     parts: list[Sample] = []
     for at in range(0, len(latents.x_T), args.batch):
         own = slice(at, at + args.batch)
@@ -177,8 +182,8 @@ def _sample_batches(args: Namespace, checkpoint: Checkpoint, latents: Latents, c
         second, noises = (None if x is None else x[own].to(part.device) for x in (latents.second, latents.noises))
         latent = part if second is None else (part, second)
         out = sample(
-            checkpoint.model, latent, chain, method, error=args.error, noises=noises,
-            max_rounds=args.max_rounds, generator=generator, progress=True,
+            model, latent, chain, method, error=args.error, noises=noises,
+            inputs=condition.inputs(checkpoint, own), max_rounds=args.max_rounds, generator=generator, progress=True,
             **options_of(checkpoint, chain, args.splitting),
         )  # fmt: skip
         if parts:  # only the first batch's is drawn

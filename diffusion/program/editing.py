@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from ..models.files import write_json
 from .latents import LATENTS, Latents, numbered, read_latents, write_latents
 from .output import writable
+from .parser import NO_CLASS
 
 COUNT = {"between": 7, "vary": 4}  # latents that are made, unless the user says how many
 
@@ -39,25 +42,56 @@ def run_edit(args: Namespace) -> dict[str, Any]:
     latents = read_latents(args.latents)
     if not bool((latents.x_T.flatten(1).norm(dim=1) > 0).all()):
         raise ValueError(f"--latents {args.latents}: a latent of length 0 has no direction to turn")
-    operation = "between" if args.between else "vary"
+    operation = "between" if args.between else "vary" if args.vary else "label"
+    if operation == "label" and args.label is None and args.guidance is None:
+        raise ValueError("one of --between, --vary, --label and --guidance is required")
+    if operation == "label" and args.count is not None:
+        raise ValueError("--count: of --between and --vary, none came")
     if args.vary and latents.chain.get("strength", 1.0) < 1:
         raise ValueError(f"--vary: of latents that are noise alone, these still show their picture (strength "
                          f"{latents.chain['strength']:g}); sample --images with another --seed varies it")  # fmt: skip
-    count = args.count or COUNT[operation]
+    count = args.count or COUNT.get(operation, 0)
     if args.between:
         first, last = (_find(latents, word) for word in args.between)
         edited = _walk(latents, first, last, count)
-    else:
+        ends = [] if latents.labels is None else [latents.labels[end] for end in (first, last)]
+        if args.label is None and len(set(ends)) > 1:
+            raise ValueError(f"--label: required, these two are of classes {ends[0]} and {ends[1]}")
+    elif args.vary:
         edited = _variants(latents, args.vary, count, args.seed)
+    else:
+        edited = latents if args.label is None else _of_classes(latents, args.label)
+    edited = _asked(edited, args)
     with writable(args.output, [LATENTS, "summary.json"], args.overwrite) as folder:
         summary = {
             "command": "edit", "operation": operation, "from": args.latents, "latents": len(edited.x_T),
-            "names": edited.names, "chain": edited.chain, "seed": args.seed, "output": str(folder),
-            "files": [LATENTS, "summary.json"],
+            "names": edited.names, "labels": edited.labels, "chain": edited.chain, "seed": args.seed,
+            "output": str(folder), "files": [LATENTS, "summary.json"],
         }  # fmt: skip
         write_latents(folder / LATENTS, edited)
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def _of_classes(latents: Latents, labels: Sequence[int | None]) -> Latents:
+    """Every latent once for each class, with the noise maps and the second state that it has."""
+    rows = torch.arange(len(latents.x_T)).repeat_interleave(len(labels))
+    names = [f"{name}-{NO_CLASS if label is None else label}" for name in latents.names for label in labels]
+    second, noises = (None if x is None else x[rows] for x in (latents.second, latents.noises))
+    return Latents(latents.x_T[rows], names, latents.chain, second, noises, [*labels] * len(latents.x_T))
+
+
+def _asked(latents: Latents, args: Namespace) -> Latents:
+    """The latents with the classes and the guidance that the options name."""
+    labels, count = latents.labels, len(latents.x_T)
+    if args.label is not None and (args.between or args.vary):
+        if len(args.label) not in (1, count):
+            raise ValueError(f"--label: 1 or {count}, one for each latent, is required, got {len(args.label)}")
+        labels = [*args.label] * (count if len(args.label) == 1 else 1)
+    if args.guidance is not None and labels is None:
+        raise ValueError("--guidance: of latents with a class, --label; none came")
+    own = {} if args.guidance is None else {"guidance": args.guidance}
+    return replace(latents, chain={**latents.chain, **own}, labels=labels)
 
 
 def _find(latents: Latents, word: str) -> int:
@@ -81,7 +115,8 @@ def _walk(latents: Latents, first: int, last: int, count: int) -> Latents:
     if noises is not None:
         noises = spherical(noises[first], noises[last], s)
     names = [f"{latents.names[first]}-{latents.names[last]}-{number}" for number in numbered(count)]
-    return Latents(a * x_T[first] + b * x_T[last], names, latents.chain, second, noises)
+    labels = None if latents.labels is None else [latents.labels[first]] * count
+    return Latents(a * x_T[first] + b * x_T[last], names, latents.chain, second, noises, labels)
 
 
 def _variants(latents: Latents, amount: float, count: int, seed: int) -> Latents:
@@ -100,4 +135,6 @@ def _variants(latents: Latents, amount: float, count: int, seed: int) -> Latents
         return torch.stack(made)
 
     x_T = turned(latents.x_T)
-    return Latents(x_T, names, latents.chain, noises=None if latents.noises is None else turned(latents.noises))
+    noises = None if latents.noises is None else turned(latents.noises)
+    labels = None if latents.labels is None else [label for label in latents.labels for _ in range(count)]
+    return Latents(x_T, names, latents.chain, noises=noises, labels=labels)

@@ -21,6 +21,7 @@ from ..models.files import fingerprint, write_json
 from ..sample import sample
 from . import pictures
 from .chains import Asked
+from .classes import Condition
 from .commands import load, options_of, splitting_of
 from .images import earlier_images, image_files, read_images, remove_images, write_images
 from .latents import numbered
@@ -52,24 +53,25 @@ def run_invert(args: Namespace) -> dict[str, Any]:
     asked = replace(Asked.of(args, checkpoint, STEPS), eta=eta)
     chain = asked.chain(checkpoint)
     images, names = _images(args, checkpoint)
+    condition = Condition.of(args, checkpoint, len(images))
     if args.pictures:
         pictures.require_matplotlib()
     drawn = ["reconstruction.png", "history.png", *image_files(names)] if args.pictures else []
     own = args.restart or under_way(Path(args.output))
     earlier = earlier_images(args.output, SETTINGS)
     with writable(args.output, [TENSORS, SETTINGS, *drawn], own, "--restart replaces it") as folder:
-        settings = _settings(args, checkpoint, images, device, asked)
+        settings = _settings(args, checkpoint, images, device, asked, condition)
         record = Record.open(folder, settings, images, args.restart, names)
         if len(record) == len(images):
             say(f"deq-ddim: already done, nothing to compute: {folder} holds {counted(len(images), 'latent')}")
         elif record.done or record.state:
             say(f"deq-ddim: goes on after {_progress(record, images)}")
         try:
-            record.run(images.to(device), args.batch, _inverter(args, checkpoint, chain))
+            record.run(images.to(device), args.batch, _inverter(args, checkpoint, chain, condition))
         except KeyboardInterrupt:
             saved = f"after {_progress(record, images)}, saved in {folder}"
             raise KeyboardInterrupt(f"{saved}: the same command goes on from there") from None
-        summary = _write(args, checkpoint, chain, images, record)
+        summary = _write(args, checkpoint, chain, images, record, condition)
         if args.pictures:
             remove_images(folder, earlier - set(summary["files"]))
     return summary
@@ -100,7 +102,7 @@ def _progress(record: Record, images: Tensor) -> str:
 
 
 def _settings(
-    args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device, asked: Asked
+    args: Namespace, checkpoint: Checkpoint, images: Tensor, device: torch.device, asked: Asked, condition: Condition
 ) -> dict[str, Any]:
     """Return all that the result depends on."""
     method = inverter_of(args.method, args.epochs, args.lr, GRADIENTS[args.gradient])
@@ -115,6 +117,7 @@ def _settings(
         "epochs": None if descent is None else descent.epochs, "lr": None if descent is None else descent.rate,
         "seed": args.seed if descent is not None or args.method == "ddpm" else None,
         "gradient": args.gradient if args.method == "deq" else None,
+        "labels": condition.labels, **condition.record(),
     }  # fmt: skip
 
 
@@ -129,15 +132,17 @@ def inverter_of(
     return replace(method, **{option: value for option, value in given.items() if value is not None})
 
 
-def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain) -> Callable[..., Inversion]:
+def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain, condition: Condition) -> Callable[..., Inversion]:
     method = inverter_of(args.method, args.epochs, args.lr, GRADIENTS[args.gradient])
+    model = condition.model(checkpoint)
 
     def invert_batch(
         images: Tensor, number: int, state: dict[str, Tensor] | None, callback: Callable[[Epoch], Any]
     ) -> Inversion:
         return invert(
-            checkpoint.model, images, chain, method, generator=torch.Generator().manual_seed(args.seed + number),
+            model, images, chain, method, generator=torch.Generator().manual_seed(args.seed + number),
             error=args.error, max_rounds=args.max_rounds, state=state, callback=callback, progress=True,
+            inputs=condition.inputs(checkpoint, slice(number, number + len(images))),
             **options_of(checkpoint, chain, args.splitting),
         )  # fmt: skip
 
@@ -145,7 +150,12 @@ def _inverter(args: Namespace, checkpoint: Checkpoint, chain: Chain) -> Callable
 
 
 def reconstruct(
-    checkpoint: Checkpoint, x_T: Tensor, chain: Chain, second: Tensor | None = None, noises: Tensor | None = None
+    checkpoint: Checkpoint,
+    x_T: Tensor,
+    chain: Chain,
+    second: Tensor | None = None,
+    noises: Tensor | None = None,
+    condition: Condition = Condition(),
 ) -> Tensor:
     """Return the images (n, C, H, W) that the chain makes of the latents, on the CPU."""
     device = next(checkpoint.model.parameters()).device
@@ -153,10 +163,13 @@ def reconstruct(
     latent = x_T if second is None else (x_T, second.to(device))
     noises = None if noises is None else noises.to(device)
     given: dict[str, Any] = {"prediction": checkpoint.prediction, "noises": noises}
-    return sample(checkpoint.model, latent, chain, "sequential", **given).x_0.cpu()
+    given["inputs"] = condition.inputs(checkpoint)
+    return sample(condition.model(checkpoint), latent, chain, "sequential", **given).x_0.cpu()
 
 
-def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record) -> dict[str, Any]:
+def _write(
+    args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record, condition: Condition
+) -> dict[str, Any]:
     """Write pictures and summary; return the summary."""
     done, folder = record.done, record.folder
     summary: dict[str, Any] = {
@@ -173,16 +186,16 @@ def _write(args: Namespace, checkpoint: Checkpoint, chain: Chain, images: Tensor
         missed = f"{failed} of {counted(len(images), 'image')}"
         say(f"deq-ddim: warning: {missed} missed the error asked for, see their loss")
     if args.pictures:
-        summary["files"] += _draw(checkpoint, chain, images, record)
+        summary["files"] += _draw(checkpoint, chain, images, record, condition)
     write_json(folder / SETTINGS, finite(summary))
     return summary
 
 
-def _draw(checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record) -> list[str]:
+def _draw(checkpoint: Checkpoint, chain: Chain, images: Tensor, record: Record, condition: Condition) -> list[str]:
     """Write the pictures; return their names."""
     done, folder, method = record.done, record.folder, record.settings["method"]
     title = f"{checkpoint.name}: inversion by {method}, T = {len(chain)}"
-    x_0 = reconstruct(checkpoint, done["x_T"], chain, done.get("second"), done.get("noises")).to(images)
+    x_0 = reconstruct(checkpoint, done["x_T"], chain, done.get("second"), done.get("noises"), condition).to(images)
     losses = [f"{loss:.1e}" for loss in done["loss"][:SHOWN].tolist()]
     rows = {
         "real image": images[:SHOWN], "latent x_T": done["x_T"][:SHOWN] / 2, "sampled\nfrom it": x_0[:SHOWN],

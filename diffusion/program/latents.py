@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from ..models.files import parse_json, read_tensors, write_tensors
+from .classes import RECORDED
 
 LATENTS = "latents.safetensors"
 FOUND_IN = (LATENTS, "inversion.safetensors", "samples.safetensors")
 PREFIXES = ("", "done.")  # of a tensor's name, in the file of latents or of an inversion
 CHAIN = {
     "model": str, "steps": int, "spacing": str, "eta": float, "rule": str, "timesteps": list, "sigmas": list,
-    "strength": float,
+    "strength": float, **RECORDED,
 }  # fmt: skip
 
 
@@ -33,6 +34,7 @@ class Latents:
             one's own, strength; what is unknown, or as usual, is missing.
         second: (n, C, H, W), the second state of a chain of rule "belm", or None.
         noises: (n, T, C, H, W), the noise maps that its steps add, or None.
+        labels: the n classes of the images, None is no class; None for all of a model without.
     """
 
     x_T: Tensor
@@ -40,17 +42,24 @@ class Latents:
     chain: dict[str, Any] = field(default_factory=dict)
     second: Tensor | None = None
     noises: Tensor | None = None
+    labels: list[int | None] | None = None
 
     def kept(self, count: int | None) -> Latents:
         """The first `count`, None is all."""
         part = slice(count)
         second, noises = (None if x is None else x[part] for x in (self.second, self.noises))
-        return Latents(self.x_T[part], self.names[part], self.chain, second, noises)
+        labels = None if self.labels is None else self.labels[part]
+        return Latents(self.x_T[part], self.names[part], self.chain, second, noises, labels)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of them, by name."""
         parts = {"x_T": self.x_T, "second": self.second, "noises": self.noises}
         return {name: part.cpu() for name, part in parts.items() if part is not None}
+
+    def header(self) -> dict[str, str]:
+        """The entries of a file's header that say what they belong to."""
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return {"names": json.dumps(self.names), "settings": json.dumps({**self.chain, **labels})}
 
 
 def numbered(count: int) -> list[str]:
@@ -75,14 +84,9 @@ def names_of(files: Sequence[Path]) -> list[str]:
     return list(names)
 
 
-def header(names: Sequence[str], **chain: Any) -> dict[str, str]:
-    """Return the entries of a file's header that say what its latents belong to."""
-    return {"names": json.dumps(list(names)), "settings": json.dumps(chain)}
-
-
 def write_latents(path: Path, latents: Latents) -> None:
     """Write latents, in one move."""
-    write_tensors(path, latents.tensors(), header(latents.names, **latents.chain))
+    write_tensors(path, latents.tensors(), latents.header())
 
 
 def read_latents(place: str) -> Latents:
@@ -115,7 +119,17 @@ def read_latents(place: str) -> Latents:
         raise ValueError(f"--latents {path}: {error}") from error
     known = isinstance(names, list) and len(names) == len(x_T) and all(isinstance(name, str) for name in names)
     chain = {name: settings[name] for name, kind in CHAIN.items() if type(settings.get(name)) is kind}
-    return Latents(x_T, names if known else numbered(len(x_T)), chain, second, noises)
+    labels = settings.get("labels")
+    if labels is not None and not (
+        isinstance(labels, list) and len(labels) >= len(x_T) and all(map(_is_label, labels))
+    ):
+        raise ValueError(f"--latents {path}: labels, one for each latent, are required, got {labels!r:.80}")
+    labels = None if labels is None else labels[: len(x_T)]  # an inversion under way knows those to come too
+    return Latents(x_T, names if known else numbered(len(x_T)), chain, second, noises, labels)
+
+
+def _is_label(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
 
 
 def _fits(x: Tensor, shape: Sequence[int | None]) -> bool:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .parser import Completion, Parser, Version, numbers, positive, share, share_or_all, whole
+from .parser import Completion, Parser, Version, finite_number, label, numbers, positive, share, share_or_all, whole
 
 RULES = ("ddim", "dpmsolver++2m", "belm")
 DESCRIPTION = """\
@@ -37,7 +37,7 @@ def build_parser() -> Parser:
     _add_demo(_command(commands, "demo", "sample and invert with both shipped models, compare, draw"))
     _add_sample(_command(commands, "sample", "make images, all time steps in parallel or one after the other"))
     _add_invert(_command(commands, "invert", "find the latents that real images come from"))
-    _add_edit(_command(commands, "edit", "change latents: walk from one to another, or vary each"))
+    _add_edit(_command(commands, "edit", "change latents: walk from one to another, vary each, ask for a class"))
     _add_fit(_command(commands, "fit", "train a model on pictures of your own, or on the shipped data"))
     _add_report(_command(commands, "report", "measure the paper's figures and tables anew, as one HTML page"))
     _add_classifier(_command(commands, "classifier", "train the classifier in whose features the report measures"))
@@ -85,8 +85,20 @@ def _add_chain(add: Callable[..., Any], model: str | None, steps: int, recorded:
         f"inverted exactly (default: {others}, else ddim)")  # fmt: skip
     add("--splitting", metavar="NAME", help="linear part that is solved exactly: epsilon, v or gaussian "
         "(default: gaussian if the checkpoint carries mean and variance of its data, else v)")  # fmt: skip
+    _add_classes(add, recorded)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--no-pictures", dest="pictures", action="store_false", help="write no PNG files; needs no matplotlib")
+
+
+def _add_classes(add: Callable[..., Any], recorded: bool) -> None:
+    theirs = "those of the latents, else " if recorded else ""
+    add("--label", type=label, nargs="+", metavar="CLASS", help="of a model by class, such as digit-classes: the class "
+        f"of all images or of each, by number, or none (default: {theirs}no class)")  # fmt: skip
+    theirs = "that of the latents, else " if recorded else ""
+    add("--guidance", type=finite_number, metavar="SCALE", help="of classifier-free guidance to --label, 1 is none, "
+        f"more follows the class more (default: {theirs}1)")  # fmt: skip
+    add("--negative-label", type=label, metavar="CLASS", help="that guidance leads away from (default: "
+        f"{theirs}what the checkpoint has for no class)")  # fmt: skip
 
 
 def _add_demo(command: argparse.ArgumentParser) -> None:
@@ -155,12 +167,16 @@ def _add_invert(command: argparse.ArgumentParser) -> None:
 def _add_edit(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--latents", required=True, metavar="PATH", help="what invert, edit or sample wrote: its folder or file")
-    how = command.add_mutually_exclusive_group(required=True)
+    how = command.add_mutually_exclusive_group()
     how.add_argument("--between", nargs=2, metavar=("A", "B"),
         help="walk from one to the other on the sphere; each by its number or its name (default: none)")  # fmt: skip
     how.add_argument("--vary", type=share, metavar="SHARE",
         help="turn each by this share of the way to a fresh latent, such as 0.2 (default: none)")  # fmt: skip
     add("--count", type=whole(1), help="latents on the way, or variants of each (default 7, or 4)")
+    add("--label", type=label, nargs="+", metavar="CLASS", help="classes that the images are to be of, by number, or "
+        "none; alone every latent is taken once for each (default: those of the latents)")  # fmt: skip
+    add("--guidance", type=finite_number, metavar="SCALE", help="of classifier-free guidance to their classes, 1 is "
+        "none (default: that of the latents)")  # fmt: skip
 
 
 def _add_data(add: Callable[..., Any], holding: str, more: str = "") -> None:

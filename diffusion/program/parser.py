@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 OK, MISUSED = 0, 2  # exit codes
+NO_CLASS = "none"  # of a label
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -124,6 +125,21 @@ def share_or_all(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"a number above 0, to 1, is required, got {text}")
     return value
+
+
+def finite_number(text: str) -> float:
+    """Return the finite number that a text says."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"a finite number is required, got {text}")
+    return value
+
+
+def label(text: str) -> int | None:
+    """Return the class that a text names by its number; None is no class."""
+    if text != NO_CLASS and not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"a class by its number, from 0 on, or {NO_CLASS} is required, got {text}")
+    return None if text == NO_CLASS else int(text)
 
 
 def numbers(text: str) -> list[float]:

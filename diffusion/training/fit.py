@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import count, integer
 from ..models.checkpoint import IMAGES, Checkpoint, add_statistics, check_images, load_checkpoint, save_images
 from ..models.configuration import ARCHITECTURES, PREDICTIONS, check_timesteps
 from ..models.statistics import check_eigenvectors
@@ -87,7 +88,9 @@ def fit(
         held_out, levels = images.test[:KEPT], images.levels
         labels = images.train_labels
         images = images.train
-    _check(images, held_out, levels, steps, batch, lr, ema, save_every, prediction)
+    steps, batch = count("steps", steps, least=1), count("batch", batch, least=1)
+    save_every, seed = count("save_every", save_every, least=1), integer("seed", seed)
+    _check(images, held_out, levels, lr, ema, prediction)
     check_eigenvectors(eigenvectors)
     folder = Path(folder)
     schedule = schedule or Schedule.linear()
@@ -157,10 +160,7 @@ def _counter(run: Run, steps: int, progress: bool) -> Iterator[int]:
             yield step
 
 
-def _check(
-    images: Tensor, held_out: Tensor | None, levels: int, steps: int, batch: int, lr: float, ema: float,
-    save_every: int, prediction: str,
-) -> None:  # fmt: skip
+def _check(images: Tensor, held_out: Tensor | None, levels: int, lr: float, ema: float, prediction: str) -> None:
     if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
         raise ValueError(f"images: floating point (n, C, H, W) is required, got {tuple(images.shape)}, {images.dtype}")
     if not bool(images.isfinite().all()):
@@ -170,9 +170,6 @@ def _check(
         if held_out.shape[1:] != images.shape[1:] or not len(held_out):
             got = tuple(held_out.shape)
             raise ValueError(f"held_out: (m, {', '.join(map(str, images.shape[1:]))}) is required, got {got}")
-    for name, value in {"steps": steps, "batch": batch, "save_every": save_every}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: an integer of at least 1 is required, got {value!r}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr: a positive number is required, got {lr!r}")
     if not 0 <= ema < 1:

@@ -40,7 +40,7 @@ def spectral_radius(
     The estimate is the geometric mean growth over the last half of `steps` products, which also settles for complex
     pairs. Below 1, Picard converges near z. Costs one evaluation and `steps` vector-Jacobian products; no graph.
     """
-    check_count("steps", steps, least=2)
+    steps = check_count("steps", steps, least=2)
     problem, flat = _problem(fn, z, inputs)
     with torch.enable_grad():
         at = flat.detach().clone().requires_grad_()
@@ -69,7 +69,7 @@ def jacobian_penalty(
 
     The mean over `probes` Gaussian ε of ‖Jᵀε‖² (Bai, Koltun & Kolter 2021, Eq. 7). z is taken as a constant.
     """
-    check_count("probes", probes, least=1)
+    probes = check_count("probes", probes, least=1)
     problem, flat = _problem(fn, z, inputs)
     with torch.enable_grad():
         at = flat.detach().clone().requires_grad_()

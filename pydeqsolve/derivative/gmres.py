@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import keep_count
 from ..shards import WHOLE, Whole
 from ..solution import Adjoint, Status
 from ..stop import Stop
@@ -32,7 +32,7 @@ class GMRES:
     restart: int = 30
 
     def __post_init__(self) -> None:
-        check_count("restart", self.restart, least=1)
+        keep_count(self, "restart", least=1)
 
     def solve(self, A: Products, g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
         """u (B, N) with ‖g + A u − u‖ ≤ atol + rtol ‖g‖ per sample where it could be reached.

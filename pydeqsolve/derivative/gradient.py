@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import check_count, check_real
+from ..checks import check_real, keep_count
 from ..loop.iterate import Outcome
 from ..problem import Problem
 from ..solution import Recorder
@@ -100,7 +100,7 @@ class Phantom:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps, least=1)
+        keep_count(self, "steps", least=1)
         check_real("damping", self.damping)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import keep_count
 from ..shards import WHOLE, Whole
 from ..solution import Adjoint, Status
 from ..stop import Stop
@@ -27,7 +27,7 @@ class Neumann:
     terms: int = 20
 
     def __post_init__(self) -> None:
-        check_count("terms", self.terms, least=1)
+        keep_count(self, "terms", least=1)
 
     def solve(self, A: Products, g: Tensor, stop: Stop) -> tuple[Tensor, Adjoint]:
         """u (B, N) with ‖g + A u − u‖ ≤ atol + rtol ‖g‖ per sample if k terms suffice.

@@ -112,7 +112,7 @@ DEFECTS = [
     Defect("a bad sample is masked by multiplication", "pydeqsolve/derivative/linearise.py",
            "torch.where(self.mask[:, None, None], z, stand_in)", "z * self.mask[:, None, None]",
            "test_gradient.py::test_a_first_guess_that_is_nan_poisons_no_gradient_without_compaction"),
-    Defect("the adjoint has the wrong sign", "pydeqsolve/derivative/arnoldi.py",
+    Defect("the adjoint has the wrong sign", "pydeqsolve/derivative/scaled.py",
            "product = self.products(u)", "product = -self.products(u)",
            "test_gradient.py::test_the_weight_gradient_of_a_tanh_layer_is_right_to_1e_6_at_the_default_settings"),
     Defect("a float16 adjoint is clamped to 1000", "pydeqsolve/derivative/adjoint.py",
@@ -168,6 +168,12 @@ DEFECTS = [
            "test_files.py::test_a_file_reaches_the_disk_before_its_name_and_its_name_before_the_writer_returns"),
     Defect("a digest ignores dtypes", "diffusion/digest.py", "{tuple(x.shape)} {x.dtype}", "{tuple(x.shape)}",
            "test_digest.py::test_what_differs_has_another_digest"),
+    Defect("a null label wraps round in the kind of the labels", "diffusion/models/wrappers.py",
+           "conditions = (inputs[0].long(),)", "conditions = (inputs[0],)",
+           "test_integers.py::test_a_null_label_that_the_kind_of_the_labels_cannot_hold_is_not_wrapped"),
+    Defect("the second batch gets the labels of the first", "diffusion/program/classes.py",
+           "self.labels[part]", "self.labels[: len(self.labels[part])]",
+           "test_cli_classes.py::test_noise_maps_are_inverted_batch_by_batch_by_their_own_classes"),
 ]  # fmt: skip
 
 

@@ -74,6 +74,17 @@ def test_noise_maps_give_the_pictures_back_by_the_classes_kept_with_them(digits,
     assert (again.labels, again.chain["guidance"]) == ([6, 9], 3.0)
 
 
+def test_noise_maps_are_inverted_batch_by_batch_by_their_own_classes(maps, tmp_path, capsys):
+    argv = ["invert", "--model", "digit-classes", "--count", 2, "--guidance", 3, "--method", "ddpm", "--batch", 1]
+    argv = [*argv, "--steps", 4, "--no-pictures", "--seed", 3]
+    for name, labels in (("both", (6, 9)), ("swapped", (9, 6)), ("first", (6, 6))):
+        assert run(*argv, "--label", *labels, "-o", tmp_path / name, capsys=capsys)[0] == 0
+    both, swapped, first = (read_latents(str(tmp_path / name)).noises for name in ("both", "swapped", "first"))
+    assert torch.equal(both[0], first[0])
+    assert not torch.equal(both[1], first[1])
+    assert not torch.equal(both[0], swapped[0])
+
+
 def test_an_edit_asks_for_other_classes_of_the_same_latents(maps, tmp_path, capsys):
     argv = ["edit", "--latents", maps, "--label", 3, "none", "--guidance", 2, "-o", tmp_path / "edited"]
     assert run(*argv, capsys=capsys)[0] == 0

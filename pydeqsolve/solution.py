@@ -42,6 +42,11 @@ class Adjoint:
     residual: Tensor  # (B,) float64
     evaluations: Tensor  # (B,) int64
 
+    @property
+    def converged(self) -> Tensor:
+        """(B,) bool: the residual was measured to be within the tolerance asked for."""
+        return self.status == Status.CONVERGED
+
     def __repr__(self) -> str:
         """One line. Waits for the device."""
         if is_stacked(self.status):

@@ -75,6 +75,7 @@ def test_the_gradient_of_a_singular_system_is_that_of_least_squares(m, n, dtype)
     solution = solve(lambda z, b: z - 0.5 * (z @ A.T - b) @ A, torch.zeros(2, n, dtype=dtype), (b,), stop=stop)
     (found,) = torch.autograd.grad(solution.z, b, g)
     assert solution.adjoint.status.tolist() == [Status.STALLED] * 2
+    assert not solution.adjoint.converged.any()
     assert problems.relative(found, g.double() @ torch.linalg.pinv(A.double())) < 1e-4
 
 
@@ -133,6 +134,7 @@ def test_a_cotangent_of_any_scale_has_its_gradient_at_that_scale(D, dtype, scale
     for scale in scales:
         (found,) = torch.autograd.grad(solution.z, b, g * scale, retain_graph=True)
         assert solution.adjoint.status.tolist() == [Status.CONVERGED] * 2
+        assert solution.adjoint.converged.all()
         torch.testing.assert_close(found / scale, plain, rtol=20 * rtol, atol=20 * rtol)
 
 

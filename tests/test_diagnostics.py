@@ -1,11 +1,13 @@
 """spectral_radius and jacobian_penalty against eigenvalues and traces; build_info."""
 
 import math
+from pathlib import Path
 
 import problems
 import pytest
 import torch
 
+import pydeqsolve
 from pydeqsolve import build_info, jacobian_penalty, spectral_radius
 
 f64 = torch.float64
@@ -96,6 +98,11 @@ def test_the_same_generator_gives_the_same_estimate():
 def test_impossible_counts_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(1, 2))
+
+
+def test_a_native_module_that_is_built_is_the_one_that_runs():
+    built = list(Path(pydeqsolve.__file__).parent.glob("_native*.so"))
+    assert build_info()["native"] or not built, build_info()["native_error"]  # else its tests would skip in silence
 
 
 def test_build_info_says_what_is_loaded():

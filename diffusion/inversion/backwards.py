@@ -165,7 +165,8 @@ class Backwards:
                 callback=self._tick, keep_history=True,
             )  # fmt: skip
             self._keep(start.trace, image)
-        # A network rounds its answer at least; more of a floor than that loses digits of the image (docs/inversion-study.md).
+        # A network rounds its answer at least; more of a floor than that loses digits of the image:
+        # docs/inversion-study.md.
         floor = rounding(self.problem.map.network.dtype) * unit.square().mean().sqrt()
         atol = torch.maximum(atol, floor)
         stop = Stop(0.0, atol, max(0, rounds - node_rounds))

@@ -57,6 +57,7 @@ class Adjoint:
 # Outcomes of compiled backward passes that are kept, and their samples in all, but for the last outcome.
 KEPT, SAMPLES = 64, 2**20
 _numbered: OrderedDict[int, Adjoint] = OrderedDict()
+_samples = [0]  # of these outcomes together
 
 
 @dataclass(eq=False)
@@ -84,10 +85,16 @@ class Recorder:
 def note_numbered(ticket: Tensor, adjoint: Adjoint) -> None:
     """Leaves the outcome of a compiled backward pass under its number."""
     number = int(ticket)
-    _numbered.pop(number, None)
+    _forget(number)
     _numbered[number] = adjoint
-    while len(_numbered) > KEPT or (len(_numbered) > 1 and sum(len(x.status) for x in _numbered.values()) > SAMPLES):
-        _numbered.popitem(last=False)
+    _samples[0] += adjoint.status.shape[0]
+    while len(_numbered) > KEPT or (len(_numbered) > 1 and _samples[0] > SAMPLES):
+        _forget(next(iter(_numbered)))
+
+
+def _forget(number: int) -> None:
+    known = _numbered.pop(number, None)
+    _samples[0] -= 0 if known is None else known.status.shape[0]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

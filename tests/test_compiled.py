@@ -151,6 +151,25 @@ def test_the_graph_breaks_where_it_may_for_the_eager_solve_is_quicker():
     torch.testing.assert_close(nested, torch.full_like(x, 2.5), rtol=1e-4, atol=1e-4)
 
 
+def test_a_solve_inside_the_map_of_another_has_its_gradient_in_one_graph():
+    def inner(z, x):
+        return solve(lambda y, z, x: 0.3 * y + 0.3 * z.sin() + x, torch.zeros_like(z), (z, x), stop=Stop(1e-11)).z
+
+    x = torch.randn(2, 3, dtype=torch.float64, generator=problems.generator(6)).requires_grad_()
+    run = lambda x: solve(inner, torch.zeros_like(x), (x,), stop=Stop(1e-10)).z  # noqa: E731
+    torch._dynamo.reset()
+    (expected,), (found,) = (
+        gradients(f(x), [x]) for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager"))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_map_that_returns_an_input_has_its_gradient_in_a_graph():
+    x = torch.randn(2, 3, dtype=torch.float64, generator=problems.generator(6))
+    (_, expected, _), (_, slopes, _) = both(lambda z, x: x, x)
+    torch.testing.assert_close(slopes[0], expected[0])
+
+
 def test_another_adjoint_solver_breaks_the_graph_and_is_right():
     gradient = Implicit(Anderson())
 

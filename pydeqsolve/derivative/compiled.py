@@ -113,7 +113,7 @@ def _with_implicit(how: Implicit, problem: Problem, z: Tensor, good: Tensor, sto
     ticket = drawn(z)
 
     def fn(z: Tensor, bounds: Tensor, ticket: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return problem(z, inputs), z.clone(), bounds.clone(), ticket.clone()
+        return problem(z, inputs).clone(), z.clone(), bounds.clone(), ticket.clone()  # it may be an input itself
 
     start, inputs = _stand_ins(problem, z, good)
     settings: dict[str, Any] = {

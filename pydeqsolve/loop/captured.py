@@ -58,11 +58,22 @@ class _Batch(Batch):
 
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f (n, T, D), contiguous, at the current iterates; the graph is given all samples."""
-        if not self._partial:
+        if self.size == len(self.full):
             f: Tensor = self.problem.fn(self.z)
             return f if f.is_contiguous() else f.contiguous()
         f = self.problem.fn(self.full.index_copy(0, self.rows, self.z))
         return f[self.rows]
+
+    def spare(self) -> Tensor:
+        """As `Batch.spare`, where nobody else can hold a buffer."""
+        z, before = self.z, self.before
+        if not z.is_cpu:
+            return super().spare()
+        for buffer in self._buffers:
+            if buffer is not z and buffer is not before and buffer.shape == z.shape:
+                return buffer
+        self._buffers = [*self._buffers[-2:], self.backend.buffer_like(z)]
+        return self._buffers[-1]
 
 
 def captured(problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop) -> Outcome:
@@ -74,7 +85,7 @@ def captured(problem: Problem, z0: Tensor, *, solver: Solver, stop: Stop) -> Out
     if is_each:
         table = torch.cat([tolerance(stop.rtol, z0)[None], tolerance(stop.atol, z0)[None], table[2:]])
     else:
-        chosen += [stop.rtol, stop.atol]
+        chosen += [0.0 if is_left_open(stop) else stop.rtol, stop.atol]
     numbers = torch.stack([torch.full((), float(x), dtype=torch.float64, device="cpu") for x in chosen])
 
     def fn(z: Tensor, table: Tensor, numbers: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -108,7 +108,7 @@ def options_of_inductor() -> dict[str, Any]:
     """Its options as they are now: those given to torch.compile hold only while that traces."""
     from torch._inductor import config
 
-    options: dict[str, Any] = config.shallow_copy_dict()
+    options: dict[str, Any] = config.get_config_copy()
     return options
 
 

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "few_solve.h"
 #include "judge.h"
 #include "krylov_device.h"
 #include "krylov_solve.h"
@@ -232,7 +233,7 @@ py::tuple tuple_of(const char* const (&names)[N]) {
 }  // namespace
 
 // Counts the changes of what is bound below; pydeqsolve/step/native.py has the same number and refuses another.
-constexpr int kInterface = 15;
+constexpr int kInterface = 16;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native step of pydeqsolve; called by pydeqsolve.step.native alone.";
@@ -269,6 +270,15 @@ PYBIND11_MODULE(_native, m) {
       .def("scale", &KrylovSolve::scale, free())
       .def("settle", &KrylovSolve::settle, free())
       .def("judge", &KrylovSolve::judge, free());
+  py::class_<FewSolve>(m, "Few")
+      .def(py::init<int, int, int, double, std::int64_t, int, std::int64_t, double, double, double, double, int, double,
+                    double, double, Address, Address, bool, Address, Address, Address, Address, Address, Address,
+                    Address, Address>())
+      .def("set_tolerance", &FewSolve::set_tolerance)
+      .def("step", &FewSolve::step, free())
+      .def("tell", &FewSolve::tell, free())
+      .def("doubt", &FewSolve::doubt, free())
+      .def("records", &FewSolve::records, free());
   py::class_<SmallSolve>(m, "Small")
       .def(py::init<bool, std::int64_t, int, double, Address, Address, double, double, Address, Address, double, int>())
       .def("active", &SmallSolve::active, free())

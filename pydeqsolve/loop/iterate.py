@@ -14,6 +14,7 @@ from ..memory import address
 from ..problem import Problem, Solver
 from ..status import Course
 from ..step.backend import NativeCPU, choose
+from ..step.few import is_few
 from ..step.records import KEEP, SAMPLE
 from ..step.ring import Ring
 from ..step.rules import Rule
@@ -21,6 +22,7 @@ from ..stop import Front, Stop
 from .backtracking import Backtracking
 from .batch import Batch
 from .blocks import BlockJudge
+from .few import assemble_few
 from .gate import Gate, Question
 from .judge import SampleJudge, Verdict
 from .kept import History
@@ -105,7 +107,9 @@ def loop(
     watching, seen = (Trace() if trace else None), Snapshots(snapshots)
     asked = [watching, seen if snapshots else None, None if callback is None else calling(callback)]
     watches: list[Watch] = [watch for watch in asked if watch is not None]
-    batch, step = assemble(problem, z0, solver, stop, front, history, keep_history, admissible, merit, of)
+    batch, step = assemble(
+        problem, z0, solver, stop, front, history, keep_history, admissible, merit, of, bool(watches)
+    )
     verdict: Verdict | None = None
     interval, steps, eps, stopped = stop.interval(z0.device), 0, batch.eps, False
     shards = problem.shards
@@ -132,13 +136,12 @@ def loop(
     kept = None
     if isinstance(step, KeepingStep):  # a solve without steps has learnt nothing beyond what it was given
         kept = step.history.seal() if steps or history is None else history
-    left = step.judge.left
-    (residual, evaluations, status, rejections, rank_losses), failed = step.backend.tell(left)
+    (residual, evaluations, status, rejections, rank_losses), failed = step.tell()
     return Outcome(
         batch.full, residual, evaluations, status, steps, rejections, rank_losses,
         None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
         # It explains failures; a device is not waited for to save some memory.
-        None if failed == 0 else Course(left.table, SAMPLE, z0.dtype, stopped),
+        None if failed == 0 else Course(step.judge.left.table, SAMPLE, z0.dtype, stopped),
         solver, stop,
     )  # fmt: skip
 
@@ -151,7 +154,7 @@ def _attempted(batch: Batch, wanted: Tensor | None) -> Tensor:
 def assemble(
     problem: Problem, z0: Tensor, solver: Solver, stop: Stop, front: Front | None, history: History | None,
     keep_history: bool, admissible: Question | None = None, merit: Question | None = None,
-    of: Callable[..., Batch] = Batch,
+    of: Callable[..., Batch] = Batch, watched: bool = False,
 ) -> tuple[Batch, Step]:  # fmt: skip
     """The parts of one solve: the only place that knows which options exist, and which do not go together."""
     address(z0, "z0")
@@ -159,9 +162,13 @@ def assemble(
     check_together(solver, front, keep_history or history is not None, gated)
     method = solver.method()
     B, T, D = z0.shape
-    ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
     entries = problem.shards.entries(D if front is not None else T * D)
     rule = _rule(solver, stop, z0, entries, by_blocks=front is not None, with_merit=merit is not None)
+    special = front is not None or keep_history or gated or watched or bool(getattr(solver, "line_search", 0))
+    alone = history is None and of is Batch and not problem.shards.many and stop.interval(z0.device) == 1
+    if alone and not special and is_few(method, stop, z0):
+        return assemble_few(problem, z0, method, rule, stop)
+    ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
     backend = choose(ring, rule, front)
     batch = of(problem, z0, z0 if history is None else history.z, backend)
     judge = _judge(batch, stop, front, solver)

@@ -75,6 +75,10 @@ class Step:
             self.judge.expire()
             self._leave(batch, torch.ones_like(batch.rows, dtype=torch.bool), verdict.mode, ended=True)
 
+    def tell(self) -> tuple[list[Tensor], int | None]:
+        """`Backend.tell` of all samples, which have finished."""
+        return self.backend.tell(self.judge.left)
+
     def _leave(self, batch: Batch, leaving: Tensor, mode: Tensor, ended: bool) -> None:
         """Stores iterates and records of the samples `leaving` (n,) bool."""
         moves, z = self.judge.final(batch, leaving, mode, ended)

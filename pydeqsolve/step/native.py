@@ -30,7 +30,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 LARGE_PAGE = 1 << 21  # bytes
-INTERFACE = 15  # csrc/bindings.cpp
+INTERFACE = 16  # csrc/bindings.cpp
 
 
 _native: Any

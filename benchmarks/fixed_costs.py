@@ -74,6 +74,19 @@ def small(n: int, features: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return lambda z: torch.tanh(z @ W + b), torch.zeros(n, features)
 
 
+def cheap(n: int, features: int) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """The cheapest maps there are, entry by entry, each with its start: from one multiplication and addition on."""
+    made = torch.Generator().manual_seed(0)
+    b, e = torch.rand(n, features, generator=made), 0.9 * torch.rand(n, features, generator=made)
+    zero, one = torch.zeros(n, features), torch.ones(n, features)
+    return {
+        "b + z/2": (lambda z: b + 0.5 * z, zero),
+        "(z + a/z)/2": (lambda z: 0.5 * (z + (b + 0.5) / z), one),
+        "cos z": (torch.cos, zero),
+        "M + e sin z": (lambda z: 6 * b + e * torch.sin(z), zero),
+    }
+
+
 def sweep(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """A hundred plain sweeps from z."""
     for _ in range(100):
@@ -97,11 +110,13 @@ def measured(sizes: tuple[int, ...]) -> dict[str, float]:
         out[f"{name}: calls"] = python_calls(act)
     out["a step: us"] = 1e6 * (seconds(many, 5) - seconds(few, 50)) / STEPS
     out["a step: calls"] = (python_calls(many) - python_calls(few)) / STEPS
-    for n in sizes:
-        fn, z0 = small(n, 3)
+    many_states = [(f"{n:,} x 3 states", *small(n, 3)) for n in sizes]
+    n = sizes[0]
+    many_states += [(f"{n:,} x {D}, {name}", *case) for D in (1, 3, 4) for name, case in cheap(n, D).items()]
+    for name, fn, z0 in many_states:
         swept = seconds(lambda fn=fn, z0=z0: sweep(fn, z0), 1, 2)  # type: ignore[misc]
         solved = seconds(lambda fn=fn, z0=z0: solve(fn, z0, gradient=None), 1, 2)  # type: ignore[misc]
-        out[f"{n:,} x 3 states: solve / 100 plain sweeps"] = solved / swept
+        out[f"{name}: solve / 100 plain sweeps"] = solved / swept
     return out
 
 

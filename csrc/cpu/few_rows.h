@@ -65,7 +65,9 @@ class FewRows {
       m.f[e] = converted<Lanes>(value[e]);
       if (c.rule.norm == Norm::kMax) most_r = larger(most_r, exact[e]), most_f = larger(most_f, m.f[e]);
       if constexpr (sizeof(Scalar) == 2) {
-        for (int l = 0; l < kLanes; ++l) r[e][l] = static_cast<float>(kept<Scalar>(r[e][l]));
+        float rounded[kLanes];  // GCC takes r for unset where its lanes are written one by one
+        for (int l = 0; l < kLanes; ++l) rounded[l] = static_cast<float>(kept<Scalar>(r[e][l]));
+        std::memcpy(&r[e], rounded, sizeof rounded);
       }
       m.r[e] = converted<Lanes>(r[e]);
     }

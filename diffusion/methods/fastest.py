@@ -2,8 +2,10 @@
 counts that were measured.
 
 A call on B rows, the sequential step, is timed, and a call on many; between them time is taken as linear in the rows.
-Choosing costs a few calls once per model, batch size, image shape, dtype, device and number of threads, and nothing
-afterwards: the times are kept for as long as the model lives, and corrected by what every chosen run then took.
+Choosing costs a few calls once per model, batch size, image shape, dtype, device and number of threads. What the first
+runs of a method then took corrects what is foretold of it, by the median, each beside calls timed after it: where
+another program slows the machine down it slows both. After those nothing is timed. On a CPU time is the processor's, of
+this thread. A choice stays until another method promises clearly less.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import math
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from ..problem import ChainProblem, Found
 from ..remainder import Model
 from ..trajectory import Edit
 from .coarse import CoarseToFine
-from .goal import Goal, Watch
+from .goal import ERROR, Goal, Watch
 from .grid import nodes
 from .parallel import START, Parallel, smooth
 from .sequential import Sequential
@@ -39,20 +42,45 @@ TOGETHER = (1.0, 1.0, 0.97, 0.7, 0.42, 0.3, 0.2, 0.12, 0.05, 1.0)
 STARTED = (1.0, 0.95, 0.6, 0.35, 0.15, 0.05, 1.0)
 ON_NODES = (1.0, 0.95, 0.7, 0.5, 0.35, 0.6, 0.7, 0.5, 2.0, 0.6)
 SWEEPS = 1.05
-PER_ROUND, PER_ENTRY = 3e-4, 1.2e-8  # seconds of the solver itself on a CPU: per round, and per entry of the state
+PER_ROUND, PER_ENTRY = 1.5e-3, 2.5e-8  # seconds of the solver itself on a CPU: per round, and per entry of the state
 MARGIN = 0.85  # a parallel way must promise to take at most so much of the sequential time
+STAY = 0.9  # another method replaces the one in use if it promises at most so much of its time
+LEARNT = 3  # runs of a method that correct what is foretold of it
 MANY = 64  # rows of the larger call
+TURNS = 3  # of calls timed, small and large ones in turn
+WAITS = (
+    0.1  # a call in which the processor is busy for less of the time waits for another machine: then all of it counts
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the time of a run depends on: T steps of D = width entries an image, n steps of the coarse grid, None
+    without one, the form of the chain and the power of ten of the error asked for."""
+
+    T: int
+    n: int | None
+    width: int
+    form: str = "LinearChain"
+    error: int = -3
+
+    @staticmethod
+    def of(problem: ChainProblem, error: float = ERROR) -> Run:
+        T, linear = len(problem.map.chain), problem.map.linear
+        n = len(nodes(T)) if smooth(problem) else None
+        return Run(T, n, problem.latent.shape[1], type(linear).__name__, round(math.log10(error)))
 
 
 @dataclass
 class Timing:
-    """Seconds of a call on `few` rows and on `many`; and by how much runs took longer than foretold, by way and T."""
+    """Seconds of a call on `few` rows and on `many`; how much longer than foretold runs took; and what was chosen."""
 
     few: int
     seconds_few: float
     many: int
     seconds_many: float
-    seen: dict[tuple[Method, int], float]
+    seen: dict[tuple[Method, Run], list[float]] = field(default_factory=dict)
+    chosen: dict[Run, Method] = field(default_factory=dict)
 
     def call(self, rows: float) -> float:
         """Seconds of one round with so many rows."""
@@ -66,8 +94,9 @@ class Timing:
         rows = self.few * steps
         return sum(self.call(max(self.few, share * rows)) + PER_ROUND + PER_ENTRY * rows * width for share in shares)
 
-    def foretell(self, method: Method, T: int, n: int | None, width: int) -> float:
-        """Seconds of T steps on B = few images of D = width; n: steps of the coarse grid, None without one."""
+    def foretell(self, method: Method, run: Run) -> float:
+        """Seconds of a run on B = few images."""
+        T, n, width = run.T, run.n, run.width
         if isinstance(method, CoarseToFine) and n is None:
             return math.inf
         if isinstance(method, Sequential):
@@ -78,12 +107,26 @@ class Timing:
             seconds = self.rounds(TOGETHER, T, width)
         else:
             seconds = self.rounds((1.0,) * START, n, width) + self.rounds(STARTED, T, width)
-        return seconds * self.seen.get((method, T), 1.0)
+        return seconds * median(self.seen.get((method, run), [1.0]))
 
-    def note(self, method: Method, T: int, n: int | None, width: int, seconds: float) -> None:
-        """Takes in what a run took: half the weight to it, half to those before."""
-        ratio = seconds / self.foretell(method, T, n, width)
-        self.seen[method, T] = self.seen.get((method, T), 1.0) * (1 + ratio) / 2
+    def settled(self, method: Method, run: Run) -> bool:
+        """Whether runs enough have been noted."""
+        return len(self.seen.get((method, run), [])) >= LEARNT
+
+    def note(self, method: Method, run: Run, seconds: float, pace: float = 1.0) -> None:
+        """Takes in what a run took, beside calls that took `pace` times as long as those timed first."""
+        foretold = self.foretell(method, run) / median(self.seen.get((method, run), [1.0]))
+        self.seen.setdefault((method, run), []).append(seconds / pace / foretold)
+
+    def choose(self, run: Run) -> Method:
+        """The method of least foretold time, or the one in use where that is hardly more."""
+        ways: tuple[Method, ...] = (Sequential(), Parallel(), CoarseToFine())
+        costs = {method: self.foretell(method, run) for method in ways}
+        best = min(ways[1:], key=lambda method: costs[method])
+        best = best if costs[best] <= MARGIN * costs[ways[0]] else ways[0]
+        used = self.chosen.get(run, best)
+        self.chosen[run] = best if costs[best] <= STAY * costs[used] else used
+        return self.chosen[run]
 
 
 _kept: weakref.WeakKeyDictionary[Any, dict[Any, Timing]] = weakref.WeakKeyDictionary()
@@ -97,9 +140,10 @@ def method_of(method: str | Method, problem: ChainProblem, goal: Goal) -> Method
         return Sequential()
     if method == "parallel" or goal.max_rounds is not None:
         return parallel(problem)
-    if problem.map.network.group is not None or not len(problem.latent):
+    if problem.map.network.group is not None or not len(problem.latent) or problem.map.chain.clip is not None:
         return Sequential() if problem.map.chain.clip is not None else parallel(problem)
-    return Timed(quickest(problem))
+    known, run = timing(problem), Run.of(problem, float(goal.error.min()))
+    return Timed(known.choose(run), run, known)
 
 
 def check_method(method: Any) -> None:
@@ -136,36 +180,28 @@ def fastest(
 
 def quickest(problem: ChainProblem) -> Method:
     """The method of least foretold time; of a chain that clips, whose counts are not known, the sequential one."""
-    T, width = len(problem.map.chain), problem.latent.shape[1]
     if problem.map.chain.clip is not None or not len(problem.latent):
         return Sequential()
-    known, n = timing(problem), count_of(problem)
-    costs: dict[Method, float] = {
-        method: known.foretell(method, T, n, width) for method in (Parallel(), CoarseToFine())
-    }  # fmt: skip
-    best = min(costs, key=lambda method: costs[method])
-    return best if costs[best] <= MARGIN * known.foretell(Sequential(), T, n, width) else Sequential()
+    return timing(problem).choose(Run.of(problem))
 
 
-def count_of(problem: ChainProblem) -> int | None:
-    """Steps of the problem's coarse grid, None where it has none."""
-    return len(nodes(len(problem.map.chain))) if smooth(problem) else None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timed:
-    """A method whose run's time is noted for the next choice."""
+    """A method whose first runs' times are noted for the next choice."""
 
     method: Method
+    run: Run
+    known: Timing
 
     def find(self, problem: ChainProblem, goal: Goal, watch: Watch, guess: Tensor | None = None) -> Found:
-        start, latent = time.perf_counter(), problem.latent
+        known = self.known
+        if guess is not None or known.settled(self.method, self.run):
+            return self.method.find(problem, goal, watch, guess)
+        start = clock()
         found = self.method.find(problem, goal, watch, guess)
-        if latent.device.type == "cuda":
-            torch.cuda.synchronize(latent.device)
-        T, n = len(problem.map.chain), count_of(problem)
-        if len(latent):
-            timing(problem).note(self.method, T, n, latent.shape[1], time.perf_counter() - start)
+        seconds, B = since(start, problem.latent.device), len(problem.latent)
+        pace = median(_seconds(problem, B) for _ in range(TURNS)) / known.seconds_few
+        known.note(self.method, self.run, seconds, pace)
         return found
 
 
@@ -187,8 +223,11 @@ def timing(problem: ChainProblem) -> Timing:
 def _measure(problem: ChainProblem, most: int) -> Timing:
     B = len(problem.latent)
     many = max(B, min(most, max(MANY, B)))
-    few = min(_seconds(problem, B) for _ in range(4))
-    return Timing(B, few, many, few if many == B else min(_seconds(problem, many) for _ in range(3)), {})
+    turns: list[tuple[float, ...]] = []
+    for _ in range(TURNS + 1):
+        turns.append(tuple(_seconds(problem, rows) for rows in (B, B, many)[: 2 if many == B else 3]))
+    few = median(seconds for turn in turns[1:] for seconds in turn[:2])  # the first turn warms up
+    return Timing(B, few, many, few if many == B else median(turn[2] for turn in turns[1:]))
 
 
 def _seconds(problem: ChainProblem, rows: int) -> float:
@@ -197,12 +236,19 @@ def _seconds(problem: ChainProblem, rows: int) -> float:
     i = torch.arange(rows, device=x.device) % len(x)
     k = torch.linspace(0, T - 1, rows, device=x.device).long()
     states, inputs = x[i], [c[i] for c in problem.conditioning]
+    start = clock()
+    problem.map.remainder(states, k, inputs)
+    return since(start, x.device)
 
-    def call() -> None:
-        problem.map.remainder(states, k, inputs)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
 
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def clock() -> tuple[float, float]:
+    """Seconds that this thread has had of the processor, and those of the clock."""
+    return time.thread_time(), time.perf_counter()
+
+
+def since(start: tuple[float, float], device: torch.device) -> float:
+    """Seconds since `start`: of the processor on a CPU, which other programs do not add to, elsewhere of the clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    busy, passed = (now - then for now, then in zip(clock(), start, strict=True))
+    return busy if device.type == "cpu" and busy >= WAITS * passed else passed

@@ -72,14 +72,29 @@ class LinearChain:
         """The response (n, D) after step k, of that so far and N (n, T, D)."""
         return self.A[k] * states[-1] + self.c[k] * N[:, k]
 
-    def error(self, J: Tensor, delta: Tensor) -> Tensor:
-        """e_T (n, D) of e_{k+1} = (A_k + c_k J_k) e_k + c_k δ_k from e_0 = 0; J (n, T, 1 or D), δ (n, T, D)."""
-        return summed(self.A + self.c * J, self.c * delta)
+    @cached_property
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The largest and the least of A_k over the entries (T,)."""
+        return self.A.amax(1), self.A.amin(1)
+
+    def factor(self, J: Tensor) -> Tensor:
+        """Of A_k + c_k J_k over the entries the one of the largest magnitude (n, T); J (n, T)."""
+        c, (most, least) = self.c[:, 0] * J, self.extremes
+        return most + c if self.A.shape[1] == 1 else larger(most + c, least + c)
+
+    def errors(self, J: Tensor, added: Tensor) -> Tensor:
+        """e_T (m, n, D) of e_{k+1} = (A_k + c_k J_k) e_k + added_k from e_0 = 0; J (m, n, T), added (n, T, D)."""
+        if self.A.shape[1] == 1:
+            return (products_after(self.A[:, 0] + self.c[:, 0] * J).transpose(0, 1) @ added).transpose(0, 1)
+        c, A, back = (self.c[:, 0] * J).flip(2)[..., :-1, None], self.A.flip(0)[:-1], added.flip(1)  # latest first
+        return torch.stack([(A + part).cumprod_(1).mul_(back[:, 1:]).sum(1).add_(back[:, 0]) for part in c])
 
     def independent(self, J: Tensor, squares: Tensor) -> Tensor:
-        """(n,) the expected |e_T|² where each step adds an independent error of these squares (n, T, D); J (n, T)."""
-        A = (self.A + self.c * J[..., None]).square().amax(2, keepdim=True)
-        return summed(A, squares.sum(2, keepdim=True))[:, 0]
+        """(n,) the expected |e_T|² where each step adds an independent error of these squares (n, T, D); J (n, T).
+
+        Their sums over the entries (n, T, 1) are enough.
+        """
+        return summed(self.factor(J).square(), squares.sum(2))
 
     def _stepwise(self, x: Tensor, d: Tensor | None) -> Tensor:
         states = [x]
@@ -134,6 +149,11 @@ class TwoStepChain(LinearChain):
         super().__init__(A, c)
         self.safe, self.A_before, self.c_before, self.given = False, A_before, c_before, given
 
+    def factor_before(self, J: Tensor) -> Tensor:
+        """Of A'_k + c'_k J_{k−1} over the entries the one of the largest magnitude (n, T); J (n, T)."""
+        c = self.c_before[:, 0] * J.roll(1, 1)
+        return larger(self.A_before.amax(1) + c, self.A_before.amin(1) + c)
+
     def base(self, x: Tensor, d: Tensor | None, second: Tensor | None = None) -> Tensor:
         return self._from([x] if second is None else [x, second], d)
 
@@ -149,10 +169,11 @@ class TwoStepChain(LinearChain):
         after = self.A[k] * states[-1] + self.c[k] * N[:, k]
         return after + self.A_before[k] * states[-2] + self.c_before[k] * N[:, k - 1] if k else after
 
-    def error(self, J: Tensor, delta: Tensor) -> Tensor:
-        return self._carried(J, self.added(delta))
+    def errors(self, J: Tensor, added: Tensor) -> Tensor:
+        return torch.stack([self._carried(part[..., None], added) for part in J])
 
     def independent(self, J: Tensor, squares: Tensor) -> Tensor:
+        """As of one step, but needs every entry: two states that alternate in sign cancel."""
         generator, total = torch.Generator().manual_seed(0), torch.zeros_like(squares[:, 0, 0])
         for _ in range(DRAWS):
             signs = torch.randint(2, squares.shape[1:], generator=generator).to(squares) * 2 - 1
@@ -177,8 +198,17 @@ class TwoStepChain(LinearChain):
 
 
 def summed(A: Tensor, b: Tensor) -> Tensor:
-    """e_T (n, D) of e_{k+1} = A_k e_k + b_k from e_0 = 0: Σ_k A_{T−1} … A_{k+1} b_k; A (n, T, 1 or D), b (n, T, D)."""
-    later, last = A.flip(1)[:, :-1].cumprod(1), b[:, -1]  # latest first
-    if A.shape[2] == 1:
-        return last + (later.flip(1).mT @ b[:, :-1])[:, 0]
-    return last + later.mul_(b[:, :-1].flip(1)).sum(1)
+    """e_T (n,) of e_{k+1} = A_k e_k + b_k from e_0 = 0: Σ_k A_{T−1} … A_{k+1} b_k; A and b (n, T)."""
+    return (products_after(A) * b).sum(1)
+
+
+def products_after(A: Tensor) -> Tensor:
+    """A_{T−1} … A_{k+1} (…, T) of A (…, T); 1 of the last."""
+    later = A.roll(-1, -1)
+    later[..., -1] = 1.0
+    return later.flip(-1).cumprod(-1).flip(-1)
+
+
+def larger(a: Tensor, b: Tensor) -> Tensor:
+    """Of two tensors the entries of the larger magnitude."""
+    return torch.where(a.abs() >= b.abs(), a, b)

@@ -7,7 +7,7 @@ import torch
 from mixture import Mixture, latents, means
 
 from diffusion import Clip, CoarseToFine, Parallel, Schedule, load_checkpoint, sample
-from diffusion.methods.defects import SAFETY, carried, filled
+from diffusion.methods.defects import SAFETY, carried, filled, finite
 from diffusion.methods.parallel import weight_of
 from diffusion.methods.visits import Visits
 from diffusion.trajectory import LinearChain, summed
@@ -157,12 +157,42 @@ def test_tolerances_are_tighter_where_there_is_no_signal_but_for_those_at_roundi
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 64])
-def test_sums_pair_by_pair_are_those_step_by_step(T):
-    A, b = latents(2, T, 1, seed=2), latents(2, T, 3, seed=3)
-    e = torch.zeros(2, 3, dtype=torch.float64)
+@pytest.mark.parametrize("width", [1, 3])
+def test_errors_by_products_are_those_step_by_step(T, width):
+    A, c, J, added = (
+        latents(T, width, seed=2),
+        latents(T, 1, seed=4),
+        latents(4, 2, T, seed=5),
+        latents(2, T, 3, seed=3),
+    )
+    e = torch.zeros(4, 2, 3, dtype=torch.float64)
     for k in range(T):
+        e = (A[k] + c[k] * J[:, :, k, None]) * e + added[:, k]
+    torch.testing.assert_close(LinearChain(A, c).errors(J, added), e)
+    torch.testing.assert_close(summed(J[0], added[..., 0]), stepwise(J[0], added[..., 0]))
+
+
+def stepwise(A, b):
+    e = torch.zeros_like(b[:, 0])
+    for k in range(b.shape[1]):
         e = A[:, k] * e + b[:, k]
-    torch.testing.assert_close(summed(A, b), e)
+    return e
+
+
+@pytest.mark.parametrize("T", [2, 9])
+def test_the_factor_of_a_step_is_its_largest_over_the_entries(T):
+    A, c, J = latents(T, 5, seed=2), latents(T, 1, seed=4), latents(3, T, seed=5)
+    every = A + c * J[..., None]
+    expected = every.gather(-1, every.abs().argmax(-1, keepdim=True))[..., 0]
+    torch.testing.assert_close(LinearChain(A, c).factor(J), expected, rtol=0, atol=0)
+
+
+def test_states_that_are_not_finite_are_found_by_their_sum():
+    x = latents(6, 5, seed=1)
+    for k, bad in enumerate((torch.inf, -torch.inf, torch.nan)):
+        x[k, k] = bad
+    x[3, 0], x[3, 1] = torch.inf, -torch.inf
+    assert finite(x).tolist() == x.isfinite().all(1).tolist()
 
 
 def test_a_slope_that_is_unknown_is_taken_from_the_next_step_and_at_the_end_from_the_last():

@@ -38,7 +38,9 @@ LOOSEST = 0.2  # the largest tolerance on the nodes: with 16 bits a hundred time
 ROUNDING = MARGIN * UNITS_PER_RTOL / 2
 SAMPLED = 3e-4  # the least error asked for that is measured at a sample of the steps
 DOUBT = 2.0  # standard deviations of what the steps that are not sampled may differ by
-TRIALS = 3  # samples after a pass, each at other steps: what one shows is corrected before the next
+# Samples after a pass, each at other steps: what one shows is corrected before the next. One takes about two
+# evaluations a node: in a short chain another pass is as good.
+TRIALS, FEWEST_TRIALS = 4, 3
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,15 @@ class Passes:
         self.image = torch.full_like(latent, torch.nan)  # the x_0 measured before, and the error expected of it
         self.expected = torch.full_like(self.before, torch.nan)
         self.linear = interpolation(self.at.cpu(), len(m.chain), 1).to(latent.device)
+        self.trials = max(FEWEST_TRIALS, min(TRIALS, len(m.chain) // (2 * len(self.at))))
 
     def solve(self) -> None:
         """Samples all images."""
         found, goal = self.found, self.goal
         everyone = torch.arange(len(found.states), device=found.states.device)
-        good = (
-            self._on_nodes(everyone, FIRST * goal.error)
-            if goal.left > 1
-            else torch.ones_like(everyone, dtype=torch.bool)
-        )
+        good = torch.ones_like(everyone, dtype=torch.bool)
+        if goal.left > 1:
+            good = self._on_nodes(everyone, FIRST * goal.error)
         for _ in range(PASSES):
             images = everyone[good & (found.error > goal.error) & ~self.slow]
             if not len(images) or not goal.left:
@@ -106,7 +107,7 @@ class Passes:
             enough = torch.maximum(CORRECTION * goal.error[images], SHARE * self.before[images])
             good[images] = self._on_nodes(images, enough)
             images = images[good[images] & (goal.error[images] >= SAMPLED)]
-            for trial in range(TRIALS):
+            for trial in range(self.trials):
                 if len(images) and goal.left:
                     images = self._sampled(images, trial)
         left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
@@ -122,7 +123,8 @@ class Passes:
         base = found.states[images[:, None], self.at] - self.chain.response(start)
         least = ROUNDING * self.goal.precision
         tolerance = tolerance.clamp(least, LOOSEST)
-        stop = block_stop(Stop(tolerance, max_steps=min(2 * len(self.at), self.goal.left - 1)), self.scale, 1.0)
+        most = min(2 * len(self.at), self.goal.left - 1)
+        stop = block_stop(Stop(tolerance, max_steps=most), self.scale, 1.0)
 
         def report(step: int, y: Tensor, residual: Tensor) -> bool:
             self.watch.bar.update()
@@ -170,6 +172,7 @@ class Passes:
         x, N, T = rows_of(found.states, images), rows_of(found.N, images), found.N.shape[1]
         value = self._evaluate(images, x, at)
         delta = value - N[:, at]
+        nodes = torch.searchsorted(at, self.at)
         found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
         seen_x, seen_N = rows_of(self.seen_x, images), rows_of(self.seen_N, images)
         moved = x[:, :T] - seen_x
@@ -183,8 +186,16 @@ class Passes:
         across = filled(across.masked_fill(~told, torch.nan)) @ across_steps.T
         self._measure(images, x, N, delta, slope, across, doubt[..., None] * moved)
         missed = ~(found.error[images] <= self.goal.error[images])
-        if trial + 1 == TRIALS or not self.goal.left:
+        before, left = self.before[images], self.goal.left > 0
+        worse = missed & ~(found.error[images] <= before) & left
+        if bool(worse.any()):  # the pass alone was better
+            self._change(images[worse], self.seen_N[images[worse]])
+        last = trial + 1 == self.trials or not left
+        self.slow[images] = worse | (missed & ~(found.error[images] <= SLOW * before) & last)
+        if last:
             return images[:0]
+        missed &= ~worse
+        self.secants.note(images, x[:, self.at], value[:, nodes])
         self._correct(images[missed], (N + delta)[missed])
         return images[missed]
 

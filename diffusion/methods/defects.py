@@ -12,13 +12,13 @@ move is known by its size alone: it bounds the error (`bound`), which it can onl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..remainder import Remainders
-from ..trajectory import EditedChain, LinearChain, TwoStepChain, summed
+from ..trajectory import EditedChain, LinearChain, TwoStepChain, larger, summed
 from .visits import Visits
 
 SAFETY = 2.0  # by which the first-order estimate is raised: J is known along one direction only
@@ -46,6 +46,11 @@ def filled(*slopes: Tensor) -> Tensor:
     return slope.gather(-1, at).nan_to_num(0.0)
 
 
+def finite(x: Tensor) -> Tensor:
+    """Whether all entries of x (…, D) are finite (…): their sum is not where one is not, which is quicker."""
+    return x.sum(-1).isfinite()
+
+
 def lowest(m: Remainders, slope: Tensor, least: Tensor) -> Tensor:
     """least (n, T); of an image of which no slope (n, T) is known, −κ, which is that of a network deaf to x.
 
@@ -68,7 +73,7 @@ def defects(
     T = N.shape[1]
     x, before = x[:, :T], visits.x[image]
     still = (x - before).square().sum(2) <= (SAME * visits.precision) ** 2 * x.square().sum(2)  # never, where NaN
-    wanted = x.isfinite().all(2) & ~(still & settled[:, None])
+    wanted = finite(x) & ~(still & settled[:, None])
     wanted[:, : m.linear.given] = False
     delta, asked = torch.zeros_like(N), beside(m, x, visits, image, most if looking else 0)
     aside = torch.randn(N.shape[2], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
@@ -98,7 +103,7 @@ def beside(m: Remainders, x: Tensor, visits: Visits, image: Tensor, most: int) -
     count = min(FEW + T // 32, (T - m.linear.given + 2) // 3, most)
     chosen = torch.zeros_like(near, dtype=torch.bool)
     chosen[:, torch.linspace(m.linear.given, T - 1, max(count, 0), device=x.device).round().long()] = True
-    return chosen & x.isfinite().all(2) & near.isnan().all(1, keepdim=True) & visits.large(image, x)
+    return chosen & finite(x) & near.isnan().all(1, keepdim=True) & visits.large(image, x)
 
 
 def carried(
@@ -113,16 +118,16 @@ def carried(
     `bound`/|x_T|.
     """
     slope, least, across = filled(slope, least, across)
-    most = bound(linear, slope, across, linear.added(delta))
-    slope, least = slope[..., None], least[..., None]
-    trials = (slope, torch.zeros_like(slope), torch.minimum(slope, least).clamp_max(0))
+    added = linear.added(delta)
+    most = bound(linear, slope, across, added)
+    trials = torch.stack([slope, torch.zeros_like(slope), torch.minimum(slope, least).clamp_max(0)])
     if isinstance(linear, EditedChain):
-        moved = [edited(linear, base, N, x, delta, J, image) for J in trials]
+        moved = torch.stack([edited(linear, base, N, x, delta, J[..., None], image) for J in trials])
     else:
-        moved = [linear.error(J, delta) for J in trials]
-    worst, size = torch.stack([e.norm(dim=1) for e in moved]).amax(0), x[:, -1].norm(dim=1)
+        moved = linear.errors(trials, added)
+    worst, size = moved.norm(dim=2).amax(0), x[:, -1].norm(dim=1)
     estimate = torch.where(worst == 0, worst, SAFETY * worst / size)
-    most = (most / size).nan_to_num(LARGEST, LARGEST).clamp_max(LARGEST)
+    most = _limited(most / size)
     return torch.where(estimate.isfinite() & (worst > 0), torch.maximum(estimate, most), estimate)
 
 
@@ -133,15 +138,15 @@ def bound(linear: LinearChain, J: Tensor, across: Tensor, added: Tensor) -> Tens
     this is about what `carried` estimates; under a network that is steep in many directions it is many times that.
     With R = 0 the errors are ē_k, vectors, whose parts may cancel; the rest, e_k − ē_k, grows by sizes, from R_k ē_k.
     """
-    own, parts = widest(linear.A + linear.c * J[..., None]), widest(linear.c).abs() * across
+    own, parts = linear.factor(J), linear.c[:, 0].abs() * across
     if isinstance(linear, TwoStepChain):
-        own_before = widest(linear.A_before + linear.c_before * J.roll(1, 1)[..., None])
-        both = torch.stack([parts, widest(linear.c_before).abs() * across.roll(1, 1)])
+        own_before = linear.factor_before(J)
+        both = torch.stack([parts, linear.c_before[:, 0].abs() * across.roll(1, 1)])
         both = both * aligned(both.sum(0) / 2)  # c is that of two steps
         return _bound_of_two(own, own_before, both, added, linear.given)
     parts, known = parts * aligned(parts), running(own[..., None], added).norm(dim=2)
     met = parts * torch.nn.functional.pad(known[:, :-1], (1, 0))
-    return known[:, -1] + summed((own.abs() + parts)[..., None], met[..., None])[:, 0]
+    return known[:, -1] + summed(own.abs() + parts, met)
 
 
 def running(A: Tensor, b: Tensor) -> Tensor:
@@ -179,41 +184,46 @@ def _bound_of_two(own: Tensor, own_before: Tensor, parts: Tensor, added: Tensor,
     return size[0]
 
 
-def widest(values: Tensor) -> Tensor:
-    """Of values (…, D) over the entries those of the largest magnitude (…)."""
-    return values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0]
-
-
 def rounding(
     m: Remainders, base: Tensor, x: Tensor, N: Tensor, slope: Tensor, across: Tensor, precision: float,
     near: Tensor | None = None, large: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Callable[[], Tensor], Tensor]:  # fmt: skip
     """The relative error (n,) of x_0 that rounding alone leaves: of ε by the network, of the states in float64.
 
-    As `carried` with J = slope, of defects that are independent from step to step: squares add. Its `bound`. And what
-    `turning` makes of them and of the network's answer to the rounding of its input, which no defect shows.
+    As `carried` with J = slope, of defects that are independent from step to step: squares add. Its `bound`, made when
+    called. And what `turning` makes of them and of the network's answer to the rounding of its input, which no defect
+    shows.
 
     near (n, T, 2) and large (n, T): of `Visits`. A network that turns within a large move, as a sine does, is steeper
     than the move tells. Steps not asked are taken to be as steep as the next that was, in unit of the step's length.
     """
-    eps = N + m.splitting.kappa * x[:, :-1]
+    eps = torch.addcmul(N, m.splitting.kappa, x[:, :-1])
     eps = eps if m.splitting.offset is None else eps + m.splitting.offset
-    made = (precision * m.linear.added(eps)).square() + (
-        torch.finfo(torch.float64).eps * (x.abs() + base.abs())[:, 1:]
-    ).square()
-    (slope, across), size = filled(slope, across), x[:, -1].norm(dim=1)
-    own, steep = slope, across
+    made, sizes, unit = m.linear.added(eps), x.norm(dim=2), torch.finfo(torch.float64).eps
+    own_rounding = unit * (sizes + base.norm(dim=2))[:, 1:]  # of sums in float64
+    squares = (precision * made.norm(dim=2)).square() + own_rounding.square()
+    slope, across = filled(slope, across)
+    own, steep, c = slope, across, m.linear.c[:, 0]
     if near is not None and large is not None:
-        unit = widest(m.linear.c).abs().clamp_min(torch.finfo(x.dtype).tiny)
-        own, turns = (filled(part * unit) / unit for part in near.unbind(2))
+        step = c.abs().clamp_min(torch.finfo(x.dtype).tiny)
+        own, turns = (filled(part * step) / step for part in near.unbind(2))
         own, steep = torch.where(large, own, slope), torch.where(large, torch.maximum(across, turns), across)
-    answer = precision * (larger(slope, own).square() + steep.square()).sqrt() * x[:, :-1].norm(dim=2)
-    turned = turning(m.linear, (slope, own), steep, made.sum(2) + widest(m.linear.c).square() * answer.square())
-    most, turned = (
-        (part / size).nan_to_num(LARGEST, LARGEST).clamp_max(LARGEST)
-        for part in (bound(m.linear, slope, across, made.sqrt()), turned.sqrt())
-    )
-    return _independent(m.linear, x, slope, made), most, turned
+    answer = precision * (larger(slope, own).square() + steep.square()).sqrt() * sizes[:, :-1]
+    turned = turning(m.linear, (slope, own), steep, squares + c.square() * answer.square())
+
+    def most() -> Tensor:
+        added = (precision * made).abs() + own_rounding[..., None] / made.shape[2] ** 0.5
+        return _limited(bound(m.linear, slope, across, added) / sizes[:, -1])
+
+    own_squares = squares[..., None]
+    if isinstance(m.linear, TwoStepChain):
+        own_squares = (precision * made).square() + own_rounding.square()[..., None] / made.shape[2]
+    independent = m.linear.independent(slope, own_squares).sqrt() / sizes[:, -1]
+    return independent.nan_to_num(0.0), most, _limited(turned.sqrt() / sizes[:, -1])
+
+
+def _limited(part: Tensor) -> Tensor:
+    return part.nan_to_num(LARGEST, LARGEST).clamp_max(LARGEST)
 
 
 def turning(linear: LinearChain, J: tuple[Tensor, Tensor], across: Tensor, squares: Tensor) -> Tensor:
@@ -224,11 +234,11 @@ def turning(linear: LinearChain, J: tuple[Tensor, Tensor], across: Tensor, squar
     next to nothing of many small turns. Of DPM-Solver++, where an answer counts in two steps, the two are taken for
     independent.
     """
-    own, parts = (larger(*(widest(linear.A + linear.c * part[..., None]) for part in J)), widest(linear.c) * across)
+    own, parts = larger(*(linear.factor(part) for part in J)), linear.c[:, 0] * across
     if not isinstance(linear, TwoStepChain):
-        return summed((own.square() + parts.square())[..., None], squares[..., None])[:, 0]
-    own_before = larger(*(widest(linear.A_before + linear.c_before * part.roll(1, 1)[..., None]) for part in J))
-    parts_before = widest(linear.c_before) * across.roll(1, 1)
+        return summed(own.square() + parts.square(), squares)
+    own_before = larger(*(linear.factor_before(part) for part in J))
+    parts_before = linear.c_before[:, 0] * across.roll(1, 1)
     n, T = own.shape
     size, response, made = own.new_zeros(2, n), own.new_zeros(n, 2, T), torch.zeros_like(squares)
     for k in range(linear.given, T):
@@ -241,18 +251,9 @@ def turning(linear: LinearChain, J: tuple[Tensor, Tensor], across: Tensor, squar
     return size[0]
 
 
-def larger(a: Tensor, b: Tensor) -> Tensor:
-    """Of two tensors the entries of the larger magnitude."""
-    return torch.where(a.abs() >= b.abs(), a, b)
-
-
 def spread_of(linear: LinearChain, x: Tensor, slope: Tensor, doubt: Tensor) -> Tensor:
-    """The same (n,), of defects known but for an independent error of the size of `doubt` (n, T, D)."""
-    return _independent(linear, x, slope, linear.added(doubt).square())
-
-
-def _independent(linear: LinearChain, x: Tensor, slope: Tensor, squares: Tensor) -> Tensor:
-    total = linear.independent(slope, squares)
+    """As `carried` (n,), of defects known but for an independent error of the size of `doubt` (n, T, D)."""
+    total = linear.independent(slope, linear.added(doubt).square())
     return (total / x[:, -1].square().sum(1)).sqrt().nan_to_num(0.0)
 
 

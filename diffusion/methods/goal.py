@@ -76,9 +76,9 @@ class Goal:
         return Goal(asked, enough, floor, NEAR_FLOOR * floor, unit, max_rounds, problem, network.calls, unseen)
 
     def raised(
-        self, images: Tensor, rounding: Tensor, most: Tensor | float = 0.0, turned: Tensor | None = None
+        self, images: Tensor, rounding: Tensor, most: Callable[[], Tensor] | None = None, turned: Tensor | None = None
     ) -> None:
-        """What rounding leaves (n,) in some images is no less than their floor, and `most` (n,) at most.
+        """What rounding leaves (n,) in some images is no less than their floor, and `most()` (n,) at most.
 
         turned: what it is expected to leave under a steep network, which is pursued no less but said (`judged`).
         """
@@ -86,8 +86,10 @@ class Goal:
             self.unseen[images] = ROUNDING * turned
         self.floor[images] = torch.maximum(self.floor[images], ROUNDING * rounding)
         floor = self.floor[images]
-        most = torch.where(self.asked[images] < floor, ROUNDING * most, 0.0)
-        self.near[images] = torch.minimum(torch.maximum(NEAR_FLOOR * floor, most), NEAR_MOST * floor)
+        near, beyond = NEAR_FLOOR * floor, self.asked[images] < floor
+        if most is not None and bool(beyond.any()):
+            near = torch.where(beyond, torch.maximum(near, ROUNDING * most()), near)
+        self.near[images] = torch.minimum(near, NEAR_MOST * floor)
 
     @property
     def error(self) -> Tensor:
@@ -102,8 +104,8 @@ class Goal:
 
     def judged(self, found: Found) -> Found:
         """The same, with status, error and solution that say what was measured."""
-        finite = found.states.isfinite().flatten(1).all(1) & found.N.isfinite().flatten(1).all(1)
-        finite &= ~found.error.isnan()
+        sums = found.states.flatten(1).sum(1) + found.N.flatten(1).sum(1)  # not finite where an entry is not
+        finite = sums.isfinite() & ~found.error.isnan()
         found.error, self.floor = (torch.maximum(part, self.unseen) for part in (found.error, self.floor))
         measured = found.error <= torch.maximum(self.enough, self.floor)
         found.status[measured] = int(Status.CONVERGED)

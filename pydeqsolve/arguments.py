@@ -28,6 +28,8 @@ def check_stop(stop: Any) -> None:
 
 def check_tolerances(name: str, stop: Stop, shapes: Sequence[tuple[int, ...]]) -> None:
     """Raises ValueError unless the tolerances of `stop` that are tensors have one of the `shapes`."""
+    if not isinstance(stop.rtol, Tensor) and not isinstance(stop.atol, Tensor):
+        return
     for kind in ("rtol", "atol"):
         tolerance = getattr(stop, kind)
         if isinstance(tolerance, Tensor) and tuple(tolerance.shape) not in shapes:
@@ -40,23 +42,29 @@ def check_gradient(gradient: Any) -> None:
         raise TypeError(f"gradient must be Implicit(), Phantom(), Unrolled() or None, got {_words(gradient)}")
 
 
-def check_inputs(inputs: Any, B: int | None, device: torch.device) -> list[tuple[str, Tensor]]:
-    """The tensors of `inputs`, a tuple or list of tensors (B, …) on `device`, None, or nests of these, with their
-    names; else raises.
+def check_inputs(inputs: Any, B: int | None, device: torch.device) -> tuple[tuple[Tensor, ...], list[str] | None]:
+    """The tensors of `inputs`, a tuple or list of tensors (B, …) on `device`, None, or nests of these; else raises.
 
-    B None: of any shape.
+    And their names, None where they are `inputs` one by one. B None: of any shape.
     """
     if isinstance(inputs, Tensor):
         raise TypeError("inputs must be a tuple or list of tensors, got a tensor: write inputs=(x,)")
     if not isinstance(inputs, (tuple, list)):
         raise TypeError(f"inputs must be a tuple or list of tensors, got {type(inputs).__name__}")
-    named = [pair for i, part in enumerate(inputs) for pair in named_leaves(part, f"inputs[{i}]")]
-    for name, x in named:
+    given, names = tuple(inputs), None
+    for part in inputs:
+        if not isinstance(part, Tensor):
+            named = [pair for i, part in enumerate(inputs) for pair in named_leaves(part, f"inputs[{i}]")]
+            given, names = tuple([x for _, x in named]), [name for name, _ in named]
+            break
+    for i, x in enumerate(given):
+        if (B is None or (x.dim() and x.shape[0] == B)) and x.device == device:
+            continue
+        name = f"inputs[{i}]" if names is None else names[i]
         if B is not None and (x.dim() == 0 or x.shape[0] != B):
             raise ValueError(f"{name} must have leading dimension {B} like z0, got shape {tuple(x.shape)}")
-        if x.device != device:
-            raise ValueError(f"{name} must be on {device} like z0, got {x.device}")
-    return named
+        raise ValueError(f"{name} must be on {device} like z0, got {x.device}")
+    return given, names
 
 
 def check_cell(cell: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from .derivative.lifted import is_transformed
 from .derivative.transformed import outside
 from .layout import copied
 from .problem import Solver
-from .solution import Solution
+from .solution import Solution, holding
 from .solve import ANDERSON, IMPLICIT, STOP, refuse_pairs, solve
 from .stop import Stop
 
@@ -91,7 +90,7 @@ class DEQ(nn.Module):
             self.solution = outside(solution)
         else:
             aux = copied(solution.aux) if self.has_aux else None
-            self.solution = replace(solution, z=copied(solution.z), aux=aux)
+            self.solution = holding(solution, copied(solution.z), aux)
         return (solution.z, solution.aux) if self.has_aux else solution.z
 
     def _start(self, inputs: tuple[Any, ...], segments: Tensor | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import check_dense, is_plain
+from .memory import check_dense, is_plain, is_whole
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = {torch.complex128: torch.float64, torch.complex64: torch.float32}  # of two reals each
@@ -120,19 +121,16 @@ class Layout:
     @staticmethod
     def of(z0: Any, by_blocks: bool) -> Layout:
         """The layout of z0; by_blocks takes dimension 1 of every leaf as the blocks. Raises for unusable states."""
-        leaves = [z0] if isinstance(z0, Tensor) else leaves_of(z0, "z0")
+        if type(z0) is Tensor and not torch.compiler.is_compiling():
+            check_dense("z0", z0)
+            return _of_one(z0.shape, z0.dtype, z0.device, by_blocks)
+        leaves = leaves_of(z0, "z0")
         if not leaves:
             raise ValueError("z0 must hold at least one tensor")
         first = leaves[0]
         for leaf in leaves:
             check_dense("z0", leaf)
-            if leaf.dtype not in FLOATING and leaf.dtype not in COMPLEX:
-                raise TypeError(
-                    f"z0 must be float64, float32, bfloat16, float16, complex128 or complex64, got {leaf.dtype}"
-                )
-            if leaf.dim() < 1 + by_blocks:
-                need = "(B, T, …)" if by_blocks else "(B, …)"
-                raise ValueError(f"every tensor of z0 must have shape {need}, got {tuple(leaf.shape)}")
+            _check_leaf(leaf.shape, leaf.dtype, by_blocks)
             if leaf is first:
                 continue
             if leaf.shape[: 1 + by_blocks] != first.shape[: 1 + by_blocks]:
@@ -145,11 +143,8 @@ class Layout:
                     f"the tensors of z0 must share dtype and device, got {first.dtype} on {first.device} "
                     f"and {leaf.dtype} on {leaf.device}"
                 )
-        shapes = tuple([leaf.shape[1:] for leaf in leaves])
         template = _NOTHING if first is z0 else rebuild(z0, lambda: _NOTHING)
-        dtype, is_complex = first.dtype, first.dtype in COMPLEX
-        blocks = first.shape[1] if by_blocks else 1
-        return Layout(template, shapes, COMPLEX.get(dtype, dtype), first.device, blocks, is_complex)
+        return _made(template, [leaf.shape for leaf in leaves], first.dtype, first.device, by_blocks)
 
     @property
     def is_view(self) -> bool:
@@ -184,6 +179,17 @@ class Layout:
         packed = flat[0] if len(flat) == 1 else torch.cat(flat, dim=2)
         return packed.to(self.dtype).contiguous()
 
+    def whole(self, value: Any, state: Any, flat: Tensor) -> Tensor | None:
+        """`pack` of a plain tensor with memory of its own that is like `state`, of which flat (n, T, D) is made.
+
+        None of what is not: `pack` takes more, and says what is wrong.
+        """
+        if type(value) is not Tensor or self.template is not _NOTHING or self.is_complex:
+            return None
+        if value.dtype is not flat.dtype or not is_whole(value) or value.shape != state.shape:
+            return None
+        return value.view(flat.shape) if value.device == self.device else None
+
     def unpack(self, flat: Tensor) -> Any:
         """(n, T, D) → structure; views of `flat`."""
         n = flat.shape[0]
@@ -212,3 +218,26 @@ class Layout:
 
     def _features(self, shape: torch.Size) -> int:
         return shape.numel() * (2 if self.is_complex else 1) // self.blocks if self.blocks else 0
+
+
+def _check_leaf(shape: torch.Size, dtype: torch.dtype, by_blocks: bool) -> None:
+    if dtype not in FLOATING and dtype not in COMPLEX:
+        raise TypeError(f"z0 must be float64, float32, bfloat16, float16, complex128 or complex64, got {dtype}")
+    if len(shape) < 1 + by_blocks:
+        need = "(B, T, …)" if by_blocks else "(B, …)"
+        raise ValueError(f"every tensor of z0 must have shape {need}, got {tuple(shape)}")
+
+
+def _made(
+    template: Any, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device, by_blocks: bool
+) -> Layout:
+    blocks = shapes[0][1] if by_blocks else 1
+    parts = tuple([shape[1:] for shape in shapes])
+    return Layout(template, parts, COMPLEX.get(dtype, dtype), device, blocks, dtype in COMPLEX)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_one(shape: torch.Size, dtype: torch.dtype, device: torch.device, by_blocks: bool) -> Layout:
+    """`Layout.of` a tensor, which is the same for all of its kind."""
+    _check_leaf(shape, dtype, by_blocks)
+    return _made(_NOTHING, [shape], dtype, device, by_blocks)

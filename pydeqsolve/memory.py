@@ -63,6 +63,14 @@ def address(x: Tensor, name: str = "a tensor") -> int:
     return start
 
 
+def is_whole(x: Tensor) -> bool:
+    """Whether x is a plain tensor with memory of its own, whose entries lie there one after the other as they are."""
+    try:
+        return _whole(x) != 0
+    except RuntimeError:  # it stands for a value inside a transform, or has no storage
+        return False
+
+
 def _whole(x: Tensor) -> int:
     """The address of a plain tensor whose entries lie there one after the other as they are; else, or if empty, 0."""
     if type(x) is not Tensor:

@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LATE = 20  # evaluations after which a map that casts without autocast is looked into
+FIRST, LATE = 0, 20  # evaluations at which it may be looked into what a map computes in
 
 
 def is_due(steps: int, device: torch.device) -> bool:
-    """A map is looked into at its first evaluation under autocast, and once if it takes long."""
-    return steps == LATE or (not steps and is_autocast(device.type))
+    """A map is looked into at its first evaluation under autocast, and once if it takes long, casting without."""
+    return steps == LATE or (steps == FIRST and is_autocast(device.type))
 
 
 def is_autocast(kind: str) -> bool:
     """Whether autocast is on for devices of a kind, some of which do not know it."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from .shards import WHOLE, Whole
 from .step.ring import Method
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Problem:
     """z = fn(z, *inputs) for B samples. Calling it is the only way in which the library calls the user's function.
 
+    Nothing in it changes; a frozen class would take longer to make than all that a solve checks.
     compact: fn may be given the unfinished samples alone. causal: fn takes the keyword `wanted` (`Front`). has_aux: fn
     returns a pair, its value and what is wanted at the solution alone.
     """

@@ -100,6 +100,9 @@ class SegmentLayout(Layout):
         padded = torch.zeros(G, where.longest, F, dtype=rows.dtype, device=rows.device)
         return padded.index_put((where.segments, where.place), rows[:, 0]).reshape(G, 1, where.longest * F)
 
+    def whole(self, value: Any, state: Any, flat: Tensor) -> Tensor | None:
+        return None
+
     def unpack(self, flat: Tensor) -> Any:
         where = self._where
         G, L = len(where.counts), where.longest

@@ -151,3 +151,10 @@ class Solution:
         if failures:
             raise ConvergenceError(f"solve did not converge: {failures}")
         return self
+
+
+def holding(solution: Solution, z: Any, aux: Any) -> Solution:
+    """The same outcome with another z and aux."""
+    other = object.__new__(Solution)  # `dataclasses.replace` sets field after field
+    vars(other).update(vars(solution), z=z, aux=aux)
+    return other

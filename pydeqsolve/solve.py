@@ -133,7 +133,7 @@ def solve(
             if not history.is_of(segments):
                 raise ValueError("segments must be those of the history that z0 holds: start from its z alone, z0=z0.z")
             history.check(solver.method(), flat, shards.size)
-        _check_rest(snapshots, {"callback": callback, "admissible": admissible, "merit": merit}, trace, keep_history)
+        _check_rest(trace, keep_history, snapshots, callback, admissible, merit)
         gated = admissible is not None or merit is not None
         refuse_pairs(solver, gradient, front, history, keep_history, snapshots, empty=not flat.shape[0], gated=gated)
         apart = is_transformed() and not torch.compiler.is_compiling()
@@ -167,7 +167,7 @@ def solve(
             problem, flat.detach(), solver=solver, stop=stop, front=front, trace=trace, callback=callback,
             history=history, keep_history=keep_history, snapshots=snapshots, admissible=admissible, merit=merit,
         )  # fmt: skip
-    seen = _with_phantom(problem, flat, found, gradient)
+    seen = _with_phantom(problem, flat, found, gradient) if found.snapshots else []
     z = found.z
     if in_graph:
         z, recorder = attach_in_graph(gradient, problem, found)
@@ -219,12 +219,11 @@ def _prepare(
     check_tolerances("stop", stop, ((B,), (), (B, T), (1, T)) if front is not None else ((B,), ()))
     if isinstance(gradient, Implicit) and gradient.stop is not None:
         check_tolerances("gradient.stop", gradient.stop, [(B,), ()])
-    named = check_inputs(inputs, B if where is None else None, layout.device)
-    given, names = tuple([x for _, x in named]), []
-    if len(given) != len(inputs) or any(x is not own for x, own in zip(given, inputs, strict=True)):
-        fn, names = nested(fn, inputs), [name for name, _ in named]
+    given, names = check_inputs(inputs, B if where is None else None, layout.device)
+    if names is not None:
+        fn = nested(fn, inputs)
     compact = bool(given) and where is None if compact is None else compact
-    return Problem(fn, given, layout, compact, front is not None, has_aux, names), flat
+    return Problem(fn, given, layout, compact, front is not None, has_aux, names or ()), flat
 
 
 def _warn_of_one_dimension(z0: Any, n: int) -> None:
@@ -240,13 +239,13 @@ def _warn_of_one_dimension(z0: Any, n: int) -> None:
     )
 
 
-def _check_rest(snapshots: Any, functions: dict[str, Any], trace: Any, keep_history: Any) -> None:
+def _check_rest(trace: Any, keep_history: Any, snapshots: Any, callback: Any, admissible: Any, merit: Any) -> None:
     """Raises for the arguments that `_prepare` does not look at."""
     if not isinstance(snapshots, (tuple, list)):
         raise TypeError(f"snapshots must be a tuple of steps, got {type(snapshots).__name__}")
     for k in snapshots:
         check_count("snapshots", k, least=1)
-    for name, function in functions.items():
+    for name, function in (("callback", callback), ("admissible", admissible), ("merit", merit)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     check_flag("trace", trace)
@@ -286,8 +285,6 @@ def _is_one_graph(solver: Solver, gradient: Gradient | None, options: tuple[Any,
 
 def _with_phantom(problem: Problem, start: Tensor, outcome: Outcome, gradient: Gradient | None) -> list[Any]:
     """The snapshots in the user's structure, with a phantom gradient when there is to be any."""
-    if not outcome.snapshots:
-        return []
     phantom = gradient if isinstance(gradient, Phantom) else Phantom()
     found = []
     for z in outcome.snapshots:

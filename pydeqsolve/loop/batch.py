@@ -52,22 +52,35 @@ class Batch:
 
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f (n, T, D), contiguous, at the current iterates; wanted (n, T) bool: the blocks that are needed of it."""
-        z, asked, partial = self.z, None, self._partial
+        z, asked, problem = self.z, None, self.problem
+        partial = self.mapped is not None and self._partial
         if partial:
             z = self.full.index_copy(0, self.rows, z)
-        if wanted is not None and self.problem.causal:
+        if wanted is not None and problem.causal:
             asked = wanted.clone()  # a copy: fn may write into it
             if partial:
                 none = torch.zeros(self.full.shape[:2], dtype=torch.bool, device=z.device)
                 asked = none.index_copy(0, self.rows, asked)
-        given = Untouched(z, self.inputs, self._calls, "fn", self.problem.names, self._begins_as)
+        call, self._calls = self._calls, self._calls + 1
+        given = Untouched(z, self.inputs, call, "fn", problem.names, self._begins_as)
         self._begins_as = None
-        value = self._value(z, asked)
+        state = problem.layout.unpack(z)
+        looked_into = problem.eps is None and (call == precision.FIRST or call == precision.LATE)
+        if looked_into and precision.is_due(call, z.device):
+            with precision.Watch(z) as watch:
+                value = problem.value_of(state, self.inputs, asked)
+            self.eps = max(self.eps, watch.eps)
+        else:
+            value = problem.value_of(state, self.inputs, asked)
+            if looked_into and call == precision.FIRST:
+                self.eps = precision.of_value(value, z.dtype)
         given.check()
-        f = self.problem.layout.pack(value, "the value of fn")
-        if f.shape[0] != z.shape[0]:
-            raise ValueError(f"the value of fn must have {z.shape[0]} samples like its argument, got {f.shape[0]}")
-        address(f, "the value of fn")
+        f = problem.layout.whole(value, state, z)
+        if f is None:
+            f = problem.layout.pack(value, "the value of fn")
+            if f.shape[0] != z.shape[0]:
+                raise ValueError(f"the value of fn must have {z.shape[0]} samples like its argument, got {f.shape[0]}")
+            address(f, "the value of fn")
         return f[self.rows] if partial else f
 
     def ask(self, question: Callable[..., Any], name: str, z: Tensor) -> Any:
@@ -80,21 +93,6 @@ class Batch:
         given.check()
         usable = partial and isinstance(answer, Tensor) and answer.dim() > 0 and len(answer) == len(seen)
         return answer[self.rows] if usable else answer
-
-    def _value(self, z: Tensor, wanted: Tensor | None) -> Any:
-        """The value of fn at z (n, T, D), with a look at the precision that it is computed in."""
-        call, self._calls = self._calls, self._calls + 1
-        if self.problem.eps is not None:
-            return self.problem.value(z, self.inputs, wanted)
-        if precision.is_due(call, z.device):
-            with precision.Watch(z) as watch:
-                value = self.problem.value(z, self.inputs, wanted)
-            self.eps = max(self.eps, watch.eps)
-            return value
-        value = self.problem.value(z, self.inputs, wanted)
-        if not call:
-            self.eps = precision.of_value(value, z.dtype)
-        return value
 
     def store(self, at: Tensor, z: Tensor) -> None:
         """Stores the final iterates z (n, T, D) of the samples `at` (n,) bool."""

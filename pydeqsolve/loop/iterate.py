@@ -19,6 +19,7 @@ from ..step.records import KEEP, SAMPLE
 from ..step.ring import Ring
 from ..step.rules import Rule
 from ..stop import Front, Stop
+from . import reuse
 from .backtracking import Backtracking
 from .batch import Batch
 from .blocks import BlockJudge
@@ -63,8 +64,13 @@ def iterate(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
         return _counting_versions(problem, z0, **options)
     if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
         return _out_of_sight()(problem, z0, **options)
-    with torch.no_grad():
+    if not torch.is_grad_enabled():
         return loop(problem, z0, **options)
+    torch._C._set_grad_enabled(False)  # `torch.no_grad` takes eight calls
+    try:
+        return loop(problem, z0, **options)
+    finally:
+        torch._C._set_grad_enabled(True)
 
 
 def _counting_versions(problem: Problem, z0: Tensor, **options: Any) -> Outcome:
@@ -104,9 +110,8 @@ def loop(
     One step: fn at the unfinished samples, a measurement and its judgement, the next iterate. Finished samples leave
     the batch at the next reading of the flags (`Stop.check_every`); until then they are frozen.
     """
-    watching, seen = (Trace() if trace else None), Snapshots(snapshots)
-    asked = [watching, seen if snapshots else None, None if callback is None else calling(callback)]
-    watches: list[Watch] = [watch for watch in asked if watch is not None]
+    watching, seen = Trace() if trace else None, Snapshots(snapshots) if snapshots else None
+    watches: list[Watch] = list(filter(None, (watching, seen, callback and calling(callback))))
     batch, step = assemble(
         problem, z0, solver, stop, front, history, keep_history, admissible, merit, of, bool(watches)
     )
@@ -137,9 +142,12 @@ def loop(
     if isinstance(step, KeepingStep):  # a solve without steps has learnt nothing beyond what it was given
         kept = step.history.seal() if steps or history is None else history
     (residual, evaluations, status, rejections, rank_losses), failed = step.tell()
+    if failed == 0 and isinstance(step, FusedStep):
+        reuse.give(step)
     return Outcome(
         batch.full, residual, evaluations, status, steps, rejections, rank_losses,
-        None if watching is None else watching.stacked(z0), [seen.at(k, batch.full) for k in snapshots], kept,
+        None if watching is None else watching.stacked(z0),
+        [] if seen is None else [seen.at(k, batch.full) for k in snapshots], kept,
         # It explains failures; a device is not waited for to save some memory.
         None if failed == 0 else Course(step.judge.left.table, SAMPLE, z0.dtype, stopped),
         solver, stop,
@@ -162,12 +170,19 @@ def assemble(
     check_together(solver, front, keep_history or history is not None, gated)
     method = solver.method()
     B, T, D = z0.shape
-    entries = problem.shards.entries(D if front is not None else T * D)
+    shards, searches = problem.shards, bool(getattr(solver, "line_search", 0))
+    entries = shards.entries(D if front is not None else T * D)
     rule = _rule(solver, stop, z0, entries, by_blocks=front is not None, with_merit=merit is not None)
-    special = front is not None or keep_history or gated or watched or bool(getattr(solver, "line_search", 0))
-    alone = history is None and of is Batch and not problem.shards.many and stop.interval(z0.device) == 1
-    if alone and not special and is_few(method, stop, z0):
+    fusable = front is None and not (keep_history or gated or searches or shards.many)
+    alone = fusable and history is None
+    if alone and of is Batch and not watched and stop.interval(z0.device) == 1 and is_few(method, stop, z0):
         return assemble_few(problem, z0, method, rule, stop)
+    key = reuse.key_of(method, rule, z0) if alone else None
+    step: Step | None = reuse.take(key, stop)
+    if step is not None:
+        batch = of(problem, z0, z0, step.backend)
+        step.judge.computes_in(batch.eps)
+        return batch, step
     ring = Ring(method, B, T, D, z0.dtype, z0.device) if history is None else history.fork()
     backend = choose(ring, rule, front)
     batch = of(problem, z0, z0 if history is None else history.z, backend)
@@ -178,14 +193,15 @@ def assemble(
     gate = Gate(backend, admissible, merit, B) if gated else None
     if keep_history:
         return batch, KeepingStep(backend, judge, History.begin(method, ring, z0.clone()), gate)
-    fusable = gate is None and not problem.shards.many
-    if isinstance(backend, NativeCPU) and type(judge) is SampleJudge and fusable:
-        return batch, FusedStep(backend, judge)
+    if isinstance(backend, NativeCPU) and fusable:
+        return batch, FusedStep(backend, judge, key)
     return batch, Step(backend, judge, gate)
 
 
 def check_together(solver: Solver, front: Front | None, with_history: bool, gated: bool = False) -> None:
     """Raises ValueError for options of the loop that are each right, but do not go together."""
+    if front is None and not with_history and not gated:
+        return
     searches = bool(getattr(solver, "line_search", 0))
     if gated and (front is not None or searches):
         raise ValueError("admissible and merit must be None with a front or a line_search")
@@ -201,7 +217,7 @@ def _rule(solver: Solver, stop: Stop, z0: Tensor, entries: int, by_blocks: bool,
     unguarded = with_merit or bool(getattr(solver, "line_search", 0))
     safeguard = torch.inf if unguarded else solver.safeguard
     return Rule(
-        safeguard if solver.method().memory else 0.0, torch.finfo(z0.dtype).eps, stop.norm, entries,
+        float(safeguard) if solver.method().memory else 0.0, torch.finfo(z0.dtype).eps, stop.norm, entries,
         0 if by_blocks else entries,
     )  # fmt: skip
 

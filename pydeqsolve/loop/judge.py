@@ -21,11 +21,11 @@ from .batch import Batch
 
 UNSEEN = 1e-160  # root of a sum of squares that float64 rounds coarsely, or to zero
 SMALL = 1e-140  # ‖f‖ of states of which less than `UNSEEN` is more than rounding
-AT = {name: column for column, name in enumerate(SAMPLE)}
+UNKNOWNS, FLOOR, AT_RTOL, AT_ATOL = map(SAMPLE.index, ("unknowns", "floor", "rtol", "atol"))
 FIRST = [0.0] * len(SAMPLE)  # of a sample before its first step
 for _name in ("best", "previous", "residual", "recent", "earlier"):
-    FIRST[AT[_name]] = math.inf
-FIRST[AT["status"]] = float(RUNNING)
+    FIRST[SAMPLE.index(_name)] = math.inf
+FIRST[SAMPLE.index("status")] = float(RUNNING)
 ROUNDING = 8.0  # residuals within so many units of rounding of ‖f‖ cannot be improved on
 
 
@@ -44,20 +44,29 @@ class SampleJudge:
     """
 
     def __init__(self, B: int, stop: Stop, backend: Backend) -> None:
-        self.stop, self.rule, self.backend = stop, backend.rule, backend
-        device = backend.ring.R.device
+        self.rule, self.backend = backend.rule, backend
+        self._begin(stop, native.table_of(B, self._first(stop), backend.ring.R.device))
+
+    def restart(self, stop: Stop, table: Tensor) -> None:
+        """Makes itself the judge of another solve, the records in table (B, len(SAMPLE)), on the host."""
+        self._begin(stop, native.table_of(len(table), self._first(stop), table.device, table))
+
+    def _first(self, stop: Stop) -> list[float]:
+        """The record of a sample before its first measurement."""
         first = FIRST.copy()
-        first[AT["unknowns"]], first[AT["floor"]] = float(self.rule.unknowns), ROUNDING * self.rule.eps
-        tolerances = (("rtol", stop.rtol), ("atol", stop.atol))
-        for name, tolerance in tolerances:
-            first[AT[name]] = 0.0 if isinstance(tolerance, Tensor) else float(tolerance)
-        self.samples = Records(SAMPLE, native.table_of(B, first, device))
-        for name, tolerance in tolerances:
+        first[UNKNOWNS], first[FLOOR] = float(self.rule.unknowns), ROUNDING * self.rule.eps
+        first[AT_RTOL] = 0.0 if isinstance(stop.rtol, Tensor) else float(stop.rtol)
+        first[AT_ATOL] = 0.0 if isinstance(stop.atol, Tensor) else float(stop.atol)
+        return first
+
+    def _begin(self, stop: Stop, table: Tensor) -> None:
+        self.stop, self.samples = stop, Records(SAMPLE, table)
+        for name, tolerance in (("rtol", stop.rtol), ("atol", stop.atol)):
             if isinstance(tolerance, Tensor) and tolerance.dim() < 2:
-                self.samples[name] = tolerance.to(device, torch.float64)
+                self.samples[name] = tolerance.to(table.device, torch.float64)
         self._left: Records | None = None
         self._eps = self.rule.eps  # that fn computes with, as far as was seen
-        self._at_once = stop.interval(device) == 1  # finished samples leave before the next step
+        self._at_once = stop.interval(table.device) == 1  # finished samples leave before the next step
 
     @property
     def left(self) -> Records:
@@ -130,10 +139,10 @@ class SampleJudge:
 
         Which was by chance: both f and z are rounded to eps / 2. Equality, a tolerance of zero, can be met.
         """
-        left, rtol = self.left, self.stop.rtol
+        rtol = self.stop.rtol
         if is_left_open(self.stop) or (not isinstance(rtol, Tensor) and rtol >= eps / 2):
             return
-        doubt(left, is_unresolved(left, eps))
+        doubt(self.left, is_unresolved(self.left, eps))
 
     def expire(self) -> None:
         """Ends what is still running for want of budget: MAX_STEPS, or DIVERGED when the residual had grown a lot."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,13 @@ from ..shards import Shards
 from ..status import Status
 from ..step.backend import Backend, NativeCPU
 from ..step.records import KEEP, REJECT
+from ..stop import Stop
 from .batch import Batch
 from .gate import Gate
 from .judge import SampleJudge, Verdict
 from .kept import History
+
+NOBODY = Stop()  # asks for a step that waits for a solve
 
 
 class Step:
@@ -89,22 +94,38 @@ class Step:
 class FusedStep(Step):
     """All passes in one native call, where nobody looks at a sample between its measurement and its move."""
 
-    def __init__(self, backend: NativeCPU, judge: SampleJudge) -> None:
+    def __init__(self, backend: NativeCPU, judge: SampleJudge, key: Any = None) -> None:
         super().__init__(backend, judge)
         self.native = backend
         self._mode: Tensor | None = None  # (n, T), written anew at each step
+        self.key = key  # under which it is kept for later solves (`reuse`); None: it is not
+        self._table = None if key is None else judge.samples.table  # (B, …), of all samples
+
+    def restart(self, stop: Stop) -> None:
+        """Makes itself the step of another solve of as many samples, about to begin."""
+        assert self._table is not None
+        self.backend.ring.clear()
+        self.judge.restart(stop, self._table)
+
+    def forget(self) -> None:
+        """Lets go of what it knows of a solve that has ended."""
+        self._dropped, self.judge.stop = None, NOBODY
 
     def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
         if last:
             self._mode = None
             return super().measure(batch, f, wanted, last)
-        z_next, mode = batch.spare(), self._mode
+        z_next, mode, z = batch.spare(), self._mode, batch.z
         if mode is None or mode.shape[0] != batch.size:
-            mode = self._mode = torch.empty(f.shape[:2], dtype=torch.uint8, device=f.device)
+            mode = self._mode = torch.empty(z.shape[:2], dtype=torch.uint8, device=z.device)
         finished, _ = self.native.step(
-            f, batch.z, batch.mapped, wanted, self.judge.samples, batch.before, batch.full, mode, z_next
+            f, z, batch.mapped, wanted, self.judge.samples, batch.before, batch.full, mode, z_next
         )
         return Verdict(mode, finished, z_next)
+
+    def advance(self, batch: Batch, verdict: Verdict) -> None:
+        assert verdict.z_next is not None  # by `measure`, but for the last step
+        batch.before, batch.z = batch.z, verdict.z_next
 
     def retire(self, batch: Batch, verdict: Verdict) -> Verdict:
         if not verdict.finished or verdict.z_next is None:  # those of the last step leave with the others

@@ -39,7 +39,7 @@ class Untouched:
     ) -> None:  # fmt: skip
         self.who, self.names = who, names
         self.z, self.version, self.inputs = z, z._version, inputs
-        self.versions = [None if x.is_inference() else x._version for x in inputs]
+        self.versions = [None if x.is_inference() else x._version for x in inputs] if inputs else ()
         self.copies: dict[int, Tensor] = {}
         self.copy: Tensor | None = None
         if call < SOUGHT:
@@ -53,8 +53,8 @@ class Untouched:
         """Raises ValueError where the function has changed an argument."""
         if self.z._version != self.version:
             raise ValueError(f"{self.who} must not change its argument z in place")
-        for i, x in enumerate(self.inputs):
-            version, copy = self.versions[i], self.copies.get(i)
+        for i, version in enumerate(self.versions):
+            x, copy = self.inputs[i], None if version is not None else self.copies.get(i)
             if (version is not None and x._version != version) or (copy is not None and not _equal(_first(x), copy)):
                 name = self.names[i] if self.names else f"inputs[{i}]"
                 raise ValueError(f"{self.who} must not change its argument {name} in place")

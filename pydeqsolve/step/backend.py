@@ -224,7 +224,7 @@ class NativeCPU(Native):
 
     def buffer_like(self, x: Tensor) -> Tensor:
         """An uninitialised tensor like x, on large pages where it is that long."""
-        return native.buffer_like(x)
+        return torch.empty_like(x) if x.nbytes < native.LARGE_PAGE else native.buffer_like(x)
 
     def copy_of(self, x: Tensor) -> Tensor:
         return x.clone() if x.nbytes < native.LARGE_PAGE else native.buffer_like(x).copy_(x)

@@ -152,9 +152,8 @@ def judge(
     n, T, _ = norms.shape
     table = samples.table
     mode = torch.empty(n, T, dtype=torch.uint8, device=table.device)  # whatever the default device
-    shared = (
-        handle, n, norms.data_ptr(), 0 if dropped is None else dropped.data_ptr(), table.data_ptr(), mode.data_ptr(),
-    )  # fmt: skip
+    lost = 0 if dropped is None else dropped.data_ptr()
+    shared = (handle, n, norms.data_ptr(), lost, table.data_ptr(), mode.data_ptr())
     if table.is_cpu:
         return (mode, *_native.judge_samples(*shared, 0))
     with torch.cuda.device(table.device):
@@ -201,11 +200,12 @@ def step(
     return counts
 
 
-def table_of(n: int, row: list[float], device: torch.device) -> Tensor:
+def table_of(n: int, row: list[float], device: torch.device, table: Tensor | None = None) -> Tensor:
     """n times the same row of a sample's records, (n, len(row)) float64; nothing is copied to a device, which might
-    wait for it."""
+    wait for it. table: where it is to be, on the host."""
     if device.type == "cpu" and _native is not None:
-        table = on_large_pages(torch.empty(n, len(row), dtype=torch.float64, device=device))
+        if table is None:
+            table = on_large_pages(torch.empty(n, len(row), dtype=torch.float64, device=device))
         _native.fill(table.data_ptr(), n, row)
         return table
     if device.type == "cpu":
@@ -241,8 +241,8 @@ def tell(left: Tensor) -> tuple[list[Tensor], int]:
     the host; and how many did not converge."""
     B, device = left.shape[0], left.device
     best = torch.empty(B, dtype=torch.float64, device=device)
-    evaluations = torch.empty_like(best, dtype=torch.int64)
-    status, rejections, losses = (torch.empty_like(evaluations) for _ in range(3))
+    evaluations, rejections = torch.empty_like(best, dtype=torch.int64), torch.empty_like(best, dtype=torch.int64)
+    status, losses = torch.empty_like(evaluations), torch.empty_like(evaluations)
     failed: int = _native.tell(
         B, left.data_ptr(), best.data_ptr(), evaluations.data_ptr(), status.data_ptr(), rejections.data_ptr(),
         losses.data_ptr(),

@@ -100,6 +100,11 @@ class Ring:
         """The left vectors of the small system are iterate differences s (else residual differences y)."""
         return self.kind in ("anderson I", "broyden good")
 
+    def clear(self) -> None:
+        """Forgets all rows."""
+        self.head = 0
+        (self.count if self._small is None else self._small).zero_()
+
     def tensors(self) -> dict[str, Tensor]:
         """All that it holds, by name."""
         return {name: x for name in ("R", "F", *SMALL) if (x := getattr(self, name)) is not None}

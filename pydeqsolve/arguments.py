@@ -8,13 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .anderson import Anderson
+from .broyden import Broyden
 from .layout import named_leaves
+from .picard import Picard
 from .step.ring import Method
 from .stop import Stop
+
+SOLVERS = (Anderson, Broyden, Picard)  # which have checked themselves
 
 
 def check_solver(solver: Any) -> None:
     """Raises TypeError unless `solver` is a forward solver: an object, not its class, whose method() is a `Method`."""
+    if type(solver) in SOLVERS:
+        return
     method = None if isinstance(solver, type) else getattr(solver, "method", None)
     if not callable(method) or not hasattr(solver, "safeguard") or not isinstance(method(), Method):
         raise TypeError(f"solver must be Anderson(), Broyden() or Picard(), got {_words(solver)}")

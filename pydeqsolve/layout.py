@@ -121,9 +121,6 @@ class Layout:
     @staticmethod
     def of(z0: Any, by_blocks: bool) -> Layout:
         """The layout of z0; by_blocks takes dimension 1 of every leaf as the blocks. Raises for unusable states."""
-        if type(z0) is Tensor and not torch.compiler.is_compiling():
-            check_dense("z0", z0)
-            return _of_one(z0.shape, z0.dtype, z0.device, by_blocks)
         leaves = leaves_of(z0, "z0")
         if not leaves:
             raise ValueError("z0 must hold at least one tensor")
@@ -145,6 +142,16 @@ class Layout:
                 )
         template = _NOTHING if first is z0 else rebuild(z0, lambda: _NOTHING)
         return _made(template, [leaf.shape for leaf in leaves], first.dtype, first.device, by_blocks)
+
+    @staticmethod
+    def begin(z0: Any, by_blocks: bool) -> tuple[Layout, Tensor]:
+        """The layout of z0, and z0 packed."""
+        if type(z0) is Tensor and not torch.compiler.is_compiling() and is_whole(z0):
+            layout = _of_one(z0.shape, z0.dtype, z0.device, by_blocks)
+            if not layout.is_complex:
+                return layout, z0.view(z0.shape[0], layout.blocks, -1)
+        layout = Layout.of(z0, by_blocks)
+        return layout, layout.pack(z0, "z0")
 
     @property
     def is_view(self) -> bool:
@@ -179,16 +186,12 @@ class Layout:
         packed = flat[0] if len(flat) == 1 else torch.cat(flat, dim=2)
         return packed.to(self.dtype).contiguous()
 
-    def whole(self, value: Any, state: Any, flat: Tensor) -> Tensor | None:
-        """`pack` of a plain tensor with memory of its own that is like `state`, of which flat (n, T, D) is made.
-
-        None of what is not: `pack` takes more, and says what is wrong.
-        """
-        if type(value) is not Tensor or self.template is not _NOTHING or self.is_complex:
-            return None
-        if value.dtype is not flat.dtype or not is_whole(value) or value.shape != state.shape:
-            return None
-        return value.view(flat.shape) if value.device == self.device else None
+    def is_like(self, value: Any, state: Any) -> bool:
+        """Whether a value is a plain tensor in memory of its own, with the entries of `pack`, and like `state`, one."""
+        return (
+            type(value) is Tensor and self.template is _NOTHING and value.dtype is self.dtype and not self.is_complex
+            and is_whole(value) and value.shape == state.shape and value.device == self.device
+        )  # fmt: skip
 
     def unpack(self, flat: Tensor) -> Any:
         """(n, T, D) → structure; views of `flat`."""

@@ -86,6 +86,8 @@ class SegmentLayout(Layout):
     @staticmethod
     def over(rows: Layout, where: Segments) -> SegmentLayout:
         """The layout of samples `where` over the rows (N, 1, F) of another layout."""
+        if where.segments.device != rows.device:
+            raise ValueError(f"segments must be on {rows.device} like z0, got {where.segments.device}")
         return SegmentLayout(**{field.name: getattr(rows, field.name) for field in fields(rows)}, where=where)
 
     @property
@@ -100,8 +102,8 @@ class SegmentLayout(Layout):
         padded = torch.zeros(G, where.longest, F, dtype=rows.dtype, device=rows.device)
         return padded.index_put((where.segments, where.place), rows[:, 0]).reshape(G, 1, where.longest * F)
 
-    def whole(self, value: Any, state: Any, flat: Tensor) -> Tensor | None:
-        return None
+    def is_like(self, value: Any, state: Any) -> bool:
+        return False
 
     def unpack(self, flat: Tensor) -> Any:
         where = self._where

@@ -203,16 +203,16 @@ def _prepare(
         raise TypeError(f"front must be a Front or None, got {type(front).__name__}")
     if compact is not None and not isinstance(compact, bool):
         raise TypeError(f"compact must be True, False or None, got {type(compact).__name__}")
-    check_flag("has_aux", has_aux)
+    if has_aux is not False:
+        check_flag("has_aux", has_aux)
     by_blocks = front is not None or solver.method().coupling != "joint"
     if where is not None and (by_blocks or compact or has_aux):
         raise ValueError('segments go with none of: front, coupling other than "joint", compact=True, has_aux=True')
-    layout = Layout.of(z0, by_blocks)
-    if where is not None:
-        if where.segments.device != layout.device:
-            raise ValueError(f"segments must be on {layout.device} like z0, got {where.segments.device}")
-        layout = SegmentLayout.over(layout, where)
-    flat = layout.pack(z0, "z0")
+    if where is None:
+        layout, flat = Layout.begin(z0, by_blocks)
+    else:
+        layout = SegmentLayout.over(Layout.of(z0, by_blocks), where)
+        flat = layout.pack(z0, "z0")
     B, T, D = flat.shape
     if B and not T * D:
         raise ValueError("z0 must have at least one entry per sample")
@@ -248,8 +248,9 @@ def _check_rest(trace: Any, keep_history: Any, snapshots: Any, callback: Any, ad
     for name, function in (("callback", callback), ("admissible", admissible), ("merit", merit)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-    check_flag("trace", trace)
-    check_flag("keep_history", keep_history)
+    for name, flag in (("trace", trace), ("keep_history", keep_history)):
+        if flag is not False:
+            check_flag(name, flag)
 
 
 def refuse_pairs(

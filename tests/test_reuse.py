@@ -165,6 +165,13 @@ def test_bad_arguments_raise_after_good_ones_of_the_same_kind_too(given, error, 
     assert solve(**good).converged.all()
 
 
+def test_a_real_value_of_a_complex_state_is_taken_for_the_complex_number_that_it_is():
+    z0 = torch.zeros(3, 5, dtype=torch.complex128)
+    solution = solve(lambda z: torch.full((3, 5), 2.0, dtype=torch.float64), z0, gradient=None)
+    assert solution.z.dtype == torch.complex128
+    assert torch.equal(solution.z, torch.full_like(z0, 2.0))
+
+
 def test_a_state_whose_memory_was_let_go_is_refused_after_a_good_one():
     z0 = torch.zeros(3, 5)
     solve(lambda z: 0.5 * z + 1, z0, gradient=None)

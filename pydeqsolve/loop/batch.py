@@ -51,7 +51,10 @@ class Batch:
         return not self.problem.compact and self.size != self.full.shape[0]
 
     def evaluate(self, wanted: Tensor | None) -> Tensor:
-        """f (n, T, D), contiguous, at the current iterates; wanted (n, T) bool: the blocks that are needed of it."""
+        """f at the current iterates, contiguous; wanted (n, T) bool: the blocks that are needed of it.
+
+        It is (n, T, D), or of the same entries as fn returned them, (n, …): a view takes longer than a pass.
+        """
         z, asked, problem = self.z, None, self.problem
         partial = self.mapped is not None and self._partial
         if partial:
@@ -75,13 +78,14 @@ class Batch:
             if looked_into and call == precision.FIRST:
                 self.eps = precision.of_value(value, z.dtype)
         given.check()
-        f = problem.layout.whole(value, state, z)
-        if f is None:
-            f = problem.layout.pack(value, "the value of fn")
-            if f.shape[0] != z.shape[0]:
-                raise ValueError(f"the value of fn must have {z.shape[0]} samples like its argument, got {f.shape[0]}")
-            address(f, "the value of fn")
-        return f[self.rows] if partial else f
+        if not problem.layout.is_like(value, state):
+            value = problem.layout.pack(value, "the value of fn")
+            if value.shape[0] != z.shape[0]:
+                raise ValueError(
+                    f"the value of fn must have {z.shape[0]} samples like its argument, got {value.shape[0]}"
+                )
+            address(value, "the value of fn")
+        return value[self.rows] if partial else value
 
     def ask(self, question: Callable[..., Any], name: str, z: Tensor) -> Any:
         """question(z, *inputs) of the samples that fn sees, for the n of z (n, T, D) alone; z is not to be changed."""

@@ -125,7 +125,7 @@ def loop(
             eps = batch.eps
             step.judge.computes_in(eps)
         if history is not None and steps == 0:
-            history.shift(step.backend.ring, f)
+            history.shift(step.backend.ring, f.view_as(z0))
         steps += 1
         last = steps == stop.max_steps
         verdict = step.measure(batch, f, wanted, last)
@@ -155,7 +155,7 @@ def loop(
 
 
 def _attempted(batch: Batch, wanted: Tensor | None) -> Tensor:
-    """f (n, T, D), or what may be measured in its place until the other ranks know that fn has failed on this one."""
+    """f (n, …), or what may be measured in its place until the other ranks know that fn has failed on this one."""
     return batch.problem.shards.attempt(lambda: batch.evaluate(wanted), lambda: batch.z)
 
 

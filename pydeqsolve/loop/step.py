@@ -28,7 +28,8 @@ class Step:
         self._dropped: Tensor | None = None  # (n, T) differences that the last `advance` left out
 
     def measure(self, batch: Batch, f: Tensor, wanted: Tensor | None, last: bool) -> Verdict:
-        """Takes in f (n, T, D), the value at batch.z, of the blocks `wanted` (n, T). last: no step will follow."""
+        """Takes in f (n, …), the value at batch.z, of the blocks `wanted` (n, T). last: no step will follow."""
+        f = f.view_as(batch.z)
         norms = self.backend.measure(f, batch.z, batch.rows, wanted)
         if batch.problem.shards.many:
             norms = self._over_shards(batch, norms)

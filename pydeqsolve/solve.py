@@ -113,7 +113,8 @@ def solve(
         RuntimeError: another rank of the group has failed; its error is reported there.
 
     A sample that fails (NaN, divergence, budget) ends with a status; it raises for nobody and changes nobody else.
-    Memory: 2 (m + 1) + 5 words per entry of z0. On a GPU the host waits once every `stop.check_every` steps. Under
+    Memory: 2 (m + 1) + 5 words per entry of z0; of small solves on the CPU it is kept for later ones, 4 MiB in all at
+    most (`loop.reuse`). On a GPU the host waits once every `stop.check_every` steps. Under
     torch.compile and torch.export a solve by `Picard` or `Anderson`, without gradient or with `Phantom`, is one
     operator of the graph (`loop.captured`); `steps` is a tensor then. Inside transforms of torch.func all derivatives
     are right with `Implicit`, `Phantom` or None, and a vmap is one solve of all its samples; the rest raises

@@ -1,5 +1,6 @@
 """What a solve and its backward pass do besides fn: counts, which do not depend on the machine."""
 
+import sys
 from collections import Counter
 
 import problems
@@ -8,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydeqsolve import Implicit, Stop, build_info, solve
+from pydeqsolve.loop import reuse
 
 pytestmark = pytest.mark.skipif(not build_info()["native"], reason="no native module")
 
@@ -22,6 +24,23 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, fn, types, arguments=(), keywords=None):
         self.counts[fn.overloadpacket.__name__] += 1
         return fn(*arguments, **keywords or {})
+
+
+def test_the_second_of_two_solves_alike_makes_less_than_the_first():
+    z0, counts = torch.zeros(5, 7), []
+    reuse._idle.clear()
+
+    def hook(frame, event, argument):
+        counts[-1] += event in ("call", "c_call")
+
+    for _ in range(3):
+        counts.append(0)
+        sys.setprofile(hook)
+        solve(lambda z: z, z0, gradient=None)
+        sys.setprofile(None)
+    first, second, third = counts
+    assert second <= first - 25
+    assert third == second
 
 
 @pytest.mark.parametrize("shape", [(3, 16), (2, 4, 4)])

@@ -208,9 +208,19 @@ def test_what_is_kept_is_bounded_and_does_not_grow():
     assert count[1] == count[2]
 
 
-def test_large_states_are_not_kept():
-    solve(lambda z: 0.5 * z + 1, torch.zeros(64, 1024), gradient=None)
+@pytest.mark.parametrize("shape", [(64, 1024), (4000, 1)])
+def test_large_states_and_many_samples_are_not_kept(shape):
+    solve(lambda z: 0.5 * z + 1, torch.zeros(shape), solver=Picard(), gradient=None, compact=False)
     assert not idle()
+
+
+def test_all_that_one_step_keeps_counts():
+    B, D = 50, 10
+    solve(lambda z: 0.5 * z + 1, torch.zeros(B, D, dtype=torch.float32), gradient=None)
+    (step,) = idle()
+    ring = step.backend.ring
+    held = [step.judge.samples.table, *ring.tensors().values()]
+    assert sum(each.nbytes for each in held) <= reuse.MOST
 
 
 def test_a_history_that_was_asked_for_is_not_kept():

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..step import native
+from ..step.records import SAMPLE
 from ..step.ring import Method
 from ..step.rules import Rule
 from ..stop import Stop
 from .step import FusedStep
 
 KINDS, EACH = 16, 2  # configurations, and steps of each, that are kept
-MOST = 1 << 17  # bytes of a step's rows: beyond, making them is little of what a solve takes
+MOST = 1 << 17  # bytes of a step: beyond, making them is little of what a solve takes
 
 Key = tuple[Any, ...]
 _idle: dict[Key, list[FusedStep]] = {}  # no lock: each operation on it is whole, whichever thread comes next
@@ -32,7 +33,8 @@ def key_of(method: Method, rule: Rule, z0: Tensor) -> Key | None:
     """
     if not z0.is_cpu or not native.is_native(z0) or _modes is None or _modes():
         return None
-    if 2 * (method.memory + 1) * z0.nbytes > MOST:
+    (B, T, _), M = z0.shape, method.memory + 1
+    if 2 * M * z0.nbytes + 8 * B * (len(SAMPLE) + T * (2 * M * M + M + 3)) > MOST:
         return None
     numbers = (method.kind, method.memory, float(method.damping), float(method.ridge), method.coupling)
     return (*numbers, rule, z0.shape, z0.dtype)

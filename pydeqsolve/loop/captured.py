@@ -59,9 +59,9 @@ class _Batch(Batch):
     def evaluate(self, wanted: Tensor | None) -> Tensor:
         """f (n, T, D), contiguous, at the current iterates; the graph is given all samples."""
         if self.size == len(self.full):
-            f: Tensor = self.problem.fn(self.z)
+            f: Tensor = self.problem.value_of(self.z, ())
             return f if f.is_contiguous() else f.contiguous()
-        f = self.problem.fn(self.full.index_copy(0, self.rows, self.z))
+        f = self.problem.value_of(self.full.index_copy(0, self.rows, self.z), ())
         return f[self.rows]
 
     def spare(self) -> Tensor:

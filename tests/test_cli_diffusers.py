@@ -99,7 +99,7 @@ WRONG = {
     "an option": (lambda: (small_unet(), diffusers.DDPMScheduler(variance_type="learned")), "variance_type='learned'"),
     "no size": (lambda: (small_unet(side=None), diffusers.DDIMScheduler()), "sample_size"),
     "channels": (lambda: (small_unet(out=3), diffusers.DDIMScheduler()), "got 3 for 1"),
-    "classes": (lambda: (small_unet(num_class_embeds=3), diffusers.DDIMScheduler()), "class labels, one for each"),
+    "classes": (lambda: (small_unet(num_class_embeds=3), diffusers.DDIMScheduler()), "--label: required by"),
     "no signal": (
         lambda: (small_unet(), diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")),
         "where ε says nothing of x_0",

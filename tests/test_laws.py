@@ -227,3 +227,10 @@ def test_memory_check_fails_for_a_map_that_keeps_its_arguments():
 
     with pytest.raises(AssertionError, match="bytes more are alive"):
         testing.check_constant_memory(Picard(), hoarding, draw(0, 2, 300)[0])
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: x.to("meta")])
+def test_memory_is_checked_beside_tensors_without_any(make):
+    beside = make(torch.eye(3))
+    testing.check_constant_memory(Picard(), lambda z: 1.5 * torch.cos(3 * z), draw(0, 2, 300)[0])
+    assert beside.shape == (3, 3)

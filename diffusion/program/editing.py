@@ -39,12 +39,12 @@ def shares(a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 def run_edit(args: Namespace) -> dict[str, Any]:
     """Make new latents of those that were found, and write them; return the summary."""
-    latents = read_latents(args.latents)
-    if not bool((latents.x_T.flatten(1).norm(dim=1) > 0).all()):
-        raise ValueError(f"--latents {args.latents}: a latent of length 0 has no direction to turn")
     operation = "between" if args.between else "vary" if args.vary else "label"
     if operation == "label" and args.label is None and args.guidance is None:
         raise ValueError("one of --between, --vary, --label and --guidance is required")
+    latents = read_latents(args.latents)
+    if not bool((latents.x_T.flatten(1).norm(dim=1) > 0).all()):
+        raise ValueError(f"--latents {args.latents}: a latent of length 0 has no direction to turn")
     if operation == "label" and args.count is not None:
         raise ValueError("--count: of --between and --vary, none came")
     if args.vary and latents.chain.get("strength", 1.0) < 1:

@@ -7,7 +7,6 @@ from mixture import Mixture, latents, means
 from diffusion import CoarseToFine, Parallel, Schedule, load_checkpoint, sample
 from diffusion.methods.grid import NodeChain, interpolation, nodes
 from diffusion.methods.parallel import START
-from diffusion.methods.secants import Secants
 from diffusion.trajectory import LinearChain
 
 SCHEDULE = Schedule.linear(1000, 1e-4, 0.02)
@@ -216,20 +215,3 @@ def test_the_shipped_digits_need_little_more_than_one_row_a_step():
     got = sample(checkpoint.model, x, chain, splitting=checkpoint.splitting(chain))
     assert relative(got.x_0, expected.x_0) <= 1e-3
     assert got.evaluations.double().median() <= 1500
-
-
-@torch.no_grad()
-def test_what_was_foretold_badly_is_taken_back_and_left_to_all_steps_together(monkeypatch):
-    model, chain, x = Watched(0.3), SCHEDULE.chain(300), latents(2, 6)
-    expected, change = sample(model, x, chain, "sequential").x_0, Secants.change
-
-    def wild(secants, image, moved, wanted=None):
-        out = change(secants, image, moved, wanted)
-        return out if wanted is not None else out + 3.0  # of what follows a pass
-
-    monkeypatch.setattr(Secants, "change", wild)
-    got = sample(model, x, chain, CoarseToFine())
-    assert got.converged.all()
-    assert relative(got.x_0, expected) <= 1e-3
-    assert got.rounds <= 21  # 24 where the samples go on from what is worse than the pass
-    assert (got.evaluations <= 7 * 300).all()

@@ -38,9 +38,7 @@ LOOSEST = 0.2  # the largest tolerance on the nodes: with 16 bits a hundred time
 ROUNDING = MARGIN * UNITS_PER_RTOL / 2
 SAMPLED = 3e-4  # the least error asked for that is measured at a sample of the steps
 DOUBT = 2.0  # standard deviations of what the steps that are not sampled may differ by
-# Samples after a pass, each at other steps: what one shows is corrected before the next. One takes about two
-# evaluations a node: in a short chain another pass is as good.
-TRIALS, FEWEST_TRIALS = 4, 3
+TRIALS = 3  # samples after a pass, each at other steps: what one shows is corrected before the next
 
 
 @dataclass(frozen=True)
@@ -88,15 +86,16 @@ class Passes:
         self.image = torch.full_like(latent, torch.nan)  # the x_0 measured before, and the error expected of it
         self.expected = torch.full_like(self.before, torch.nan)
         self.linear = interpolation(self.at.cpu(), len(m.chain), 1).to(latent.device)
-        self.trials = max(FEWEST_TRIALS, min(TRIALS, len(m.chain) // (2 * len(self.at))))
 
     def solve(self) -> None:
         """Samples all images."""
         found, goal = self.found, self.goal
         everyone = torch.arange(len(found.states), device=found.states.device)
-        good = torch.ones_like(everyone, dtype=torch.bool)
-        if goal.left > 1:
-            good = self._on_nodes(everyone, FIRST * goal.error)
+        good = (
+            self._on_nodes(everyone, FIRST * goal.error)
+            if goal.left > 1
+            else torch.ones_like(everyone, dtype=torch.bool)
+        )
         for _ in range(PASSES):
             images = everyone[good & (found.error > goal.error) & ~self.slow]
             if not len(images) or not goal.left:
@@ -107,7 +106,7 @@ class Passes:
             enough = torch.maximum(CORRECTION * goal.error[images], SHARE * self.before[images])
             good[images] = self._on_nodes(images, enough)
             images = images[good[images] & (goal.error[images] >= SAMPLED)]
-            for trial in range(self.trials):
+            for trial in range(TRIALS):
                 if len(images) and goal.left:
                     images = self._sampled(images, trial)
         left = everyone[~(found.error <= goal.error) & (found.status != int(Status.STALLED))]
@@ -123,8 +122,7 @@ class Passes:
         base = found.states[images[:, None], self.at] - self.chain.response(start)
         least = ROUNDING * self.goal.precision
         tolerance = tolerance.clamp(least, LOOSEST)
-        most = min(2 * len(self.at), self.goal.left - 1)
-        stop = block_stop(Stop(tolerance, max_steps=most), self.scale, 1.0)
+        stop = block_stop(Stop(tolerance, max_steps=min(2 * len(self.at), self.goal.left - 1)), self.scale, 1.0)
 
         def report(step: int, y: Tensor, residual: Tensor) -> bool:
             self.watch.bar.update()
@@ -172,7 +170,6 @@ class Passes:
         x, N, T = rows_of(found.states, images), rows_of(found.N, images), found.N.shape[1]
         value = self._evaluate(images, x, at)
         delta = value - N[:, at]
-        nodes = torch.searchsorted(at, self.at)
         found.note(images, torch.ones_like(images), torch.full_like(images, len(at)), self._size(delta, at))
         seen_x, seen_N = rows_of(self.seen_x, images), rows_of(self.seen_N, images)
         moved = x[:, :T] - seen_x
@@ -186,16 +183,8 @@ class Passes:
         across = filled(across.masked_fill(~told, torch.nan)) @ across_steps.T
         self._measure(images, x, N, delta, slope, across, doubt[..., None] * moved)
         missed = ~(found.error[images] <= self.goal.error[images])
-        before, left = self.before[images], self.goal.left > 0
-        worse = missed & ~(found.error[images] <= before) & left
-        if bool(worse.any()):  # the pass alone was better
-            self._change(images[worse], self.seen_N[images[worse]])
-        last = trial + 1 == self.trials or not left
-        self.slow[images] = worse | (missed & ~(found.error[images] <= SLOW * before) & last)
-        if last:
+        if trial + 1 == TRIALS or not self.goal.left:
             return images[:0]
-        missed &= ~worse
-        self.secants.note(images, x[:, self.at], value[:, nodes])
         self._correct(images[missed], (N + delta)[missed])
         return images[missed]
 

@@ -6,6 +6,7 @@ graph of the map, which is kept here under a key, and puts another operator into
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ Run = Callable[[list[Any]], Sequence[Tensor]]
 
 # Keys are of this process alone: a compiler that finds its graph in a cache on disk finds none of another process.
 _process = uuid.uuid4().hex
+_numbers = itertools.count()  # no two threads draw the same
 _held: dict[str, Held] = {}
 
 
@@ -38,7 +40,7 @@ class Held:
         """The key of this graph from now on, and what of `given` an operator hands on: tensors, and sizes."""
         rest = [given[i] for i in self.places]
         self.is_size = [not isinstance(x, Tensor) for x in rest]
-        key = f"{_process}-{len(_held)}"
+        key = f"{_process}-{next(_numbers)}"
         _held[key] = self
         tensors = [x for x in rest if isinstance(x, Tensor)]
         return key, tensors, [x for x in rest if not isinstance(x, Tensor)]
@@ -62,8 +64,9 @@ class Held:
 
     def _made(self, args: list[Any]) -> Run:
         """What runs the graph, from its first call with `args` on."""
-        self.run = lambda args: self.module(*args)
-        if self.options is not None:
+        if self.options is None:
+            self.run = lambda args: self.module(*args)
+        else:
             self.run = fused(self.module, args, self.options)
         return self.run
 

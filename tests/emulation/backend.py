@@ -229,5 +229,11 @@ def emulated_backend(schedule: int = 0) -> Iterator[Emulator]:
     def choose(ring: Ring, rule: Rule, front: Front | None = None) -> Backend:
         return Backend(ring, rule, front) if ring.slots > MAX_SLOTS else EmulatedBackend(ring, rule, front, kernels)
 
-    with mock.patch.object(iterate, "choose", choose):
+    # A device has neither steps of the host that are used again nor those of few unknowns.
+    replaced = {
+        "choose": choose,
+        "is_few": lambda *_: False,
+        "reuse": mock.Mock(key_of=lambda *_: None, take=lambda *_: None),
+    }
+    with mock.patch.multiple(iterate, **replaced):
         yield kernels

@@ -240,6 +240,7 @@ def test_a_history_in_16_bits_costs_no_evaluations(dtype, solver, monkeypatch):
     narrow = cost()
     monkeypatch.setattr(iterate, "Ring", WideRing)
     monkeypatch.setattr(iterate, "choose", Wide)
+    monkeypatch.setattr(iterate.reuse, "take", lambda *_: None)  # a step of before would be narrow
     assert abs(narrow - cost()) <= 0.1 * narrow
 
 

@@ -103,7 +103,5 @@ inline Lanes dot(const Lanes* u, const Lanes* v) {
   return N == 1 ? p[0] : N == 2 ? p[0] + p[1] : N == 3 ? (p[0] + p[2]) + p[1] : (p[0] + p[2]) + (p[1] + p[3]);
 }
 
-// What is measured of the samples in the lanes.
-
 }  // namespace
 }  // namespace pydeqsolve::PYDEQSOLVE_ISA

@@ -48,9 +48,8 @@ STAY = 0.9  # another method replaces the one in use if it promises at most so m
 LEARNT = 3  # runs of a method that correct what is foretold of it
 MANY = 64  # rows of the larger call
 TURNS = 3  # of calls timed, small and large ones in turn
-WAITS = (
-    0.1  # a call in which the processor is busy for less of the time waits for another machine: then all of it counts
-)
+# A call in which the processor is busy for less of the time waits for another machine: then all of it counts.
+WAITS = 0.1
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,12 @@ class NativeCPU(Native):
         return torch.empty_like(x) if x.nbytes < native.LARGE_PAGE else native.buffer_like(x)
 
     def copy_of(self, x: Tensor) -> Tensor:
-        return x.clone() if x.nbytes < native.LARGE_PAGE else native.buffer_like(x).copy_(x)
+        return on_the_host(x)
+
+
+def on_the_host(x: Tensor) -> Tensor:
+    """x in memory of its own, on large pages where it is that long."""
+    return x.clone() if x.nbytes < native.LARGE_PAGE else native.buffer_like(x).copy_(x)
 
 
 class NativeCUDA(Native):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..stop import NORMS, Stop
 from . import native
-from .backend import Backend
+from .backend import Backend, on_the_host
 from .records import SAMPLE
 from .ring import KINDS, STORAGES, Method, _rows
 from .rules import Rule
@@ -107,4 +107,4 @@ class Few(Backend):
         return native.buffer_like(x)
 
     def copy_of(self, x: Tensor) -> Tensor:
-        return x.clone() if x.nbytes < native.LARGE_PAGE else native.buffer_like(x).copy_(x)
+        return on_the_host(x)
